@@ -1,0 +1,22 @@
+# The CPU-sized world: two cores, a few minutes. Needs data/findx_*.jsonl and out/toy/coldstart, which runs/toy.sh makes.
+#   python train.py config/toy.py --method=tapo --out_dir=out/toy/tapo
+init_from = "out/toy/coldstart"
+problems = "data/findx_train.jsonl"
+eval_problems = "data/findx_validation.jsonl"
+instruction = ""            # the toy's questions are equations, its tokenizer has no English
+template = "short"
+out_dir = "out/toy/tapo"
+
+max_steps = 60
+prompts_per_step = 32
+samples_per_prompt = 8
+max_new_tokens = 54         # room for one retry; whatever does not finish is wrong
+max_synthesis_tokens = 120
+
+learning_rate = 6e-4        # a 175k-parameter model; see RESULTS.md for how it was chosen
+warmup_steps = 5
+tokens_per_microbatch = 1024
+eval_interval = 20
+eval_samples = 4
+save_interval = 20
+threads = 1                 # so small a model gains nothing from a second thread; run two methods side by side instead

@@ -1,0 +1,187 @@
+"""A script's knobs are its annotated lower-case globals; `config = configure(globals())` below them does the rest.
+
+    python train.py config/toy.py config/more.py --lam=0.5 --out_dir=out/first
+
+A config file is a diff: a Python file of plain assignments to knobs. Files apply in the order given, then every
+--key=value, so the command line wins wherever it stands. Names that begin with `_` are private to the file; imports are
+allowed. Config files are executed: run only your own. Deliberately missing: nested configs, inheritance, environment
+variables, interpolation.
+"""
+import ast
+import difflib
+import errno
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+
+KNOB_TYPES = (bool, int, float, str, tuple, type(None))
+
+
+def configure(knobs: dict, argv: list[str] | None = None) -> dict:
+    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or none; return the dict.
+
+    With argv=None the process's own arguments are read if the script is what was started (none when it is imported),
+    and a bad one ends the process with one line. An explicit argv raises: ValueError, FileNotFoundError.
+    """
+    if argv is None:
+        argv = sys.argv[1:] if knobs.get("__name__") == "__main__" else []
+        return run_script(lambda: configure(knobs, argv))
+    config = {k: v for k, v in knobs.items() if _public(k) and k == k.lower() and type(v) in KNOB_TYPES}
+    if "--help" in argv or "-h" in argv:
+        print(_help(config, knobs.get("__file__", "script.py")))
+        raise SystemExit(0)
+    allowed = _allowed_types(config, knobs)
+    resolved = dict(config)
+    for argument in argv:
+        if not argument.startswith("-"):
+            path = _find(argument, knobs)
+            for key, value in _read_file(path, config).items():
+                _check_key(key, config, f"{path}: {key}")
+                resolved[key] = _fit(value, allowed[key], config[key], f"{path}: {key}")
+    for argument in argv:
+        if argument.startswith("-"):
+            key, equals, text = argument.lstrip("-").partition("=")
+            _check_key(key, config, argument.partition("=")[0])
+            if not equals or not argument.startswith("--"):
+                raise ValueError(f"{argument}: not understood; write --{key}=value")
+            resolved[key] = _parse(text, allowed[key], config[key], f"--{key}")
+    knobs.update(resolved)
+    return resolved
+
+
+def print_config(config: dict) -> None:
+    width = max(map(len, config), default=0)
+    print("\n".join(f"{key:<{width}} = {value!r}" for key, value in config.items()), flush=True)
+
+
+def save_config(config: dict, out_dir: str | os.PathLike) -> None:
+    """Write out_dir/config.json; tuples become lists. Replaced whole, so a kill leaves the old or the new one."""
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"config.json.{os.getpid()}.tmp"
+    part.write_text(json.dumps(config, indent=1) + "\n")
+    part.replace(folder / "config.json")
+
+
+def diff_configs(old: dict, new: dict) -> list[str]:
+    """Lines `key: old -> new` of what differs; either side may come from config.json, so (1, 2) equals [1, 2]."""
+    def show(config, key):
+        return repr(config[key]) if key in config else "(not set)"
+    as_saved = [json.loads(json.dumps(config)) for config in (old, new)]
+    return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in {**new, **old}
+            if any(key not in c for c in as_saved) or as_saved[0][key] != as_saved[1][key]]
+
+
+def run_script(main: Callable):
+    """Return main(). What the user can repair (a bad value, a missing file, a full disk) becomes one line and exit code
+    1; every other exception is a bug of ours and keeps its traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as problem:
+        if isinstance(problem, (ValueError, FileNotFoundError)) or problem.errno == errno.ENOSPC:
+            print("error: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
+            sys.exit(1)
+        raise
+
+
+# --- how a key and a value are judged ---
+
+def _public(name: str) -> bool:
+    return not name.startswith("_")
+
+
+def _check_key(key: str, config: dict, where: str) -> None:
+    if key not in config:
+        nearest = difflib.get_close_matches(key.lower(), config, n=1, cutoff=0.0)
+        raise ValueError(f"{where}: no such knob" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+
+
+def _allowed_types(config: dict, knobs: dict) -> dict:
+    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows everything."""
+    annotations = knobs.get("__annotations__") or {}
+    if not annotations and callable(knobs.get("__annotate__")):  # Python 3.14 evaluates annotations only when asked
+        annotations = knobs["__annotate__"](1)
+    allowed = {}
+    for key, default in config.items():
+        hint = annotations.get(key, object if default is None else type(default))
+        hint = eval(hint, dict(knobs)) if isinstance(hint, str) else hint  # `from __future__ import annotations`
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        members = {typing.get_origin(t) or t or type(None) for t in (typing.get_args(hint) if union else (hint,))}
+        members |= {type(None)} if default is None else set()
+        allowed[key] = members if members <= set(KNOB_TYPES) else set(KNOB_TYPES)
+    return allowed
+
+
+def _fit(value, allowed: set, default, where: str):
+    """An int may stand for a float and a list for a tuple; nothing else converts (neither True nor 1.0 is an int)."""
+    if type(value) is list and tuple in allowed:
+        value = tuple(value)
+    if type(value) in allowed:
+        return value
+    if type(value) is int and float in allowed:
+        return float(value)
+    names = " | ".join("None" if t is type(None) else t.__name__ for t in KNOB_TYPES if t in allowed)
+    raise ValueError(f"{where}: expected {names} (default {default!r}), got {value!r}")
+
+
+def _parse(text: str, allowed: set, default, where: str):
+    """A value from the command line: a Python literal, or the text itself where the knob takes strings."""
+    if allowed == {str}:
+        return text  # verbatim: --out_dir=12 is '12'
+    try:
+        value = ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    try:
+        return _fit(value, allowed, default, where)
+    except ValueError:
+        if str in allowed:
+            return text
+        raise
+
+
+# --- config files ---
+
+def _find(argument: str, knobs: dict) -> Path:
+    """The current folder first, then the script's, then the repository's: a launch line works from any folder."""
+    folders = [Path.cwd(), Path(knobs.get("__file__") or __file__).resolve().parent, Path(__file__).resolve().parent]
+    tried = list(dict.fromkeys(folder / argument for folder in folders))
+    for path in tried:
+        if path.is_file():
+            return path
+    places = " and ".join(map(str, tried))
+    raise FileNotFoundError(f"{argument}: no such config file; tried {places} (a knob is set by --key=value)")
+
+
+def _read_file(path: Path, config: dict) -> dict:
+    """The assignments of a config file. What cannot be a knob (modules, functions, imported names) is ignored unless it
+    uses a knob's name; a knob's name in capitals counts too, to be refused rather than to have no effect."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        names: dict = {"__file__": str(path), "__name__": "config"}
+        exec(compile(tree, str(path), "exec"), names)
+    except Exception as problem:
+        line, frame = getattr(problem, "lineno", None), problem.__traceback__
+        while frame:
+            line = frame.tb_lineno if frame.tb_frame.f_code.co_filename == str(path) else line
+            frame = frame.tb_next
+        raise ValueError(f"{path}:{line or 1}: {type(problem).__name__}: {problem}") from problem
+    imported = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    return {k: v for k, v in names.items() if _public(k) and (k in config or k.lower() in config or (
+        k == k.lower() and k not in imported and type(v) in (*KNOB_TYPES, list)))}
+
+
+def _help(config: dict, script: str) -> str:
+    """Knobs, defaults, and the trailing comment of each in the script's source."""
+    source = Path(script).read_text(encoding="utf-8") if Path(script).is_file() else ""
+    reasons = dict(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=[^\n]*?\s#\s*([^\n]*)$", source, flags=re.M))
+    lines = [f"--{k}={v!r}".ljust(40) + f"  {reasons.get(k, '')}".rstrip() for k, v in config.items()]
+    return "\n".join([f"usage: python {os.path.basename(script)} [config.py ...] [--key=value ...]", "", *lines])

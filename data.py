@@ -1,0 +1,339 @@
+"""
+Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
+
+A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. Prepare the real ones with
+
+    python data.py deepscaler --out=data/deepscaler.jsonl --eval_files=data/aime24.jsonl,data/aime25.jsonl
+    python data.py aime24                        # also aime25, hmmt_feb25, math500, gsm8k, gsm8k_train
+    python data.py aime24 --from=~/aime.parquet  # offline: any local .jsonl, .json or .parquet copy
+
+`render_prompt` is the only place where a question becomes token ids; training and evaluation both call it.
+Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+ORDER_STREAM = 1  # the order's own corner of counter space, so that no other draw from `seed` can share its noise
+
+
+@dataclass
+class Problem:
+    uid: str
+    question: str
+    answer: str
+    level: str = ""  # any label to break scores down by
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problem files
+
+def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
+    """Problems of a jsonl file, the first `limit` of them if limit > 0. Also reads the keys "id" and "problem".
+
+    Every defect is a ValueError naming path:line, because one bad line found after a night of sampling is expensive.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python data.py <name> --out={path}`")
+    problems, seen = [], {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit and len(problems) == limit:
+                break
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            problem = _parse_problem(line, where)
+            if problem.uid in seen:
+                raise ValueError(f"{where}: uid {problem.uid!r} already stands on line {seen[problem.uid]}; "
+                                 "uids name advantage groups and must be unique")
+            seen[problem.uid] = number
+            problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path} holds no problems; expected one JSON object per line")
+    return problems
+
+
+def _parse_problem(line: str, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    fields = {}
+    for name, other in (("uid", "id"), ("question", "problem"), ("answer", "answer")):
+        value = row.get(name, row.get(other))
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+            raise ValueError(f"{where}: no {name} (keys: {', '.join(map(str, row)) or 'none'}); "
+                             f"each line needs \"uid\", \"question\" and \"answer\"")
+        fields[name] = str(value)
+    return Problem(**fields, level=str(row.get("level", "")))
+
+
+def save_problems(problems: list[Problem], path: str | Path) -> None:
+    """Write problems as jsonl, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as out:
+        for p in problems:
+            row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer and prompt
+
+def load_tokenizer(folder: str | Path):
+    """The checkpoint's own fast tokenizer (a transformers PreTrainedTokenizerFast), refused if it cannot render a chat."""
+    from transformers import AutoTokenizer  # here: importing transformers takes seconds, reading problems should not
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as e:
+        why = str(e).splitlines()[0] if Path(folder).is_dir() else "neither a folder nor a hub id that can be reached"
+        raise ValueError(f"no tokenizer at {folder}: {why}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer at {folder} has no chat template; "
+                         "use an instruction-tuned checkpoint or add chat_template.jinja to the folder")
+    return tokenizer
+
+
+def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION) -> list[int]:
+    """Token ids (P,) of one user turn, ready for the assistant to speak, with thinking mode off.
+
+    The template writes every special token itself, BOS included, so the tokenizer must add none of its own.
+    Raises ValueError when the text holds characters that the tokenizer does not know.
+    """
+    text = tokenizer.apply_chat_template([{"role": "user", "content": question + instruction}], tokenize=False,
+                                         add_generation_prompt=True, enable_thinking=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in ids:
+        chars = [c for c in dict.fromkeys(question + instruction)
+                 if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]]
+        raise ValueError(f"the tokenizer has no token for {' '.join(map(repr, chars))} in the prompt {question[:60]!r}; "
+                         "is this the tokenizer these problems were made for?")
+    return ids
+
+
+def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...]:
+    """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and <|endoftext|>.
+
+    They disagree in practice: Qwen3's tokenizer names <|im_end|> alone, its generation config also <|endoftext|>,
+    and a sampler that misses one of them writes on until the cap.
+    """
+    ids = set(config_eos) if isinstance(config_eos, (list, tuple)) else {config_eos}
+    ids |= {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
+    ids.discard(None)
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model config names an end-of-sequence token; set eos_token_id")
+    return tuple(sorted(ids))
+
+
+def check_prompt_fits(uid: str, prompt_length: int, max_new_tokens: int, context: int) -> None:
+    """Refuse a prompt that leaves less than max_new_tokens of a model's context (all lengths in tokens)."""
+    if prompt_length + max_new_tokens > context:
+        raise ValueError(f"problem {uid!r}: prompt of {prompt_length} tokens + max_new_tokens = {max_new_tokens} exceeds "
+                         f"the model's context of {context}; lower max_new_tokens or remove the problem")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order: a function of counters, so that resuming and dealing to ranks need no state
+
+def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation (n_problems,) in which epoch number `epoch` visits the problems."""
+    noise = np.random.SeedSequence((seed, ORDER_STREAM, epoch))
+    return np.random.Generator(np.random.Philox(noise)).permutation(n_problems)
+
+
+def problems_for_step(problems: list[Problem], seed: int, step: int, per_step: int) -> list[tuple[int, Problem]]:
+    """The `per_step` queries of step `step` as (query_index, problem); query_index counts over the whole run.
+
+    Epochs follow each other without a gap and nothing is dropped, so a step may lie across two permutations. There (or
+    if per_step exceeds the number of problems) the same problem can come twice; query_index still tells the two apart.
+    """
+    n, permutations, batch = len(problems), {}, []
+    for query in range(step * per_step, (step + 1) * per_step):
+        epoch, position = divmod(query, n)
+        if epoch not in permutations:
+            permutations[epoch] = order(n, seed, epoch)
+        batch.append((query, problems[permutations[epoch][position]]))
+    return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preparing real data sets
+
+@dataclass
+class Source:
+    repo: str  # data set id on the Hugging Face hub
+    file: str  # the one file of it that is read
+    licence: str  # as the data set's card states it
+    train: bool = False  # training sets are tested for overlap with the evaluation sets
+
+
+SOURCES = {
+    "deepscaler": Source("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json", "MIT", train=True),
+    "gsm8k_train": Source("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT", train=True),
+    "gsm8k": Source("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
+    "math500": Source("HuggingFaceH4/MATH-500", "test.jsonl", "none stated on the card; the MATH data set itself is MIT"),
+    "aime24": Source("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet",
+                     "none stated on the card; the problems are the MAA's"),
+    "aime25": Source("MathArena/aime_2025", "data/train-00000-of-00001.parquet",
+                     "CC BY-NC-SA 4.0; the problems are the MAA's"),
+    "hmmt_feb25": Source("MathArena/hmmt_feb_2025", "data/train-00000-of-00001.parquet",
+                         "CC BY-NC-SA 4.0; the problems are HMMT's"),
+}
+
+
+def download(source: Source) -> Path:
+    """Local path of the source's file, fetched through the hub's own cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+        return Path(hf_hub_download(source.repo, source.file, repo_type="dataset"))
+    except Exception as e:  # its errors come from several HTTP libraries; the way out is the same for all
+        raise ValueError(f"cannot download {source.file} of {source.repo} from the hub ({type(e).__name__}); fetch it "
+                         "elsewhere and pass --from=PATH (.jsonl, .json or .parquet)") from None
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a .jsonl, .json (a list of objects) or .parquet file."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError:
+            raise ValueError(f"reading {path} needs pyarrow; `pip install pyarrow`, or pass a .jsonl copy") from None
+        try:
+            return parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl, .json or .parquet")
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not valid {path.suffix[1:]} ({e})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects")
+    return rows
+
+
+def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str, int]]:
+    """Rows of any of the known layouts -> problems without duplicates, and what was dropped, counted by reason.
+
+    A row that has no id of its own is called after its place in the source, so that uids survive a change of filters.
+    Copies of a question that agree on the answer become one problem; if they disagree nobody knows which is right and
+    all of them go (DeepScaleR holds such pairs).
+    """
+    import reward  # here: load_problems and the prompt need no grader
+    dropped = dict.fromkeys(("no question", "no answer", "unparsable answer", "duplicate", "copies disagree"), 0)
+    by_text: dict[str, list[Problem]] = {}
+    for i, row in enumerate(rows, 1):
+        question = _first(row, "question", "problem", "Question", "Problem")
+        answer = _first(row, "answer", "final_answer", "expected_answer", "Answer")
+        if "####" in answer:  # GSM8K: worked solution, four hashes, answer; with thousands separators
+            answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
+        uid = row.get("uid") or (row["id"] if isinstance(row.get("id"), str) else f"{name}-{i:05d}")
+        if not question:
+            dropped["no question"] += 1
+        elif not answer:
+            dropped["no answer"] += 1
+        elif reward.check_gold(answer):
+            dropped["unparsable answer"] += 1
+        else:
+            level = _first(row, "level", "difficulty")
+            by_text.setdefault(" ".join(question.lower().split()), []).append(Problem(uid, question, answer, level))
+    problems = []
+    for copies in by_text.values():
+        if len({reward.normalise(p.answer) for p in copies}) > 1:
+            dropped["copies disagree"] += len(copies)
+        else:
+            problems.append(copies[0])
+            dropped["duplicate"] += len(copies) - 1
+    return problems, dropped
+
+
+def _first(row: dict, *names: str) -> str:
+    """The first of these keys that holds something, as text; "" if none does."""
+    return next((str(row[n]).strip() for n in names if row.get(n) is not None and str(row[n]).strip()), "")
+
+
+def overlapping(train: list[Problem], evaluation: list[Problem], n: int = 8, share: float = 0.5) -> set[str]:
+    """Uids of training problems that repeat an evaluation problem.
+
+    Two problems match when at least `share` of the shorter one's word n-grams occur in the other. A single common
+    n-gram is not enough: "m and n are relatively prime positive integers. Find m + n" is in a thousand problems.
+    """
+    evaluation_grams = [_ngrams(p.question, n) for p in evaluation]
+    holders: dict[tuple, list[int]] = {}  # n-gram -> the evaluation problems that contain it
+    for i, grams in enumerate(evaluation_grams):
+        for gram in grams:
+            holders.setdefault(gram, []).append(i)
+    found = set()
+    for problem in train:
+        grams, common = _ngrams(problem.question, n), {}
+        for gram in grams:
+            for i in holders.get(gram, ()):
+                common[i] = common.get(i, 0) + 1
+        if any(count >= share * min(len(grams), len(evaluation_grams[i])) for i, count in common.items()):
+            found.add(problem.uid)
+    return found
+
+
+def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
+    """Word n-grams, of letters and digits only; a text of fewer than n words is one gram."""
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
+
+
+def main() -> None:
+    """Prepare one data set; see the docstring of this file."""
+    import argparse
+    parser = argparse.ArgumentParser(description="prepare a problem file; known: " + ", ".join(SOURCES))
+    parser.add_argument("name", help="data set: " + " | ".join(SOURCES))
+    parser.add_argument("--from", dest="path", default="", help="local .jsonl, .json or .parquet instead of the hub")
+    parser.add_argument("--out", default="", help="problem file to write, default data/NAME.jsonl")
+    parser.add_argument("--eval_files", default="", help="training sets: problem files not to overlap with, separated "
+                        "by commas; default: the evaluation sets already prepared beside --out")
+    args = parser.parse_args()
+    if args.name not in SOURCES:
+        raise ValueError(f"unknown data set {args.name!r}; known: {', '.join(SOURCES)}")
+    source, out = SOURCES[args.name], Path(args.out or f"data/{args.name}.jsonl")
+    rows = read_rows(args.path or download(source))
+    problems, dropped = normalise_rows(rows, args.name)
+    if source.train:
+        beside = [out.with_name(f"{name}.jsonl") for name, s in SOURCES.items() if not s.train]
+        files = args.eval_files.split(",") if args.eval_files else [path for path in beside if path.is_file()]
+        for path in files:
+            repeated = overlapping(problems, load_problems(path))
+            dropped[f"in {Path(path).name}"] = len(repeated)
+            problems = [p for p in problems if p.uid not in repeated]
+        if not files:
+            print("WARNING: no evaluation file known, overlap was not tested; prepare those first or pass --eval_files")
+    if not problems:
+        raise ValueError(f"none of the {len(rows)} rows of {args.path or source.repo} is a usable problem; "
+                         f"keys of the first: {', '.join(rows[0]) if rows else 'none'}")
+    save_problems(problems, out)
+    load_problems(out)  # what was written is what training will accept
+    print(f"{args.name}: {len(rows):,} rows -> {len(problems):,} problems in {out}")
+    print("dropped: " + (", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"))
+    print(f"source:  {args.path or f'{source.repo} ({source.file})'}")
+    print(f"licence: {source.licence}")
+
+
+if __name__ == "__main__":
+    from configurator import run_script
+    run_script(main)

@@ -1,0 +1,11 @@
+# Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made once.
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
+  echo "== installing into .venv (once)"
+  "${PYTHON:-python3}" -m venv .venv
+  # torch alone first, so that a build chosen by the user's pip settings (CPU or CUDA) is not replaced by another package's wish
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  touch .venv/ready
+fi
+source .venv/bin/activate

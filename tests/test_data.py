@@ -1,0 +1,263 @@
+"""Problem files, the prompt, the order, and the preparation of data sets."""
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import data
+from data import Problem
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+# Qwen3's ids of one user turn "What is 2+3?", non-thinking: the rendered prompt ends in an empty thinking block.
+QWEN3_IDS = [151644, 872, 198, 3838, 374, 220, 17, 10, 18, 30, 151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271]
+THINKING_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}#{% endif %}")
+
+
+def char_tokenizer(template=THINKING_TEMPLATE, unk="<unk>"):
+    """Digits and signs, one id a character; its post-processor adds BOS, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+    specials = ["<bos>", "<eos>", "<unk>", "<u>", "<a>", "#"]
+    vocab = {token: i for i, token in enumerate([*specials, *"0123456789+=?"])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token=unk,
+                                        additional_special_tokens=["<u>", "<a>", "#"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write(path, *rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n", encoding="utf-8")
+    return path
+
+
+GOOD = {"uid": "a", "question": "1+1=?", "answer": "2"}
+
+
+# --- problem files
+
+def test_both_layouts_of_a_problem_file_load_alike(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"uid": "a", "question": "q\u2028r", "answer": "2", "level": 3}, "",
+                 {"id": 7, "problem": "é", "answer": 0})
+    assert data.load_problems(path) == [Problem("a", "q\u2028r", "2", "3"), Problem("7", "é", "0", "")]
+    assert [p.uid for p in data.load_problems(path, limit=1)] == ["a"]
+
+
+def test_saved_problems_load_back_equal(tmp_path):
+    problems = [Problem("a", "x\ny \"z\" \\frac", "\\{1, 2\\}", "5"), Problem("b", "é\u2028", "0")]
+    data.save_problems(problems, tmp_path / "new" / "p.jsonl")
+    assert data.load_problems(tmp_path / "new" / "p.jsonl") == problems
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize("bad, words", [
+    ('{"uid": "b", "question"', "not valid JSON"),
+    ("[1, 2]", "expected a JSON object"),
+    ({"question": "q", "answer": "2"}, "no uid"),
+    ({"uid": "b", "answer": "2"}, "no question"),
+    ({"uid": "b", "question": "  ", "answer": "2"}, "no question"),
+    ({"uid": "b", "question": "q"}, "no answer"),
+    ({"uid": "b", "question": "q", "answer": ""}, "no answer"),
+    ({"uid": "b", "question": "q", "answer": None}, "no answer"),
+    ({"uid": "b", "question": "q", "answer": ["2"]}, "no answer"),
+    ({"uid": "b", "question": "q", "answer": "\\frac{"}, "answer"),
+    ({"uid": "a", "question": "q", "answer": "2"}, "line 1"),
+])
+def test_a_bad_line_is_refused_with_its_number(tmp_path, bad, words):
+    path = write(tmp_path / "p.jsonl", GOOD, "", bad)
+    with pytest.raises(ValueError, match=words) as e:
+        data.load_problems(path)
+    assert f"{path}:3" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_empty_and_missing_problem_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no problems"):
+        data.load_problems(write(tmp_path / "p.jsonl", "", ""))
+    with pytest.raises(FileNotFoundError, match="data.py"):
+        data.load_problems(tmp_path / "none.jsonl")
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_name_and_the_last_that_fits_is_not():
+    data.check_prompt_fits("p7", 60, 40, 100)
+    with pytest.raises(ValueError, match=r"'p7'.*61 tokens.*max_new_tokens = 40.*100.*lower max_new_tokens"):
+        data.check_prompt_fits("p7", 61, 40, 100)
+
+
+# --- prompt and tokenizer
+
+@pytest.mark.skipif(not (SHARED / "data/qwen3_tokenizer").is_dir(), reason="needs the Qwen3 vocabulary")
+def test_the_qwen3_prompt_has_exactly_the_published_ids():
+    tokenizer = data.load_tokenizer(SHARED / "data/qwen3_tokenizer")
+    assert data.render_prompt(tokenizer, "What is 2+3?", "") == QWEN3_IDS
+    check = json.loads((SHARED / "data/qwen3_tokenizer_check.json").read_text())
+    assert check["False"]["ids"] == QWEN3_IDS
+    text = tokenizer.decode(data.render_prompt(tokenizer, "Q"))
+    assert text == ("<|im_start|>user\nQ\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                    "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    config = json.loads((SHARED / "data/qwen3_tokenizer/generation_config.json").read_text())
+    assert data.stop_ids_of(tokenizer, config["eos_token_id"]) == (151643, 151645)
+    assert data.stop_ids_of(tokenizer, 151645) == (151643, 151645)
+
+
+def test_a_prompt_has_one_bos_and_asks_for_no_thinking():
+    tokenizer = char_tokenizer()
+    assert tokenizer("1").input_ids == [0, 7]  # this tokenizer adds BOS by itself; the template writes it too
+    assert data.render_prompt(tokenizer, "1+1", "=?") == [0, 3, 7, 16, 7, 17, 18, 4, 5]
+
+
+def test_characters_without_a_token_are_named():
+    with pytest.raises(ValueError, match="no token for 'x' '√' in the prompt"):
+        data.render_prompt(char_tokenizer(), "1+x+√+x", "")
+    assert data.render_prompt(char_tokenizer(), "1+1", "")
+
+
+def test_a_tokenizer_without_chat_template_or_folder_is_refused(tmp_path):
+    char_tokenizer(template=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        data.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at") as e:
+        data.load_tokenizer(tmp_path / "absent")
+    assert "\n" not in str(e.value)
+
+
+def test_stop_ids_unite_tokenizer_and_config():
+    tokenizer = char_tokenizer()
+    assert data.stop_ids_of(tokenizer, None) == (1,)
+    assert data.stop_ids_of(tokenizer, [9, 1]) == (1, 9)
+    assert data.stop_ids_of(tokenizer, 0) == (0, 1)  # id 0 is an id
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    assert data.stop_ids_of(tokenizer, 9) == (1, 9, tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    tokenizer = char_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token_id"):
+        data.stop_ids_of(tokenizer, None)
+
+
+# --- order
+
+def test_every_epoch_visits_every_problem_once_and_differently():
+    for epoch in range(3):
+        assert sorted(data.order(50, 0, epoch)) == list(range(50))
+    assert len({tuple(data.order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert (data.order(50, 1, 2) == data.order(50, 1, 2)).all()
+
+
+def test_steps_drop_nothing_and_do_not_depend_on_earlier_steps():
+    problems = [Problem(str(i), "q", "1") for i in range(10)]
+    steps = [data.problems_for_step(problems, 0, step, 4) for step in range(5)]  # 20 queries: two epochs
+    assert [q for batch in steps for q, _ in batch] == list(range(20))
+    visited = [p.uid for batch in steps for _, p in batch]
+    assert Counter(visited[:10]) == Counter(visited[10:]) == Counter(str(i) for i in range(10))
+    assert visited[:10] == [str(i) for i in data.order(10, 0, 0)] and visited[10:] == [str(i) for i in data.order(10, 0, 1)]
+    np.random.seed(1)
+    assert data.problems_for_step(problems, 0, 3, 4) == steps[3]
+    assert len(data.problems_for_step(problems[:3], 0, 0, 8)) == 8
+
+
+# --- preparation
+
+def prepare(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
+    data.main()
+
+
+STATEMENT = ("A farmer keeps {} hens and {} ducks in seven small wooden houses by the river. Every morning she takes "
+             "three eggs. How many eggs are left over after one whole week, if nobody else eats any of them?")
+BOILERPLATE = " The answer is m/n where m and n are relatively prime positive integers. Find m + n."
+
+
+def test_rows_of_every_known_layout_become_problems():
+    rows = [{"problem": "p", "answer": 12, "problem_idx": 1}, {"question": "g", "answer": "2+1=3\n#### 1,003"},
+            {"id": "own", "problem": "i", "answer": " 5 ", "level": 2, "solution": "s"}, {"uid": "u", "question": "n", "answer": "1"},
+            {"id": 60, "problem": "h", "answer": "033"}]
+    problems, dropped = data.normalise_rows(rows, "set")
+    assert problems == [Problem("set-00001", "p", "12"), Problem("set-00002", "g", "1003"), Problem("own", "i", "5", "2"),
+                        Problem("u", "n", "1"), Problem("set-00005", "h", "033")]
+    assert not any(dropped.values())
+
+
+def test_copies_merge_if_they_agree_and_all_go_if_they_do_not():
+    rows = [{"problem": "Same  one?", "answer": "\\frac{1}{2}"}, {"problem": "same one?", "answer": "$\\frac{1}{2}$"},
+            {"problem": "torn?", "answer": "4"}, {"problem": "Torn?", "answer": "5"}, {"problem": "torn?", "answer": "4"},
+            {"problem": "", "answer": "5"}, {"problem": "x", "answer": None}, {"problem": "y", "answer": "\\frac{"}]
+    problems, dropped = data.normalise_rows(rows, "s")
+    assert [p.uid for p in problems] == ["s-00001"]
+    assert dropped == {"no question": 1, "no answer": 1, "unparsable answer": 1, "duplicate": 1, "copies disagree": 3}
+
+
+def test_overlap_finds_reworded_copies_and_ignores_common_phrases():
+    evaluation = [Problem("e1", STATEMENT.format(3, 4), "1"), Problem("e2", "A fair coin is tossed nine times in a row. Let p be the chance that no two heads ever stand "
+                                             "next to each other while at least one tail comes up early." + BOILERPLATE, "1"),
+                  Problem("e3", "What is $2^{10}$?", "1")]
+    train = [Problem("copy", STATEMENT.format(3, 4).replace(" ", "  ").upper(), "1"), Problem("edit", STATEMENT.format(8, 9), "1"),
+             Problem("inside", "Story. " + STATEMENT.format(3, 4) + " Then double it." * 9, "1"),
+             Problem("phrase", "In a triangle with sides 13, 14 and 15 the inscribed circle touches one side at P. "
+                     "The ratio of areas is in lowest terms." + BOILERPLATE, "1"),
+             Problem("short", "What is 2^10 ?", "1"), Problem("other", "What is 2^11?", "1")]
+    assert data.overlapping(train, evaluation) == {"copy", "edit", "inside", "short"}
+
+
+def test_the_command_writes_a_clean_file_and_says_what_it_dropped(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "aime24.jsonl", {"uid": "e", "question": STATEMENT.format(3, 4), "answer": "1"})
+    source = tmp_path / "raw.json"
+    source.write_text(json.dumps([{"problem": "1+1?", "answer": "2"}, {"problem": "1+1?", "answer": "2"},
+                                  {"problem": STATEMENT.format(1, 1), "answer": "9"}]))
+    prepare(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/deepscaler.jsonl")
+    assert data.load_problems(tmp_path / "deepscaler.jsonl") == [Problem("deepscaler-00001", "1+1?", "2")]
+    said = capsys.readouterr().out
+    assert "3 rows -> 1 problems" in said and "1 duplicate, 1 in aime24.jsonl" in said and "licence: MIT" in said
+    prepare(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/elsewhere/d.jsonl")
+    assert "overlap was not tested" in capsys.readouterr().out
+    prepare(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/elsewhere/d.jsonl",
+            f"--eval_files={tmp_path}/aime24.jsonl")
+    assert "1 in aime24.jsonl" in capsys.readouterr().out
+    prepare(monkeypatch, "aime24", f"--from={source}", f"--out={tmp_path}/aime24.jsonl")  # an evaluation set keeps all
+    assert len(data.load_problems(tmp_path / "aime24.jsonl")) == 2
+
+
+def test_parquet_is_read_and_its_absence_is_one_line(tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    parquet.write_table(pyarrow.Table.from_pylist([{"problem": "p", "answer": 4}]), tmp_path / "p.parquet")
+    assert data.read_rows(tmp_path / "p.parquet") == [{"problem": "p", "answer": 4}]
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(ValueError, match="not a readable parquet"):
+        data.read_rows(tmp_path / "bad.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="needs pyarrow"):
+        data.read_rows(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("p.csv", "a,b", "expected .jsonl, .json or .parquet"), ("p.json", "[{", "not valid json"),
+    ("p.jsonl", "{}\n{", "not valid jsonl"), ("p.json", '{"a": 1}', "list of objects")])
+def test_a_source_that_cannot_be_read_is_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=words):
+        data.read_rows(tmp_path / name)
+
+
+def test_unknown_sets_unreachable_hubs_and_useless_files_are_explained(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="unknown data set 'aime'; known: .*aime24"):
+        prepare(monkeypatch, "aime")
+    with pytest.raises(FileNotFoundError):
+        prepare(monkeypatch, "aime24", f"--from={tmp_path}/none.json", f"--out={tmp_path}/o.jsonl")
+    (tmp_path / "empty.json").write_text('[{"text": "x"}]')
+    with pytest.raises(ValueError, match="usable problem; keys of the first: text"):
+        prepare(monkeypatch, "aime24", f"--from={tmp_path}/empty.json", f"--out={tmp_path}/o.jsonl")
+    assert not (tmp_path / "o.jsonl").exists()
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("name or service not known")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(ValueError, match=r"cannot download .*pass --from=PATH"):
+        prepare(monkeypatch, "math500", f"--out={tmp_path}/o.jsonl")

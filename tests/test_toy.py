@@ -1,0 +1,296 @@
+"""The toy world is the ground truth of the CPU experiments: what it says about itself has to be exact."""
+import re
+
+import numpy as np
+import pytest
+
+import toy
+
+TEMPLATES = {"micro": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><micro>",
+             "full": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><full>"}
+QUESTION = "x*7-21=35"
+CHAIN = "(46+21-52-13)*4=?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.make_tokenizer()
+
+
+def samples(world: str, n: int, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [(rng, problem) for problem in toy.make_problems(world, "train", n, seed=seed)]
+
+
+def last_boxed(text: str) -> str:
+    return re.findall(r"\\boxed\{(\d+)\}", text)[-1]
+
+
+def learnt(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with everything that carries no loss replaced by underscores."""
+    for start, end in spans:
+        text = text[:start] + "_" * (end - start) + text[end:]
+    return text
+
+
+def false_statements(question: str, text: str) -> list[str]:
+    """An audit that shares nothing with toy.audit: every `a op b=c`, every `a op b is c` and every verdict, by eval."""
+    false = [m[0] for m in re.finditer(r"(\d+[-+*]\d+)(?:=| is )(\d+)", text) if eval(m[1]) != int(m[2])]
+    if "x" in question:
+        left, target = question.split("=")
+        value = {g: eval(left.replace("x", str(g))) for g in range(1, 100)}
+        answer = next(g for g in range(1, 16) if value[g] == int(target))
+        for m in re.finditer(r"Try (\d+): [^:]*?=(\d+) (low|high|ok)\. ", text):
+            said = {"low": value[int(m[1])] < int(target), "high": value[int(m[1])] > int(target), "ok": int(m[1]) == answer}
+            if not said[m[3]] or value[int(m[1])] != int(m[2]):
+                false.append(m[0])
+        false += [m[0] for m in re.finditer(r"Wait, (\d+) is too (low|high)", text) if (int(m[1]) < answer) != (m[2] == "low")]
+    return false
+
+
+# --- problems ---
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_splits_are_disjoint_and_do_not_depend_on_n_or_seed(world):
+    questions = {}
+    for split in toy.SPLITS:
+        for n, seed in ((50, 0), (400, 1)):
+            for problem in toy.make_problems(world, split, n, seed=seed):
+                assert questions.setdefault(problem.question, split) == split
+    small = toy.make_problems(world, "test", 50, seed=3)
+    assert small == toy.make_problems(world, "test", 400, seed=3)[:50]
+    assert small != toy.make_problems(world, "test", 50, seed=4)
+
+
+def test_findx_holds_the_stated_problems_each_with_exactly_one_solution():
+    problems = [p for split in toy.SPLITS for p in toy.make_problems("findx", split, 0)]
+    assert len(problems) == len({p.uid for p in problems}) == 11_724
+    for p in problems[::37]:
+        left, target = p.question.split("=")
+        assert [x for x in range(1, 16) if eval(left.replace("x", str(x))) == int(target)] == [int(p.answer)]
+    assert {p.level for p in problems} == {"1", "2", "3"}
+    assert {p.level for p in toy.make_problems("findx", "train", 20, levels=("3",))} == {"3"}
+
+
+def test_chain_answers_are_right_and_levels_count_operations():
+    for p in toy.make_problems("chain", "train", 300):
+        assert str(eval(p.question.removesuffix("=?"))) == p.answer
+        assert len(re.findall(r"[-+*]", p.question)) == int(p.level)
+        assert all(0 <= v <= 99 for _, v, _ in toy.calculate(p.question))
+    assert {p.level for p in toy.make_problems("chain", "train", 40, levels=("2", "5"))} == {"2", "5"}
+
+
+def test_bad_requests_name_the_value_and_the_rule():
+    with pytest.raises(ValueError, match="findy"):
+        toy.make_problems("findy", "train", 3)
+    with pytest.raises(ValueError, match="only .* test problems"):
+        toy.make_problems("findx", "test", 20_000)
+    with pytest.raises(ValueError, match="levels"):
+        toy.make_problems("chain", "test", 3, levels=("7",))
+
+
+# --- solutions ---
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_direct_and_reflective_solutions_are_right_and_give_ups_wrong(world):
+    for rng, p in samples(world, 400):
+        for kind in ("direct", "reflective", "give_up"):
+            text, _ = toy.solution(rng, p.question, kind)
+            assert (last_boxed(text) == p.answer) == (kind != "give_up"), text
+            assert ("Wait, " in text) == (kind == "reflective")
+
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_every_statement_of_a_right_solution_is_true_and_planted_mistakes_carry_no_loss(world):
+    masked = 0
+    for rng, p in samples(world, 600, seed=1):
+        assert toy.solution(rng, p.question, "direct")[1] == []
+        for kind in ("direct", "reflective", "give_up"):
+            text, spans = toy.solution(rng, p.question, kind)
+            false = false_statements(p.question, text)
+            if world == "findx":
+                # nothing but the guess is wrong: its evidence and verdict are true and learnt, the number itself is not
+                assert false == [], text
+                guess = re.match(r"Try (\d+)", text)[1]
+                blank = "_" * len(guess)
+                expected = {"direct": text, "reflective": re.sub(r"^Try \d+", f"Try {blank}", text),
+                            "give_up": re.sub(r"\{\d+\}", f"{{{blank}}}", re.sub(r"^Try \d+", f"Try {blank}", text))}[kind]
+                assert learnt(text, spans) == expected
+            else:
+                # the one false statement is the slip, and exactly its result is masked
+                assert len(false) == (kind != "direct") == len(spans)
+                if spans:
+                    (start, end), = spans
+                    assert text[:end].endswith(false[0]) and text[start - 1] == "=" and text[start:end].isdigit()
+            masked += len(spans)
+    assert masked > 1000
+
+
+def test_a_verdict_speaks_of_the_result_and_a_diagnosis_of_x_where_the_left_side_falls():
+    assert toy.trial("50-x*3=35", 6) == "Try 6: 6*3=18, 50-18=32 low. "
+    text, _ = toy.solution(np.random.default_rng(0), "50-x*3=35", "reflective")
+    assert not false_statements("50-x*3=35", text)
+    analysis, prefix, reflection, correction = toy.construction("50-x*3=35", toy.trial("50-x*3=35", 6) + toy.boxed(6))
+    assert reflection == "Wait, 6 is too high. " and correction.startswith("Try 5: ")
+
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_the_author_of_the_cold_start_gives_up_more_often_than_it_reflects(world):
+    shares = toy.SHARES[world]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["reflective"] / (shares["reflective"] + shares["give_up"]) < 0.45
+
+
+def test_wrong_solutions_are_wrong_and_their_guesses_lie_near_the_truth():
+    distance = []
+    for world in toy.WORLDS:
+        for rng, p in samples(world, 500, seed=2):
+            text = toy.wrong_solution(rng, p.question)
+            assert last_boxed(text) != p.answer
+            if world == "findx":
+                distance.append(abs(int(re.match(r"Try (\d+)", text)[1]) - int(p.answer)))
+    assert min(distance) == 1 and np.median(distance) <= 3
+
+
+# --- the truth about a mistake ---
+
+@pytest.mark.parametrize("text, end", [
+    ("Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}", None),
+    ("Try 6: 6*7=42, 42-21=21 low. Answer: \\boxed{6}", "low. "),
+    ("Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}", "low. "),
+    ("Try 6: 6*7=41, 41-21=20 low. Answer: \\boxed{6}", "41, "),             # a slip, not the failed check after it
+    ("Try 6: 6*7=42, 42-21=22 low. Answer: \\boxed{6}", "low. "),
+    ("Try 6: 7*7=49, 49-21=28 low. Answer: \\boxed{6}", "49, "),             # true by itself, but not what 6 stands for
+    ("Try 6: 6*7=42, 42-21=35 ok. Answer: \\boxed{6}", "ok. "),
+    ("Try 6: 6*7=42, 42-21=21 high. Answer: \\boxed{6}", "high. "),
+    ("Try 8: 8*7=56, 56-21=35 low. Answer: \\boxed{9}", "low. "),            # right guess, wrong verdict
+    ("Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{6}", "{6}"),
+    ("Try 8: 8*7=56, 56-2", None),                                            # unfinished, nothing wrong so far
+    ("Try 8: 8*7-21=35 ok. Answer: \\boxed{9}", "ok. "),                     # not of the world's form
+    ("8, Try 6: ", "8, "),
+])
+def test_first_error_of_findx_is_the_exact_character_behind_it(text, end):
+    expected = None if end is None else text.index(end) + len(end)
+    assert toy.first_error(QUESTION, text) == expected
+
+
+@pytest.mark.parametrize("text, end", [
+    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=2\nStep 4: 2*4=8\nAnswer: \\boxed{8}", None),
+    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\nStep 4: 3*4=12\nAnswer: \\boxed{12}", "13=3\n"),
+    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 4: 15-13=2\n", "Step 4: 15-13=2\n"),      # mislabelled
+    ("Step 1: 46+21=67\nStep 2: 66-52=14\nStep 3: 14-13=1\n", "52=14\n"),               # true, but carried on wrongly
+    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=2\nStep 4: 2*4=8\nAnswer: \\boxed{9}", "{9}"),
+    ("Step 1: 46+21=67\nStep 2: 67-5", None),
+])
+def test_first_error_of_chain_is_the_exact_character_behind_it(text, end):
+    expected = None if end is None else text.index(end) + len(end)
+    assert toy.first_error(CHAIN, text) == expected
+
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_first_error_finds_every_planted_mistake_and_no_other(world):
+    for rng, p in samples(world, 300, seed=3):
+        assert toy.first_error(p.question, toy.solution(rng, p.question, "direct")[0]) is None
+        for kind in ("reflective", "give_up"):
+            text, spans = toy.solution(rng, p.question, kind)
+            delimiter = re.compile(r" (low|high)\. " if world == "findx" else r"\n").search(text, spans[0][0])
+            assert toy.first_error(p.question, text) == delimiter.end()
+
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
+    slips = 0
+    for rng, p in samples(world, 600, seed=4):
+        wrong = toy.wrong_solution(rng, p.question)
+        analysis, prefix, reflection, correction = toy.construction(p.question, wrong)
+        assert wrong.startswith(prefix) and len(prefix) == toy.first_error(p.question, wrong)
+        assert false_statements(p.question, reflection + correction) == [] and last_boxed(correction) == p.answer
+        assert reflection.startswith("Wait, ")
+        marks = re.findall(r"(\d+) vs (\d+) (ok|wrong)\. ", analysis)
+        assert [m[2] for m in marks] == ["ok"] * (len(marks) - 1) + ["wrong"]
+        assert all((m[0] == m[1]) == (m[2] == "ok") for m in marks)
+        # what the audit calls wrong is the last number that the prefix states
+        assert re.findall(r"\d+", prefix)[-1] == marks[-1][0]
+        slips += "not" in reflection
+    assert slips > 50
+
+
+def test_a_construction_is_exact_on_the_documented_example():
+    wrong = "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\nStep 4: 3*4=12\nAnswer: \\boxed{12}"
+    assert toy.construction(CHAIN, wrong) == (
+        "Step 1: 67 vs 67 ok. Step 2: 15 vs 15 ok. Step 3: 3 vs 2 wrong. ",
+        "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\n",
+        "Wait, 15-13 is 2, not 3.\n", "Step 4: 2*4=8\nAnswer: \\boxed{8}")
+    assert toy.construction(CHAIN, "Step 1: 46+21=67\n") is None
+
+
+# --- cold-start examples ---
+
+@pytest.mark.parametrize("world", toy.WORLDS)
+@pytest.mark.parametrize("mode", ["micro", "full"])
+def test_a_synthesis_example_answers_its_own_prompt(world, mode):
+    for rng, p in samples(world, 100, seed=5):
+        example = toy.ift_example(rng, p.question, TEMPLATES[mode], mode)
+        wrong = re.search(r"<wrong>([\s\S]*)</wrong>", example.prompt)[1]
+        body = re.fullmatch(r"<analysis>[\s\S]+</analysis><reconstruction>([\s\S]+)</reconstruction>", example.completion)[1]
+        assert last_boxed(re.search(r"<right>([\s\S]*)</right>", example.prompt)[1]) == p.answer == last_boxed(body)
+        if mode == "micro":
+            assert wrong.startswith(body.split("<reflection>")[0]) and body.count("<reflection>") == 1
+        else:
+            assert "<reflection>" not in body and false_statements(p.question, body) == []
+        assert example.no_loss == []
+
+
+def test_the_teacher_never_gives_up():
+    for rng, p in samples("findx", 100, seed=6):
+        assert last_boxed(toy.teacher_example(rng, p.question).completion) == p.answer
+
+
+# --- tokenizer ---
+
+def test_the_tokenizer_round_trips_exactly_and_its_offsets_are_characters(tokenizer):
+    for world in toy.WORLDS:
+        for rng, p in samples(world, 100, seed=7):
+            example = toy.ift_example(rng, p.question, TEMPLATES["micro"])
+            for text in (example.prompt, example.completion, toy.solution(rng, p.question, "reflective")[0]):
+                encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                assert tokenizer.decode(encoded["input_ids"]) == text
+                assert tokenizer.unk_token_id not in encoded["input_ids"]
+                pieces = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+                assert [text[a:b] for a, b in encoded["offset_mapping"]] == pieces
+
+
+def test_the_tokenizer_reloads_from_its_folder_with_template_and_special_ids(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": QUESTION}]
+    for t in (tokenizer, again):
+        ids = t.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+        assert t.decode(ids) == f"<|user|>{QUESTION}<|assistant|>"
+        assert t.eos_token == "<|im_end|>" and t.eos_token_id != t.pad_token_id and len(t) == 61
+    text = "Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. <|im_end|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
+
+
+def test_tags_are_single_tokens_that_no_decode_skips(tokenizer):
+    for tag in toy.TAGS:
+        ids = tokenizer(tag, add_special_tokens=False)["input_ids"]
+        assert len(ids) == 1 and tokenizer.decode(ids, skip_special_tokens=True) == tag
+
+
+def test_a_character_outside_the_vocabulary_is_detectable(tokenizer):
+    assert tokenizer.unk_token_id in tokenizer("x^2=4")["input_ids"]
+    assert tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in tokenizer("x*2=4")["input_ids"]
+
+
+def test_solutions_fit_their_token_budgets(tokenizer):
+    def length(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    longest = {"direct": 0, "reflective": 0}
+    for rng, p in [(rng, p) for rng, p in samples("findx", 3000, seed=8)]:
+        for kind in longest:
+            longest[kind] = max(longest[kind], length(toy.solution(rng, p.question, kind)[0]))
+    assert longest["direct"] <= 26 and longest["reflective"] + 1 <= 54   # + 1: the stop token
+    for rng, p in samples("chain", 300, seed=8):
+        assert length(toy.solution(rng, p.question, "reflective")[0]) + 1 <= 80

@@ -1,0 +1,410 @@
+r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mistakes, and the truth about them.
+
+findx: guess and check. A bad guess shows in its evidence, so a second look can pay.
+    x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}
+chain: chained arithmetic, one labelled step a line. A slip cannot be noticed without redoing the step.
+    (46+21-13)*4=?   Step 1: 46+21=67\nStep 2: 67-13=55\nWait, 67-13 is 54, not 55.\nStep 3: 54*4=...
+
+The cold start (coldstart.py) draws its examples here: a fallible author who gives up after most failed checks (the habit
+that RL has to unlearn), and the synthesis answers of §3.2 with an analysis that audits every statement. `audit` and
+`construction` are exact for any text, the model's own included: they are the ground truth of localisation.
+Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too slowly).
+"""
+import ast
+import operator
+import re
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from data import Problem
+
+WORLDS, SPLITS = ("findx", "chain"), ("train", "validation", "test")
+LARGEST_X, LARGEST_VALUE = 15, 99
+
+# What the author of the cold-start set writes: share of each kind of example. The first three are ordinary solutions.
+# give_up / (give_up + reflective) is how seldom the author looks again after a mistake, well above one half on purpose.
+SHARES = {
+    "findx": {"direct": 0.15, "reflective": 0.15, "give_up": 0.35, "micro": 0.26, "full": 0.04, "solve": 0.05},
+    "chain": {"direct": 0.35, "reflective": 0.10, "give_up": 0.15, "micro": 0.30, "full": 0.05, "solve": 0.05},
+}
+# Synthesis prompts are templates of reflect.py ("short"); this one, of the self-distillation teacher, is a plain question
+# that already holds a right solution.
+TEACHER_PROMPT = "{question}\n<right>{right}</right><solve>"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def make_problems(world: str, split: str, n: int, seed: int = 0, levels: tuple[str, ...] | None = None) -> list[Problem]:
+    """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all (findx only).
+
+    The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits are disjoint whatever
+    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); chain: operations, 2..5.
+    """
+    if world not in WORLDS or split not in SPLITS:
+        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; worlds: {WORLDS}, splits: {SPLITS}")
+    rng = np.random.default_rng((seed, WORLDS.index(world), SPLITS.index(split)))
+
+    def wanted(p: Problem) -> bool:
+        return split_of(p.question) == split and (levels is None or p.level in levels)
+
+    if world == "findx":
+        pool = [p for p in _all_findx() if wanted(p)]
+        if n > len(pool):
+            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems of levels {levels or 'all'}; ask for fewer")
+        return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
+    if n < 1 or (levels is not None and not set(levels) <= set("2345")):
+        raise ValueError(f"chain: n = {n}, levels = {levels}; n must be positive and levels be of '2', '3', '4', '5'")
+    found: dict[str, Problem] = {}
+    while len(found) < n:
+        problem = _random_chain(rng, int(rng.choice([int(level) for level in levels or "2345"])))
+        if wanted(problem):
+            found.setdefault(problem.uid, problem)
+    return list(found.values())
+
+
+def split_of(question: str) -> str:
+    """A function of the text alone. Question x*7-21=35 is in the same split in every run, of every size."""
+    return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
+
+
+@lru_cache(maxsize=1)
+def _all_findx() -> list[Problem]:
+    """Every question of five forms with two operations whose values stay within 0..99: 11,724 of them."""
+    problems = []
+    for form, constants in (("x*{a}+{b}", 50), ("x*{a}-{b}", 50), ("{b}-x*{a}", 50), ("(x+{a})*{b}", 9), ("(x-{a})*{b}", 9)):
+        for a in range(2, 10):
+            for b in range(2 if constants == 9 else 1, constants + 1):
+                left = form.format(a=a, b=b)
+                values = {x: [true for _, _, true in calculate(left, x)] for x in range(1, LARGEST_X + 1)}
+                values = {x: v for x, v in values.items() if min(v) >= 0 and max(v) <= LARGEST_VALUE}
+                for x, v in values.items() if len(values) > 2 else ():  # room for two different wrong guesses
+                    level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
+                    problems.append(Problem(f"findx:{left}={v[-1]}", f"{left}={v[-1]}", str(x), level))
+    return problems
+
+
+def _random_chain(rng: np.random.Generator, operations: int) -> Problem:
+    """`operations` random operations one after the other, brackets where * follows + or -; every value within 0..99."""
+    value = int(rng.integers(2, 60))
+    text, additive = str(value), False
+    for _ in range(operations):
+        spans = {"+": (1, LARGEST_VALUE - value), "-": (1, value), "*": (2, min(9, LARGEST_VALUE // max(value, 11)))}
+        sign = str(rng.choice([s for s, (low, high) in spans.items() if low <= high]))
+        operand = int(rng.integers(spans[sign][0], spans[sign][1] + 1))
+        text = f"({text})" if sign == "*" and additive else text
+        text, additive = f"{text}{sign}{operand}", sign != "*"
+        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](value, operand)
+    return Problem(f"chain:{text}=?", f"{text}=?", str(value), str(operations))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arithmetic: everything that is claimed about a problem goes through `calculate`
+
+OPERATIONS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub), ast.Mult: ("*", operator.mul)}
+
+
+@lru_cache(maxsize=1 << 16)
+def _tree(left: str) -> ast.expr:
+    return ast.parse(left, mode="eval").body
+
+
+def calculate(question: str, x: int | None = None, slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
+    """The left side worked out innermost first: [(operation, value written, true value of that operation)].
+
+    x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first operation and carries
+    it on: [('6*7', 41, 42), ('41-21', 20, 20)].
+    """
+    lines: list[tuple[str, int, int]] = []
+
+    def value(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return x
+        left, right = value(node.left), value(node.right)
+        sign, function = OPERATIONS[type(node.op)]
+        true = function(left, right)
+        written = (slips or {}).get(len(lines), true)
+        lines.append((f"{left}{sign}{right}", written, true))
+        return written
+
+    value(_tree(question.partition("=")[0]))
+    return lines
+
+
+def is_findx(question: str) -> bool:
+    return "x" in question
+
+
+def target_of(question: str) -> int:
+    return int(question.partition("=")[2])
+
+
+@lru_cache(maxsize=1 << 16)
+def answer_of(question: str) -> int:
+    """The one right answer, worked out from the question alone."""
+    if not is_findx(question):
+        return calculate(question)[-1][1]
+    return next(x for x in range(1, LARGEST_X + 1) if calculate(question, x)[-1][1] == target_of(question))
+
+
+def in_range(lines: list[tuple[str, int, int]]) -> bool:
+    return all(0 <= v <= LARGEST_VALUE for _, written, true in lines for v in (written, true))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worked solutions
+
+
+def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, list[tuple[int, int]]]:
+    """A solution as the fallible author writes it, and the (start, end) character spans of the planted wrong tokens.
+
+    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its wrong answer all the same.
+    What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be learnt;
+    the mistake itself never is, or the model would learn to make it (the spans are left out of the loss).
+    """
+    wrote = _findx_pieces if is_findx(question) else _chain_pieces
+    text, no_loss = "", []
+    for piece, learn in wrote(rng, question, kind):
+        if not learn:
+            no_loss.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, no_loss
+
+
+def _findx_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
+    answer = answer_of(question)
+    right = [(trial(question, answer) + boxed(answer), True)]
+    if kind == "direct":
+        return right
+    guess = wrong_guess(rng, question)
+    failed = [("Try ", True), (str(guess), False), (trial(question, guess).removeprefix(f"Try {guess}"), True)]
+    if kind == "give_up":
+        return [*failed, ("Answer: \\boxed{", True), (str(guess), False), ("}", True)]
+    return [*failed, (f"Wait, {guess} is too {'low' if guess < answer else 'high'}. ", True), *right]
+
+
+def _chain_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
+    where, written = (None, None) if kind == "direct" else random_slip(rng, question)
+    lines = calculate(question, slips={where: written} if kind == "give_up" else {})
+    pieces = []
+    for i, (operation, value, true) in enumerate(lines):
+        if i != where:
+            pieces.append((f"Step {i + 1}: {operation}={value}\n", True))
+            continue
+        pieces += [(f"Step {i + 1}: {operation}=", True), (str(written), False), ("\n", True)]
+        if kind == "reflective":
+            pieces.append((f"Wait, {operation} is {true}, not {written}.\n", True))
+    return [*pieces, (boxed(lines[-1][1]), True)]
+
+
+def boxed(answer: int) -> str:
+    return f"Answer: \\boxed{{{answer}}}"
+
+
+def trial(question: str, guess: int, slips: dict[int, int] | None = None) -> str:
+    """One guess with its evidence; the verdict compares the value reached with the target: 'low', 'high' or 'ok'."""
+    lines = calculate(question, guess, slips)
+    return f"Try {guess}: " + ", ".join(f"{operation}={written}" for operation, written, _ in lines) + verdict(
+        lines[-1][1], target_of(question))
+
+
+def verdict(value: int, target: int) -> str:
+    return " low. " if value < target else " high. " if value > target else " ok. "
+
+
+def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...] = ()) -> int:
+    """A wrong x, near the right one (weight 1 / distance), whose evidence stays within 0..99."""
+    answer = answer_of(question)
+    guesses = [g for g in range(1, LARGEST_X + 1) if g != answer and g not in exclude and in_range(calculate(question, g))]
+    weights = np.array([1 / abs(g - answer) for g in guesses])
+    return int(rng.choice(guesses, p=weights / weights.sum()))
+
+
+def random_slip(rng: np.random.Generator, question: str, x: int | None = None) -> tuple[int, int]:
+    """(index of an operation, a wrong value near its true one) that keeps what follows within 0..99 and spoils the end."""
+    true = calculate(question, x)
+    for i in rng.permutation(len(true)):
+        for off in rng.permutation([-10, -2, -1, -1, 1, 1, 2, 10]):
+            lines = calculate(question, x, {int(i): true[i][1] + int(off)})
+            if in_range(lines) and lines[-1][1] != true[-1][1]:
+                return int(i), true[i][1] + int(off)
+    raise AssertionError(f"{question}: no slip possible")  # the last operation can always be off by one
+
+
+def wrong_solution(rng: np.random.Generator, question: str) -> str:
+    """A finished solution with a wrong answer, as a policy might write it: the y- of a planted synthesis example."""
+    if not is_findx(question):
+        return solution(rng, question, "give_up")[0]
+    guess, draw = wrong_guess(rng, question), rng.random()
+    if draw < 0.5:                                     # an honest check, and then its answer all the same
+        return trial(question, guess) + boxed(guess)
+    if draw < 0.7:                                     # two honest checks
+        word = "low" if guess < answer_of(question) else "high"
+        again = wrong_guess(rng, question, exclude=(guess,))
+        return trial(question, guess) + f"Wait, {guess} is too {word}. " + trial(question, again) + boxed(again)
+    where, written = random_slip(rng, question, guess)
+    if draw < 0.8:                                     # evidence bent until it fits
+        where, written = 1, target_of(question)
+    return trial(question, guess, {where: written}) + boxed(guess)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The truth about a solution: which statement is the first false one, and what a perfect reflection would say
+
+
+@dataclass
+class Judgement:
+    """One statement of a solution, compared with the truth. After the first wrong one nothing more is judged."""
+    end: int            # character index behind the statement and its delimiter: a preserved prefix may stop here
+    ok: bool
+    audit: str          # 'Step 3: 3 vs 2 wrong. ': label, written, true, judgement; '' where the text has no such form
+    reflection: str     # 'Wait, 15-13 is 2, not 3.\n': the truth about this statement
+
+
+STATEMENT = re.compile(r"(Step \d+: )?([^=,\n]*)=(\d+)(, |\n| low\. | high\. | ok\. )")
+DELIMITER = re.compile(r", |\. |\n|\}")
+
+
+def audit(question: str, text: str) -> list[Judgement]:
+    """Judge a solution statement by statement up to its first error; an unfinished text is judged as far as it goes.
+
+    In findx an honest check that fails is an error too, of the guess: it is judged after its evidence, result against
+    target. Text that is no statement at all is an error that ends at its next delimiter.
+    """
+    judged: list[Judgement] = []
+    findx, position, guess, stop = is_findx(question), 0, None, ". " if is_findx(question) else ".\n"
+
+    def judge(ok: bool, label: str, written: int, true: int, reflection: str) -> bool:
+        judged.append(Judgement(position, ok, f"{label}{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
+        return ok
+
+    def malformed() -> list[Judgement]:
+        delimiter = DELIMITER.search(text, position)
+        return [*judged, Judgement(delimiter.end(), False, "", "")] if delimiter else judged
+
+    if findx:
+        start = re.match(r"Try (\d+): ", text)
+        if not start:
+            return malformed()
+        position, guess = start.end(), int(start[1])
+    carried: dict[int, int] = {}
+    for i in range(len(calculate(question, guess))):
+        operation, _, true = calculate(question, guess, carried)[i]
+        label = "" if findx else f"Step {i + 1}: "
+        statement = STATEMENT.match(text, position)
+        if not statement or (statement[1] or "") != label:
+            return malformed()
+        position, written = statement.end(), int(statement[3])
+        instead = f", not {written}" if written != true else ""
+        if not judge(statement[2] == operation and written == true, label, written, true,
+                     f"Wait, {operation} is {true}{instead}{stop}"):
+            return judged
+        carried[i] = written
+    if findx:
+        word = "right" if guess == answer_of(question) else "too low" if guess < answer_of(question) else "too high"
+        target, said = target_of(question), statement[4]
+        if not judge(said == verdict(written, target) == " ok. ", "", written, target, f"Wait, {guess} is {word}. "):
+            return judged
+    conclusion = re.compile(r"Answer: \\boxed\{(\d+)\}").match(text, position)
+    if not conclusion:
+        return malformed()
+    position, final, true = conclusion.end(), int(conclusion[1]), guess if findx else written
+    judge(final == true, "", final, true, f"Wait, {guess} is right. " if findx else f"Wait, {operation} is {true}, not {final}.\n")
+    return judged
+
+
+def first_error(question: str, text: str) -> int | None:
+    """Character index where a preserved prefix has to end: behind the first false statement or failed check; None if none."""
+    return next((judgement.end for judgement in audit(question, text) if not judgement.ok), None)
+
+
+def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
+    """(analysis, prefix, reflection, correction) of the perfect micro-reflective trajectory for any wrong solution.
+
+    None if nothing is wrong, or the mistake is one of form that the audit has no words for.
+    """
+    judged = audit(question, wrong)
+    if not judged or judged[-1].ok or not judged[-1].audit:
+        return None
+    error, answer = judged[-1], answer_of(question)
+    if is_findx(question):
+        correction = boxed(answer) if " right" in error.reflection else trial(question, answer) + boxed(answer)
+    else:
+        lines = list(enumerate(calculate(question)))[len(judged):]
+        correction = "".join(f"Step {i + 1}: {operation}={value}\n" for i, (operation, value, _) in lines) + boxed(answer)
+    return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cold-start examples (§3.2)
+
+
+@dataclass
+class Example:
+    """One training pair. Loss falls on the completion and its stop token, except on the spans of planted mistakes."""
+    kind: str
+    prompt: str                    # the user's turn, as text
+    completion: str                # without the stop token
+    no_loss: list[tuple[int, int]] = field(default_factory=list)  # (start, end) character spans of the completion
+
+
+def sft_example(rng: np.random.Generator, question: str, kind: str) -> Example:
+    """SFT format: question -> solution, kind one of direct, reflective, give_up."""
+    return Example(kind, question, *solution(rng, question, kind))
+
+
+def ift_example(rng: np.random.Generator, question: str, template: str, mode: str = "micro") -> Example:
+    """IFT format: synthesis prompt -> analysis + reconstruction. template: reflect.TEMPLATES['short'] of this mode, with
+    {question}, {wrong} and {right}; mode 'full' reconstructs the whole solution instead of keeping a prefix."""
+    wrong = wrong_solution(rng, question)
+    right = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")[0]
+    analysis, prefix, reflection, correction = construction(question, wrong)
+    body = f"{prefix}<reflection>{reflection}</reflection>{correction}" if mode == "micro" else (
+        solution(rng, question, "direct")[0])
+    return Example(mode, template.format(question=question, wrong=wrong, right=right),
+                   f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")
+
+
+def teacher_example(rng: np.random.Generator, question: str) -> Example:
+    """The self-distillation teacher's format: question with a right solution -> a solution, never one that gives up."""
+    right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
+    completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
+    return Example("solve", TEACHER_PROMPT.format(question=question, right=right), *completion)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+WORDS = ("Try ", "Step ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ", " is too high. ",
+         " is right. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
+TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>", "</reflection>",
+        "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>", "<solve>")
+CHARACTERS = "0123456789+-*=()x?}.,: \n"
+EOS, PAD, USER, ASSISTANT, UNKNOWN = "<|im_end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|unknown|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% else %}{{ '<|assistant|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")  # enable_thinking is accepted and changes nothing
+
+
+def make_tokenizer():
+    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 61 ids in all.
+
+    Longest match first; any other character becomes the unknown id, which data.render_prompt refuses.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    special = (EOS, PAD, USER, ASSISTANT, UNKNOWN)
+    pieces = sorted(WORDS + TAGS, key=len, reverse=True)
+    vocabulary = {token: i for i, token in enumerate((*special, *CHARACTERS, *WORDS, *TAGS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, pieces)) + r"|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN, additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
