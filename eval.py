@@ -1,17 +1,18 @@
 """
 Pass@k with intervals, truncation, and the paper's reflection analysis (§4.3), from any Hugging Face folder.
 
-    python eval.py config/eval_toy.py --init_from=out/toy/step_000060 --out=out/toy/eval
-    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base      # §4.1: Pass@1, Pass@5, 80 samples
-    python eval.py config/filter_deepscaler.py --init_from=out/coldstart                   # §4.1: keep accuracy in [0.125, 0.875]
-    python eval.py --compare=base.json,tapo.json                                           # paired, problem by problem
-    python eval.py --compare=grpo_s0.json+grpo_s1.json,tapo_s0.json+tapo_s1.json           # groups of seeds, paired by seed
+    python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
+    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5 on three contests
+    python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: problems of middling accuracy
+    python eval.py --compare=base.json,tapo.json                                     # paired, problem by problem
+    python eval.py --compare=grpo_s0.json+grpo_s1.json,tapo_s0.json+tapo_s1.json     # paired by training seed, too
 
-Sampler, grader and prompt are those of training. Every sample is appended to OUT.samples.jsonl as soon as it is graded; the
-same command continues there after a kill. Deliberately missing: majority voting, several processes (problems are dealt by
-index, so that is a slice away).
+Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it is graded, and the
+same command continues there after a kill. Deliberately missing: majority voting, several processes (noise depends on
+the problem alone, so dealing problems out by index would not change a sample).
 """
 import collections
+import itertools
 import json
 import math
 import os
@@ -20,64 +21,71 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
+import reflect
+import reward
+import toy
 from configurator import configure, diff_configs, print_config, run_script
-from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer, render_prompt, stop_ids_of
+from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer
+from data import render_prompt, save_problems, stop_ids_of
+from model import load_hf
+from rollout import EVALUATION, completion_text, generate
 
-# --- what is measured --------------------------------------------------------------------------------------------------
+# --- what is measured -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id
 problems = ""                  # problem files, separated by commas; each is scored by itself
 world = ""                     # or a toy world: 'findx' | 'chain'
 split = "test"                 # of the toy world
-n_problems = 0                 # the first so many of each file; 0 = all (the toy world needs a number)
+n_problems = 0                 # the first so many of each file; 0 = all
 instruction = BOXED_INSTRUCTION  # appended to every question; the same as in training
 out = "out/eval"               # writes OUT.json and OUT.samples.jsonl
 resume = True                  # read back what OUT.samples.jsonl holds; False starts it anew
-seed = 0                       # of the noise, which depends on (seed, uid, sample) only: two models see the same
-# --- sampling ----------------------------------------------------------------------------------------------------------
+seed = 0                       # the noise depends on (seed, uid, sample) only: two models see the same
+# --- sampling ---------------------------------------------------------------------------------------------------------
 samples = 16                   # per problem; with 30 problems the standard error of 1 is 9 points, of 16 it is 2.3
-temperatures = (1.0, 0.6)      # the settings are pairs (temperature, top-p): what training samples from, ...
+temperatures = (1.0, 0.6)      # settings are pairs (temperature, top-p): what training samples from, ...
 top_ps = (1.0, 0.9)            # ... and the paper's (§4.1)
 pass_k = (1,)                  # the k of Pass@k
-max_new_tokens = 8192          # the cap belongs to the score: longer responses count as wrong
-max_rows = 256                 # rows that decode at once
+max_new_tokens = 8192          # the cap is part of the score: longer responses count as wrong
+max_rows = 256                 # rows that decode at once: the memory knob
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # 'float32' | 'bfloat16'
 threads = 0                    # CPU threads; 0 = torch's choice
-# --- optional: a judge for ERR, behind any OpenAI-compatible address; its key is read from the environment's OPENAI_API_KEY --
+# --- optional: a judge for ERR behind any OpenAI-compatible address, with the key in OPENAI_API_KEY -------------------
 judge_url = ""                 # e.g. http://localhost:8000/v1
 judge_model = ""
-# --- optional: keep the problems of the right difficulty (uses the first setting) ------------------------------------------
+# --- optional: keep the problems of middling accuracy in the first setting --------------------------------------------
 filter_out = ""                # problem file to write, accuracy beside each problem
 filter_low = 0.125
 filter_high = 0.875
-# --- instead of sampling: compare results --------------------------------------------------------------------------------
-compare = ""                   # OUT.json files separated by commas, the first is the baseline; seeds of a method joined by +
+# --- instead of all this: compare results -----------------------------------------------------------------------------
+compare = ""                   # OUT.json files separated by commas, the baseline first; + joins the seeds of one method
 compare_out = ""               # also write the comparison as json
-config = configure(globals())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics: pure functions
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): the probability that k of n samples, drawn without replacement, include one of the c right."""
-    if k > n:
+    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, include one of the c right ones."""
+    if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; use samples >= {k} or a smaller k")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of sum(values) / sum(weights) when the problems (P,) are drawn again with replacement.
+    """95 % percentile interval of sum(values) / sum(weights) when problems (P,) are drawn again with replacement.
 
     weights None means ones: a mean. Resamples whose weights sum to 0 are left out.
     """
     values = np.asarray(values, float)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
-    rng = np.random.default_rng(seed)
-    ratios = []
+    rng, ratios = np.random.default_rng(seed), []
     for _ in range(draws):
         again = rng.integers(len(values), size=len(values))
         if weights[again].sum() > 0:
@@ -89,13 +97,11 @@ def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -
 def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
     """Two-sided p that paired differences (P,) have mean 0: how often random signs give a sum as large in size.
 
-    All 2^P sign patterns up to P = 16 (differences of 0 have no sign), else `draws` random ones plus the observed.
+    All 2^P sign patterns for up to 16 differences (those of 0 have no sign), else `draws` random ones and the observed.
     """
     d = np.asarray(differences, float)
     d = d[d != 0]
-    if len(d) == 0:
-        return 1.0
-    observed = abs(d.sum()) * (1 - 1e-9)  # a pattern with the same sum in another order of addition must count
+    observed = abs(d.sum()) * (1 - 1e-9)  # equal sums must count as equal in whatever order they were added
     if len(d) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float((abs(signs @ d) >= observed).mean())
@@ -105,13 +111,11 @@ def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
 
 
 def t_interval(values) -> tuple[float, float]:
-    """95 % interval of the mean of a few seeds (n >= 2) under Student's t; (nan, nan) for one."""
+    """95 % interval of the mean of a few seeds, two at least, under Student's t."""
     values = np.asarray(values, float)
     df = len(values) - 1
-    if df < 1:
-        return math.nan, math.nan
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2  # 97.5 % quantile and its expansion
+    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2  # the 97.5 % quantile; its expansion
     half = t * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
@@ -120,51 +124,48 @@ def dsr_err(correct, reflects, located) -> dict:
     """§4.3 on boolean arrays (P, n), over the problems whose pass rate is strictly between 0 and 1.
 
     DSR: of the correct responses, the share that never reflects. ERR: of the responses that reflect, the share that
-    located the error and ends correct. None where nothing is to be divided. Intervals are over problems.
+    located and named the error and ends correct. None where there is nothing to divide by. Intervals are over problems.
     """
     correct, reflects, located = (np.asarray(a, bool) for a in (correct, reflects, located))
     mixed = correct.any(1) & ~correct.all(1)
     correct, reflects, located = correct[mixed], reflects[mixed], located[mixed]
     result = {"mixed_problems": int(mixed.sum())}
     for name, hit, base in (("DSR", correct & ~reflects, correct), ("ERR", reflects & located & correct, reflects)):
-        found = base.any()
-        result[name] = float(hit.sum() / base.sum()) if found else None
-        result[name + "_interval"] = list(bootstrap_interval(hit.sum(1), base.sum(1))) if found else None
+        some = bool(base.any())
+        result[name] = float(hit.sum() / base.sum()) if some else None
+        result[name + "_interval"] = list(bootstrap_interval(hit.sum(1), base.sum(1))) if some else None
     return result
 
 
 def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[int, ...]) -> dict:
-    """The numbers of one problem set at one setting. rows_of: uid -> its n sample rows; levels: uid -> level."""
-    def mean(key):
-        return float(np.mean([key(row) for rows in rows_of.values() for row in rows]))
+    """The numbers of one problem set in one setting. rows_of: uid -> its n sample rows; levels: uid -> level."""
+    def share(*grades):
+        return float(np.mean([row["grade"] in grades for rows in rows_of.values() for row in rows]))
 
-    def scores(counts):  # counts: (n, c) per problem
+    def scores(problems):
         result = {}
         for k in ks:
-            values = [pass_at_k(n, c, k) for n, c in counts]
+            values = [pass_at_k(p["n"], p["c"], k) for p in problems]
             low, high = bootstrap_interval(values)
             result[str(k)] = {"value": float(np.mean(values)), "low": low, "high": high}
-        return result
+        return {"pass@k": result, "truncated": sum(p["truncated"] for p in problems) / sum(p["n"] for p in problems)}
 
-    per_problem = [{"uid": uid, "level": levels[uid], "n": len(rows), "c": sum(row["grade"] == "correct" for row in rows),
-                    "truncated": sum(not row["finished"] for row in rows)} for uid, rows in rows_of.items()]
+    per_problem = [{"uid": uid, "level": levels[uid], "n": len(rows), "c": sum(map(is_correct, rows)),
+                    "truncated": sum(row["grade"] == "truncated" for row in rows)} for uid, rows in rows_of.items()]
     by_level = collections.defaultdict(list)
     for p in per_problem:
         by_level[p["level"]].append(p)
-    flags = {key: [[bool(row[key]) for row in rows] for rows in rows_of.values()] for key in ("reflects", "located")}
-    correct = [[row["grade"] == "correct" for row in rows] for rows in rows_of.values()]
-    return {
-        "pass@k": scores([(p["n"], p["c"]) for p in per_problem]),
-        "truncated": mean(lambda row: not row["finished"]),
-        "no_answer": mean(lambda row: row["grade"] == "no_answer"),
-        "unparsable": mean(lambda row: row["grade"] == "unparsable"),
-        "timeout": mean(lambda row: row["grade"] in ("timeout", "error")),  # of the grader, not of the model
-        "length": mean(lambda row: row["tokens"]),
-        "reflect_rate": mean(lambda row: row["reflects"]),
-        **dsr_err(correct, flags["reflects"], flags["located"]),
-        "levels": {level: {"problems": len(ps), "pass@k": scores([(p["n"], p["c"]) for p in ps]),
-                           "truncated": sum(p["truncated"] for p in ps) / sum(p["n"] for p in ps)}
-                   for level, ps in sorted(by_level.items())} if len(by_level) > 1 else {},
+    reflects, located, lengths = (np.array([[row[key] for row in rows] for rows in rows_of.values()])
+                                  for key in ("reflects", "located", "tokens"))
+    return scores(per_problem) | {
+        "no_answer": share("no_answer"),
+        "unparsable": share("unparsable"),
+        "timeout": share("timeout", "error"),  # of the grader; neither right nor wrong is known
+        "length": float(lengths.mean()),
+        "reflect_rate": float(reflects.mean()),
+        **dsr_err([[is_correct(row) for row in rows] for rows in rows_of.values()], reflects, located),
+        "levels": {level: {"problems": len(members)} | scores(members)
+                   for level, members in sorted(by_level.items())} if len(by_level) > 1 else {},
         "per_problem": per_problem,
     }
 
@@ -172,34 +173,27 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def sample_key(row: dict) -> tuple:
-    """What a stored sample answers: a changed question or answer makes another key, and is sampled again."""
-    return row["uid"], row["problem"], row["temperature"], row["top_p"], row["sample"]
-
-
-def read_samples(path: Path, header: dict) -> dict[tuple, dict]:
-    """Stored samples by key, without their texts. A last line cut by a kill is removed from the file.
-
-    Raises ValueError if the file's header says that they were drawn otherwise.
-    """
-    if not path.is_file() or not path.stat().st_size:
-        return {}
-    with open(path, "rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    lines = content[:content.rfind(b"\n") + 1].decode().splitlines()
-    if not lines:
-        return {}
-    differences = diff_configs(json.loads(lines[0]), header)
-    if differences:
-        raise ValueError(f"{path} holds samples drawn otherwise ({'; '.join(differences)}); choose another --out, "
-                         "or --resume=False to overwrite them")
-    rows = ({k: v for k, v in json.loads(line).items() if k != "text"} for line in lines[1:])
-    return {sample_key(row): row for row in rows}
+def load_sets(c) -> dict[str, list[Problem]]:
+    """Problem sets by name. uids must be unique over all of them: they key the samples and the noise."""
+    if bool(c.world) == bool(c.problems):
+        raise ValueError(f"problems = {c.problems!r} and world = {c.world!r}: set exactly one of them")
+    if c.world:
+        return {f"{c.world}_{c.split}": toy.make_problems(c.world, c.split, c.n_problems)}
+    sets, holder = {}, {}
+    for path in c.problems.split(","):
+        name = Path(path).stem
+        if name in sets:
+            raise ValueError(f"two problem files are called {name}; rename one, results are kept by name")
+        sets[name] = load_problems(path, c.n_problems)
+        for p in sets[name]:
+            if p.uid in holder:
+                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; make uids unique over all files")
+        holder |= {p.uid: name for p in sets[name]}
+    return sets
 
 
 def weights_mark(folder: str) -> str:
-    """A cheap fingerprint of a checkpoint's weights (sizes and last MiB of every file), or the hub id itself."""
+    """A cheap fingerprint of a checkpoint: names, sizes and last MiB of its weight files. Of a hub id, the id itself."""
     mark = 0
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -209,90 +203,337 @@ def weights_mark(folder: str) -> str:
     return f"{mark:08x}" if mark else folder
 
 
-def load_sets(c: dict) -> dict[str, list[Problem]]:
-    """Problem sets by name; uids must be unique over all of them because they key the samples and the noise."""
-    if c["world"]:
-        import toy
-        if c["problems"] or not c["n_problems"]:
-            raise ValueError(f"world = {c['world']!r} needs n_problems > 0 and problems = ''")
-        return {f"{c['world']}-{c['split']}": toy.make_problems(c["world"], c["split"], c["n_problems"])}
-    if not c["problems"]:
-        raise ValueError("nothing to evaluate on; set problems=a.jsonl,b.jsonl or world=findx")
-    sets, holder = {}, {}
-    for path in c["problems"].split(","):
-        name = Path(path).stem
-        if name in sets:
-            raise ValueError(f"two problem files are called {name}; rename one")
-        sets[name] = load_problems(path, c["n_problems"])
-        for p in sets[name]:
-            if holder.setdefault(p.uid, name) != name:
-                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; uids must be unique over all files")
-    return sets
+def read_jsonl(path: Path, header: dict) -> list[dict]:
+    """Rows that an earlier run left behind a first line equal to `header`; [] without a file.
 
-
-def reflection_flags(question: str, text: str, toy_world: bool) -> tuple[bool, bool]:
-    """(reflects, located): does the response reflect, and did the reflection hit a real error?
-
-    By rule: reflection is a marker in the text, and whoever reflects and then ends correct is taken to have located the
-    error; ERR then only asks for the correct end. In the toy world the error before the reflection is known exactly.
+    A last line cut short by a kill is removed from the file. Another header is a ValueError: those rows are not ours.
     """
-    import reflect
+    if not path.is_file():
+        return []
+    with open(path, "rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
+    differences = diff_configs(rows[0], header) if rows else []
+    if differences:
+        raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); "
+                         "choose another --out, or --resume=False to overwrite it")
+    return rows[1:]
+
+
+def sample_key(row: dict) -> tuple:
+    """What tells a stored sample from all others."""
+    return row["temperature"], row["top_p"], row["uid"], row["problem"], row["sample"]
+
+
+def is_correct(row: dict) -> bool:
+    """The one place where a stored sample counts as right. A truncated one is graded so, whatever it says."""
+    return row["grade"] == "correct"
+
+
+def reflection_flags(question: str, text: str, exact: bool) -> tuple[bool, bool]:
+    """(reflects, located): does the response reflect, and on a real error that it names rightly?
+
+    By rule a marker in the text is a reflection, and whoever ends correct after one is taken to have found the error
+    (the judge asks for more). exact, for the toy world: the first false statement is followed by the truth about it.
+    """
     reflects = reflect.reflects(text)
-    if not toy_world or not reflects:
+    if not reflects or not exact:
         return reflects, reflects
-    import toy
-    return True, toy.first_error(question, text) is not None
+    error = next((judged for judged in toy.audit(question, text) if not judged.ok), None)
+    return True, error is not None and error.reflection != "" and text.startswith(error.reflection, error.end)
 
 
-def sample_missing(c: dict, sets: dict[str, list[Problem]], path: Path) -> dict[tuple, dict]:
-    """Sample and grade whatever OUT.samples.jsonl does not hold yet; all rows by key."""
-    import torch
-    from tqdm import tqdm
+def load_model(c, tokenizer, prompts: dict[str, list[int]]):
+    """The model in c.dtype on c.device and its stop ids, once every prompt (by uid) is known to fit its context."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device, num_tokens=len(tokenizer)).eval()
+    for uid, prompt in prompts.items():
+        check_prompt_fits(uid, len(prompt), c.max_new_tokens, model.config.max_position_embeddings)
+    return model, stop_ids_of(tokenizer, model.config.eos_token_id)
 
-    from model import load_hf
-    from reward import grade_many
-    from rollout import EVALUATION, generate
-    if c["threads"]:
-        torch.set_num_threads(c["threads"])
-    tokenizer = load_tokenizer(c["init_from"])
-    header = {k: c[k] for k in ("seed", "max_new_tokens", "instruction", "dtype")} | {"weights": weights_mark(c["init_from"])}
-    rows = read_samples(path, header) if c["resume"] else {}
-    everything = [p for problems in sets.values() for p in problems]
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c["instruction"]) for p in everything}
-    marks = {p.uid: zlib.crc32(json.dumps([prompts[p.uid], p.answer]).encode()) for p in everything}
-    model, part = None, max(1, c["max_rows"] // c["samples"])
+
+def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
+    """(temperature, top-p) -> uid -> its c.samples graded rows. Samples only what the file at `path` does not hold."""
+    tokenizer = load_tokenizer(c.init_from)
+    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
+    # A stored sample answers one prompt and was graded against one answer; after a change of either it is drawn anew.
+    marks = {p.uid: zlib.crc32(json.dumps([prompts[p.uid], p.answer]).encode()) for p in problems}
+    header = {"weights": weights_mark(c.init_from), "seed": c.seed, "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
+    stored, old = collections.defaultdict(dict), read_jsonl(path, header) if c.resume else []
+    for row in old:
+        del row["text"]  # responses may be long and many; the file keeps them
+        stored[sample_key(row)[:-1]][row["sample"]] = row
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a" if rows else "w", encoding="utf-8") as file:
-        if not rows:
+    model, at_once, results = None, max(1, c.max_rows // c.samples), {}
+    with open(path, "a" if old else "w", encoding="utf-8") as file:
+        if not old:
             print(json.dumps(header), file=file, flush=True)
-        for temperature, top_p in zip(c["temperatures"], c["top_ps"], strict=True):
-            keys = {p.uid: [(p.uid, marks[p.uid], temperature, top_p, i) for i in range(c["samples"])] for p in everything}
-            todo = [p for p in everything if any(key not in rows for key in keys[p.uid])]
-            done = len(everything) - len(todo)
-            if todo and model is None:
-                device = c["device"] if c["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-                model = load_hf(c["init_from"], dtype=getattr(torch, c["dtype"]), device=device, num_tokens=len(tokenizer)).eval()
-                stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
-                for p in everything:
-                    check_prompt_fits(p.uid, len(prompts[p.uid]), c["max_new_tokens"], model.config.max_position_embeddings)
-            bar = tqdm(total=len(everything), initial=done, desc=f"T {temperature} top-p {top_p}", unit=" problems", disable=not todo)
-            for start in range(0, len(todo), part):
-                now = todo[start:start + part]
-                groups = generate(model, [prompts[p.uid] for p in now], c["samples"], temperature=temperature, top_p=top_p,
-                                  keys=[(c["seed"], EVALUATION, 0, zlib.crc32(p.uid.encode())) for p in now],
-                                  max_new_tokens=c["max_new_tokens"], stop_ids=stop_ids, max_rows=c["max_rows"])
-                drawn = [(p, i, x, tokenizer.decode(x.ids[:-1] if x.finished else x.ids))
-                         for p, group in zip(now, groups, strict=True) for i, x in enumerate(group)]
-                grades = grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
-                for (p, i, x, text), grade in zip(drawn, grades, strict=True):
-                    reflects, located = reflection_flags(p.question, text, bool(c["world"]))
+        for temperature, top_p in zip(c.temperatures, c.top_ps, strict=True):
+            groups = {p.uid: stored[temperature, top_p, p.uid, marks[p.uid]] for p in problems}
+            missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
+            if missing and model is None:
+                model, stop_ids = load_model(c, tokenizer, prompts)
+            bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
+                       desc=f"T {temperature} top-p {top_p}", disable=not missing)
+            for start in range(0, len(missing), at_once):
+                now = missing[start:start + at_once]
+                completions = generate(
+                    model, [prompts[p.uid] for p in now], c.samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
+                    keys=[(c.seed, EVALUATION, 0, zlib.crc32(p.uid.encode())) for p in now],
+                    temperature=temperature, top_p=top_p, max_rows=c.max_rows)
+                drawn = [(p, i, completion, completion_text(tokenizer, completion))
+                         for p, group in zip(now, completions, strict=True) for i, completion in enumerate(group)]
+                grades = reward.grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
+                for (p, i, completion, text), grade in zip(drawn, grades, strict=True):
+                    reflects, located = reflection_flags(p.question, text, exact=bool(c.world))
                     row = {"uid": p.uid, "problem": marks[p.uid], "temperature": temperature, "top_p": top_p, "sample": i,
-                           "tokens": len(x.ids), "finished": x.finished, "grade": grade.status, "answer": grade.answer,
+                           "tokens": len(completion.ids), "answer": grade.answer,
+                           "grade": grade.status if completion.finished else "truncated",  # wrong, as in training
                            "reflects": reflects, "located": located}
-                    rows[sample_key(row)] = row
+                    groups[p.uid][i] = row
                     file.write(json.dumps(row | {"text": text}, ensure_ascii=False) + "\n")
                 file.flush()
                 bar.update(len(now))
             bar.close()
-    return {key: rows[key] for p in everything for t, q in zip(c["temperatures"], c["top_ps"], strict=True)
-            for key in ((p.uid, marks[p.uid], t, q, i) for i in range(c["samples"]))}
+            results[temperature, top_p] = {uid: [group[i] for i in range(c.samples)] for uid, group in groups.items()}
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge (optional) is asked about every reflecting response what no rule can see
+
+JUDGE_PROMPT = """\
+Below are a math problem and one student's response, in which the student doubts an earlier step.
+Did the student point at a step that really is wrong? Did they say correctly what is wrong with it?
+Think briefly, then end with exactly one line: LOCATED: yes|no DIAGNOSED: yes|no
+
+# Problem
+{question}
+
+# Response
+{response}"""
+
+
+def ask_judge(url: str, model: str, question: str, response: str) -> dict | None:
+    """{"located", "diagnosed"} from an OpenAI-compatible chat endpoint, or None if its reply has no verdict line."""
+    content = JUDGE_PROMPT.format(question=question, response=response)
+    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        text = json.load(reply)["choices"][0]["message"]["content"]
+    verdicts = re.findall(r"LOCATED:\W*(yes|no)\W+DIAGNOSED:\W*(yes|no)", text or "", re.IGNORECASE)
+    if not verdicts:
+        return None
+    located, diagnosed = (word.lower() == "yes" for word in verdicts[-1])
+    return {"located": located, "diagnosed": diagnosed}
+
+
+def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, path: Path) -> dict[tuple, dict | None]:
+    """Verdicts on these rows by sample_key. What is at `path` already is not asked again.
+
+    A judge that fails costs its remaining verdicts and nothing else: all samples are on disk before the first call.
+    """
+    header = {"judge_model": c.judge_model, "prompt": zlib.crc32(JUDGE_PROMPT.encode()),
+              "samples": weights_mark(c.init_from)}
+    old = read_jsonl(path, header) if c.resume else []
+    verdicts = {sample_key(row): row["verdict"] for row in old}
+    wanted, question = {sample_key(row) for row in rows} - set(verdicts), {p.uid: p.question for p in problems}
+    with open(samples_path, encoding="utf-8") as file:  # its first line is the header
+        stored = (json.loads(line) for line in itertools.islice(file, 1, None))
+        todo = list({sample_key(row): row for row in stored if sample_key(row) in wanted}.values())
+    pool, done = ThreadPoolExecutor(8), 0
+    asked = pool.map(lambda row: ask_judge(c.judge_url, c.judge_model, question[row["uid"]], row["text"]), todo)
+    with open(path, "a" if old else "w", encoding="utf-8") as file:
+        if not old:
+            print(json.dumps(header), file=file, flush=True)
+        try:
+            for row, verdict in zip(todo, tqdm(asked, total=len(todo), desc="judge", disable=not todo), strict=True):
+                kept = {key: row[key] for key in ("temperature", "top_p", "uid", "problem", "sample")}
+                print(json.dumps(kept | {"verdict": verdict}), file=file, flush=True)
+                verdicts[sample_key(row)] = verdict
+                done += 1
+        except (OSError, ValueError, LookupError, TypeError) as e:  # unreachable, timed out, no JSON, no chat reply
+            print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} verdicts "
+                  f"({type(e).__name__}: {e}); no sample is lost, the same command asks for the rest", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return {sample_key(row): verdicts[sample_key(row)] for row in rows if sample_key(row) in verdicts}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Paired comparison
+
+def read_result(path: Path) -> dict[tuple, dict]:
+    """The settings of an OUT.json, by what makes two of them comparable."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no result at {path}")
+    try:
+        settings = json.loads(path.read_text())["settings"]
+        return {(s["set"], s["temperature"], s["top_p"], s["max_new_tokens"]): s for s in settings}
+    except (ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{path} is not a result of eval.py ({type(e).__name__}: {e})") from None
+
+
+def compare_runs(groups: list[list[Path]]) -> list[dict]:
+    """Every group of results against the first, per problem set and setting. A group holds one file per training seed.
+
+    difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is over problems
+    (bootstrap) for one seed and over seeds (Student's t) for more: only the latter holds the luck of training.
+    p: sign flips of the per-problem differences, averaged over seeds.
+    """
+    if len(groups) < 2 or len({len(group) for group in groups}) > 1:
+        raise ValueError("compare needs two or more results, or groups of equally many seeds (the n-th of each form a pair); "
+                         f"got {len(groups)} group(s) of {', '.join(str(len(group)) for group in groups)}")
+    loaded, found = [[read_result(path) for path in group] for group in groups], []
+    shared = [key for key in loaded[0][0] if all(key in result for group in loaded for result in group)]
+    if not shared:
+        raise ValueError("these results share no problem set measured at one temperature, top-p and max_new_tokens")
+    for key in shared:
+        accuracy = [[{p["uid"]: p["c"] / p["n"] for p in result[key]["per_problem"]} for result in group]
+                    for group in loaded]
+        uids = sorted(accuracy[0][0])
+        for path, rates in zip(sum(groups, []), sum(accuracy, []), strict=True):
+            if sorted(rates) != uids:
+                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) were not measured on the "
+                                 f"same problems of {key[0]}, only {len(rates.keys() & set(uids))} are shared")
+        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group] for group in accuracy])  # (groups, seeds, P)
+        for group, theirs in zip(groups[1:], accuracy[1:], strict=True):
+            by_seed, by_problem = (theirs - accuracy[0]).mean(1), (theirs - accuracy[0]).mean(0)
+            low, high = t_interval(by_seed) if len(by_seed) > 1 else bootstrap_interval(by_problem)
+            found.append(dict(zip(("set", "temperature", "top_p", "max_new_tokens"), key, strict=True)) | {
+                "problems": len(uids), "baseline": "+".join(map(str, groups[0])), "other": "+".join(map(str, group)),
+                "baseline_pass@1": float(accuracy[0].mean()), "other_pass@1": float(theirs.mean()),
+                "difference": float(by_seed.mean()), "low": low, "high": high, "p": sign_flip_p(by_problem),
+                "by_seed": by_seed.tolist()})
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Printing and the script
+
+def table(rows: list[list[str]]) -> str:
+    """Rows of cells with aligned columns: the first to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+                     for row in rows)
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def results_table(settings: list[dict]) -> str:
+    """One line per problem set and setting, one more per level; in %, 95 % intervals over problems in brackets."""
+    rates = ("no_answer", "unparsable", "timeout", "reflect_rate", "DSR", "ERR")
+
+    def scores(part):
+        passes = (f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]" for v in part["pass@k"].values())
+        return [*passes, percent(part["truncated"])]
+
+    rows = [["set", "T", "top-p", "problems", "samples", *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated", "length",
+             "no answer", "unparsable", "timeout", "reflects", "DSR", "ERR"]]
+    for s in settings:
+        rows.append([s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(len(s["per_problem"])), str(s["samples"]),
+                     *scores(s), f"{s['length']:.0f}", *(percent(s[rate]) for rate in rates)])
+        for level, part in s["levels"].items():
+            rows.append([f"  level {level or '-'}", "", "", str(part["problems"]), "", *scores(part), "", *[""] * len(rates)])
+    return table(rows)
+
+
+def comparison_table(found: list[dict]) -> str:
+    """One line per comparison; pass@1 in %, differences in points."""
+    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference", "95 %", "p"]]
+    for d in found:
+        rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}", str(d["problems"]),
+                     str(len(d["by_seed"])), percent(d["baseline_pass@1"]), percent(d["other_pass@1"]),
+                     f"{100 * d['difference']:+.1f}", f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]", f"{d['p']:.4f}"])
+    return f"baseline: {found[0]['baseline']}\n{table(rows)}"
+
+
+def write_json(path: Path, content) -> None:
+    """Written beside and renamed, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def check_config(c) -> None:
+    """Refuse before sampling what would fail after it. One line each: value, rule, fix."""
+    if not c.init_from:
+        raise ValueError("init_from is not set; pass --init_from=FOLDER, a Hugging Face folder or hub id")
+    if len(c.temperatures) != len(c.top_ps) or not c.temperatures:
+        raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} are read in pairs; give as many of each")
+    if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
+        raise ValueError(f"pass_k = {c.pass_k}: every k must be from 1 to samples = {c.samples}; raise samples or lower k")
+    if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
+        raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 <= low <= high <= 1")
+    if bool(c.judge_url) != bool(c.judge_model):
+        raise ValueError(f"judge_url = {c.judge_url!r} and judge_model = {c.judge_model!r}: set both or neither")
+    for key, values in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
+        if getattr(c, key) not in values:
+            raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
+
+
+def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -> None:
+    """§4.1: keep the problems whose accuracy is within [filter_low, filter_high], and note it beside each."""
+    accuracy = {uid: sum(map(is_correct, rows)) / len(rows) for uid, rows in rows_of.items()}
+    kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
+    if not kept:
+        raise ValueError(f"no problem's accuracy is within [{c.filter_low}, {c.filter_high}]; {c.filter_out} is not written")
+    save_problems(kept, c.filter_out, {p.uid: {"accuracy": accuracy[p.uid]} for p in kept})
+    too_hard = sum(value < c.filter_low for value in accuracy.values())
+    print(f"filter: {c.filter_out} has {len(kept):,} of {len(problems):,} problems; "
+          f"{too_hard:,} were too hard, {len(problems) - len(kept) - too_hard:,} too easy")
+
+
+def main() -> None:
+    config = configure(globals())
+    c = SimpleNamespace(**config)
+    if c.compare:
+        found = compare_runs([[Path(path) for path in group.split("+")] for group in c.compare.split(",")])
+        if c.compare_out:
+            write_json(Path(c.compare_out), found)
+        print(comparison_table(found))
+        return
+    check_config(c)
+    sets = load_sets(c)
+    print_config(config)
+
+    problems = [p for members in sets.values() for p in members]
+    result_path, samples_path, judge_path = (Path(c.out + end) for end in (".json", ".samples.jsonl", ".judge.jsonl"))
+    sampled = sample_all(c, problems, samples_path)
+    settings, to_judge = [], []
+    for (temperature, top_p), rows_of in sampled.items():
+        for name, members in sets.items():
+            mine = {p.uid: rows_of[p.uid] for p in members}
+            settings.append({"set": name, "temperature": temperature, "top_p": top_p, "samples": c.samples,
+                             "max_new_tokens": c.max_new_tokens}
+                            | summarise(mine, {p.uid: p.level for p in members}, c.pass_k))
+            to_judge.append([row for rows in mine.values() if 0 < sum(map(is_correct, rows)) < len(rows)
+                             for row in rows if row["reflects"]])
+    result = {"config": config, "model": c.init_from, "settings": settings}
+    write_json(result_path, result)
+
+    print(f"\n{c.init_from}, at most {c.max_new_tokens:,} tokens; in %, 95 % intervals over problems")
+    print(results_table(settings), flush=True)
+    if c.judge_url:
+        verdicts = judge_all(c, problems, sum(to_judge, []), samples_path, judge_path)
+        for s, rows in zip(settings, to_judge, strict=True):
+            judged = [(is_correct(row), verdicts[sample_key(row)]) for row in rows if verdicts.get(sample_key(row))]
+            right = sum(correct and v["located"] and v["diagnosed"] for correct, v in judged)
+            s |= {"judged": len(judged), "to_judge": len(rows), "ERR_judge": right / len(judged) if judged else None}
+            print(f"{s['set']} T {s['temperature']:g}: ERR {percent(s['ERR_judge'])} by {c.judge_model}, "
+                  f"{len(judged)} of {len(rows)} reflecting responses judged")
+        write_json(result_path, result)
+    if c.filter_out:
+        write_filtered(c, problems, next(iter(sampled.values())))
+    print(f"written: {result_path}, {samples_path}")
+
+
+if __name__ == "__main__":
+    run_script(main)

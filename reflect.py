@@ -1,100 +1,115 @@
-"""Trajectory construction: which mistakes to learn from, the synthesis prompt, parsing, token roles. Text lives here.
+r"""Trajectory construction: which mistakes to learn from, the synthesis prompt, parsing, token roles. Text lives here.
 
-TAPO (arXiv 2606.18844) §3.3, Algorithm 1 lines 8-14, Eq. 3. A wrong response y- and a correct one y+ to the same question go into
-a synthesis prompt; the policy answers <analysis>..</analysis><reconstruction>..</reconstruction>; the reconstruction is the
-constructed trajectory y_ref: y- up to and including its first error, a short reflection, corrected reasoning.
+TAPO (arXiv 2606.18844) §3.3, Eq. 3, Algorithm 1 lines 8-14. A wrong response y- and a right one y+ to the same question
+go into a synthesis prompt; the policy answers <analysis>..</analysis><reconstruction>..</reconstruction>, and the
+reconstruction is the constructed trajectory y_ref: y- up to its first error, a short reflection, corrected reasoning.
 
-y_ref keeps y-'s OWN token ids (trap 1): text seams do not round-trip ("3.\n" + "\nWait" re-encodes to other ids), so only the
-newly written part is encoded, once. Every token gets a role, and a token that touches the reflection counts as reflection.
+y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other ids in one piece than
+in two. Only what is newly written is encoded, once. A token that touches the reflection counts as reflection.
 
-Deliberately missing: the model (train.py samples between synthesis_prompt and build_reflection), grading, retries of failed
-syntheses. What fails is dropped under one of DROP_REASONS and counted: the paper reports that 80-90 % parse.
+Deliberately missing: the model (train.py samples between synthesis_prompt and build_reflection), grading, and retries:
+a synthesis that fails is dropped under one of DROP_REASONS and counted (the paper reports 80-90 % that parse).
 """
 import re
 import zlib
 from dataclasses import dataclass
+from os.path import commonprefix  # of any two strings
 
 import numpy as np
 
 from data import Problem, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 
-PREFIX_MODES = ("micro", "full", "copy")  # y_ref keeps y-'s prefix (the paper) | is a fresh solution | is a copy of y+ (control)
+PREFIX_MODES = ("micro", "full", "copy")  # y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
 DROP_REASONS = (
+    "prompt_too_long",      # y- and y+ do not fit the context; found by train.py, before anything is sampled
     "unfinished",           # the synthesis hit its cap before it closed the reconstruction
-    "unparsable",           # tags missing, repeated, out of order, or an empty reflection
-    "empty_prefix",         # nothing of y- is preserved
-    "prefix_not_verbatim",  # what stands before the reflection is not how y- begins
+    "unparsable",           # tags missing, repeated or out of order, or an empty reflection
     "no_divergence",        # y_ref says nothing that y- does not say
+    "prefix_not_verbatim",  # what stands before the reflection is not how y- begins
+    "empty_prefix",         # nothing of y- is preserved
     "no_correction",        # it stops after the reflection
     "special_token",        # the new text holds a stop token, another special token, or a tag
     "too_long",             # more than max_new_tokens
 )
 TAG = re.compile(r"</?(?:analysis|reconstruction|reflection|wrong|right|micro|full|solve)>")
-ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*")  # never cut inside: a word, a number (12.5 and 1,000 are one), a LaTeX command
-SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # up to and including the end of the first sentence
+ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*", re.ASCII)  # never cut in two: a word, a number (12.5), a LaTeX command
+SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # the first one, its end included
 
-# Rule-based stand-in for the paper's judge in DSR / ERR (§4.3): a response "reflects" when it says that it doubts an earlier step.
-# Planned checks ("let me verify by substitution") are not doubts, and "they wait for 5 minutes" is a word problem.
+# Stand-in for the paper's judge in DSR / ERR (§4.3): a response reflects when it voices doubt about an earlier step.
+# A planned check ("let me verify by substitution") is no doubt, and "wait for 5 minutes" is a word problem.
 MARKERS = re.compile(
-    r"\bWait\b(?!\s+(?:times?|for|until)\b)|\b(?i:but|oh|no|hmm+),?\s+wait\b|\bHmm+\b|\bHold on\b|(?:^|[.!?,;]\s+|\n)[Aa]ctually\b"
-    r"|(?i:\bon second thought|\blet(?:'s| me| us) (?:re-?|double[- ]?)(?:check|consider|examine|think|calculate|compute|do|evaluate|visit)"
-    r"|\bI(?:'ve| have)? (?:just )?(?:made|make|see|found|notice|spot) (?:a|an|the|my) (?:\w+ )?(?:mistake|error|slip)"
-    r"|\b(?:that|this)(?: step| line)?(?:'s| is| was| can't be| cannot be| isn't) (?:not )?(?:wrong|right|correct|incorrect|a mistake)\b"
-    r"(?<!that is right)(?<!that is correct)(?<!this is right)(?<!this is correct))")
+    r"\bWait\b(?! (?:times?|for|until)\b)|\b(?:[Bb]ut|[Nn]o|[Oo]h|[Hh]mm+),? wait\b|\bHmm+\b|\b[Hh]old on\b"
+    r"|(?:^|[.!?] )Actually\b|, actually\b|\b[Oo]n second thought"
+    r"|\b[Ll]et(?:'s| me| us) (?:re-?|double[- ])(?:check|consider|examine|calculate|compute|think|do)\b"
+    r"|\b[Ll]et(?:'s| me| us) try again\b"
+    r"|\bI (?:have )?(?:made|see|found|notice) (?:a|an|the|my) (?:\w+ )?(?:mistake|error|slip)\b"
+    r"|\b[Tt](?:hat|his)(?:'s| is) (?:wrong|incorrect|not right|not correct|a mistake)\b",
+    re.MULTILINE)
 
-_TASK = {
-    "micro": """\
-Your task is to rewrite the incorrect response so that it notices its own mistake and recovers from it.
+_ASK = r"""You are given a problem, an incorrect response to it and a correct one. Compare the two and find the FIRST
+error of the incorrect one. State where it is (quote the words) and of which type: arithmetic slip, sign error,
+misread condition, wrong formula, missing case, invalid step, or another. """
+_ASK_MICRO = _ASK + r"""Then rewrite the incorrect response so that it notices its own mistake and recovers:
+1. Copy it, character for character, from its first word up to and including the first error. Keep the mistaken thought
+exactly as it stands: do not repair, shorten or reformat anything.
+2. Insert one or two short sentences that notice and name the mistake, the way one talks to oneself.
+3. Continue with corrected reasoning up to the final answer, in the style, layout and level of detail of the response.
+Never mention that another response, an analysis or these instructions exist.
 
-1. Compare it with the correct response and find the FIRST error. State where it is (quote the words) and of which type it is: \
-arithmetic slip, sign error, misread condition, wrong formula, missing case, invalid step, or another.
-2. Copy the incorrect response, character for character, from its first word up to and including that first error. Keep the \
-mistaken thought exactly as it stands: do not repair, shorten or reformat anything.
-3. Then insert one or two short sentences in which the writer notices and names the mistake, the way one talks to oneself.
-4. Then continue with corrected reasoning up to the final answer, in the style, layout and level of detail of the incorrect \
-response. Never mention that another response, an analysis or these instructions exist.""",
-    "full": """\
-Your task is to write a complete, correct solution that avoids the mistake of the incorrect response.
+Answer in exactly this format, each tag once, nothing before or after it:
+<analysis>location and type of the first error</analysis>
+<reconstruction>copied beginning, error included
+<reflection>short remark that names the mistake</reflection>
+corrected reasoning ... \boxed{answer}</reconstruction>
+"""
+_ASK_FULL = _ASK + r"""Then solve the problem afresh, from the beginning up to the final answer, taking care where the
+error was, in the style, layout and level of detail of the incorrect response. Never mention that another response, an
+analysis or these instructions exist.
 
-1. Compare it with the correct response and find the FIRST error. State where it is (quote the words) and of which type it is: \
-arithmetic slip, sign error, misread condition, wrong formula, missing case, invalid step, or another.
-2. Then solve the problem afresh from the beginning up to the final answer, taking care at that point, in the style, layout and \
-level of detail of the incorrect response. Never mention that another response, an analysis or these instructions exist.""",
-}
-_FORMAT = {
-    "micro": "<analysis>location and type of the first error</analysis>\n<reconstruction>copied beginning, error included\n"
-             "<reflection>short remark that names the mistake</reflection>\ncorrected reasoning ... \\boxed{answer}</reconstruction>",
-    "full": "<analysis>location and type of the first error</analysis>\n"
-            "<reconstruction>complete solution ... \\boxed{answer}</reconstruction>",
-}
-_EXAMPLE_WRONG = "Subtracting 5 from both sides gives 3x = 16.\nDividing by 3 gives x = 16/3, so the answer is \\boxed{16/3}."
-_EXAMPLE_ANALYSIS = '<analysis>Location: "gives 3x = 16" in the first line. Type: arithmetic slip, 20 - 5 is 15.</analysis>\n'
-_EXAMPLE = {
-    "micro": _EXAMPLE_ANALYSIS + "<reconstruction>Subtracting 5 from both sides gives 3x = 16.\n<reflection>Wait, 20 - 5 is 15, not 16. "
-             "I slipped in the subtraction.</reflection>\nSo 3x = 15. Dividing by 3 gives x = 5, so the answer is \\boxed{5}.</reconstruction>",
-    "full": _EXAMPLE_ANALYSIS + "<reconstruction>Subtracting 5 from both sides gives 3x = 15.\n"
-            "Dividing by 3 gives x = 5, so the answer is \\boxed{5}.</reconstruction>",
-}
+Answer in exactly this format, each tag once, nothing before or after it:
+<analysis>location and type of the first error</analysis>
+<reconstruction>complete solution ... \boxed{answer}</reconstruction>
+"""
+_EXAMPLE = r"""
+# Example
+## Problem
+Solve 3x + 5 = 20.
+## Incorrect response
+Subtracting 5 from both sides gives 3x = 16.
+Dividing by 3 gives x = 16/3, so the answer is \boxed{16/3}.
+## Correct response
+We have 3x = 20 - 5 = 15, hence x = \boxed{5}.
+## Answer
+<analysis>Location: "gives 3x = 16" in the first line. Type: arithmetic slip, 20 - 5 is 15.</analysis>
+"""
+_EXAMPLE_MICRO = _EXAMPLE + r"""<reconstruction>Subtracting 5 from both sides gives 3x = 16.
+<reflection>Wait, 20 - 5 is 15, not 16. I slipped in the subtraction.</reflection>
+So 3x = 15. Dividing by 3 gives x = 5, so the answer is \boxed{5}.</reconstruction>
+"""
+_EXAMPLE_FULL = _EXAMPLE + r"""<reconstruction>Subtracting 5 from both sides gives 3x = 15.
+Dividing by 3 gives x = 5, so the answer is \boxed{5}.</reconstruction>
+"""
+_YOUR_TURN = """
+# Your turn
+## Problem
+{question}
+## Incorrect response
+{wrong}
+## Correct response
+{right}
+## Answer"""
 
-
-def _long(mode: str) -> str:
-    return (f"You are given a problem, an incorrect response to it and a correct one. {_TASK[mode]}\n\n"
-            f"Answer in exactly this format, every tag once, nothing before or after it:\n{_FORMAT[mode]}\n\n"
-            f"# Example\n## Problem\nSolve 3x + 5 = 20.\n## Incorrect response\n{_EXAMPLE_WRONG}\n"
-            f"## Correct response\nWe have 3x = 20 - 5 = 15, hence x = \\boxed{{5}}.\n## Answer\n{_EXAMPLE[mode]}\n\n"
-            "# Your turn\n## Problem\n{question}\n## Incorrect response\n{wrong}\n## Correct response\n{right}\n## Answer")
-
-
-# {question}, {wrong} and {right} are the only fields; every other brace (LaTeX!) is literal, see _fill. 'teacher': OPSD's privileged prompt.
+# {question}, {wrong}, {right} are the only fields; every other brace is LaTeX. "teacher": OPSD's privileged prompt.
 TEMPLATES = {
     "long": {  # for language models
-        "micro": _long("micro"),
-        "full": _long("full"),
-        "teacher": "{question}\n\nFor reference, here is a correct solution:\n{right}\n\nNow solve the problem yourself, step by step and in "
-                   "your own words, without mentioning that solution. Put your final answer within \\boxed{}.",
+        "micro": _ASK_MICRO + _EXAMPLE_MICRO + _YOUR_TURN,
+        "full": _ASK_FULL + _EXAMPLE_FULL + _YOUR_TURN,
+        "teacher": "{question}\n\nHere is a correct solution for reference:\n{right}\n\nNow solve the problem "
+                   "yourself, step by step and in your own words, without mentioning it. "
+                   "Put your final answer within \\boxed{}.",
     },
-    "short": {  # for the toy world, whose few tokens leave no room for instructions: the last tag is the instruction
+    "short": {  # for the toy world, whose vocabulary has no words for instructions: the last tag is the instruction
         "micro": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><micro>",
         "full": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><full>",
         "teacher": "{question}\n<right>{right}</right><solve>",
@@ -108,69 +123,70 @@ TEMPLATES = {
 
 def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
                       key: tuple[int, ...]) -> tuple[list[tuple[Rollout, Rollout]], dict[str, int]]:
-    """Difficulty-aware candidate selection, Eq. 3: scored rollouts -> [(y-, y+), ...] and counts for reflect_sums.
+    """Difficulty-aware candidate selection, Eq. 3: scored rollouts -> [(y-, y+), ...], and counts for reflect_sums.
 
-    A group is eligible iff it has at least n_pos correct and n_neg wrong responses; then up to m_max wrong ones are paired, each
-    with a correct one drawn uniformly from its own group. A truncated wrong response counts as wrong but is never used: it has no
-    end to reflect from. key: counters such as (seed, PAIRING, step). Each group draws its own noise, so its pairs do not depend on
-    which other groups this rank happens to hold (trap 7).
+    A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max of its wrong ones
+    are paired, each with a right one drawn uniformly from the same group. A truncated response counts as wrong but is
+    never used: it has no end to reflect from. key: counters, e.g. (seed, PAIRING, step). Every group draws its own
+    noise, so its pairs do not depend on which other groups this process holds (trap 7).
     """
     for name, value in (("n_pos", n_pos), ("n_neg", n_neg), ("m_max", m_max)):
         if value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1: every pair needs a correct and a wrong response; use method = 'grpo' for none")
+            raise ValueError(f"{name} = {value} must be at least 1; to do without reflections use method = 'grpo'")
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
-    pairs, stats = [], {"eligible": 0, "candidates": 0, "skipped_truncated": 0}
+    pairs, eligible, truncated = [], 0, 0
     for name, group in groups.items():
-        correct = [r for r in group if r.reward > 0]
-        wrong = [r for r in group if r.reward <= 0]
-        if len(correct) < n_pos or len(wrong) < n_neg:
+        right, wrong = [r for r in group if r.reward > 0], [r for r in group if r.reward <= 0]
+        if len(right) < n_pos or len(wrong) < n_neg:
             continue
         usable = [r for r in wrong if r.finished]
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((*key, zlib.crc32(name.encode())))))  # hash() is salted
-        for i in rng.permutation(len(usable))[:m_max]:
-            pairs.append((usable[i], correct[rng.integers(len(correct))]))
-        stats["eligible"] += 1
-        stats["skipped_truncated"] += len(wrong) - len(usable)
-    stats["candidates"] = len(pairs)
-    return pairs, stats
+        noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))  # not hash(), which is salted per process
+        rng = np.random.Generator(np.random.Philox(noise))
+        pairs += [(usable[i], right[rng.integers(len(right))]) for i in rng.permutation(len(usable))[:m_max]]
+        eligible += 1
+        truncated += len(wrong) - len(usable)
+    return pairs, {"eligible": eligible, "candidates": len(pairs), "skipped_truncated": truncated}
 
 
 def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str, template: str = "long",
                      prefix_mode: str = "micro") -> list[int]:
-    """Ids (P,) of the prompt under which the policy writes y_ref (§3.3). Never trained on: y_ref is trained under the plain question.
-
-    Tags and special tokens inside y- or y+ are left out, or they would end a block or a chat turn. Where that changes the preserved
-    prefix, the copy is not verbatim and the construction is dropped.
-    """
+    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under the question alone."""
     return _render(tokenizer, template, prefix_mode, problem.question, wrong_text, correct_text)
 
 
 def teacher_prompt(tokenizer, problem: Problem, correct_text: str, template: str = "long") -> list[int]:
-    """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a correct solution in view."""
+    """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a right solution in view."""
     return _render(tokenizer, template, "teacher", problem.question, "", correct_text)
 
 
 def _render(tokenizer, template: str, kind: str, question: str, wrong: str, right: str) -> list[int]:
     if kind not in TEMPLATES.get(template, {}):
-        raise ValueError(f"no template {template!r} / {kind!r}; use template = {' | '.join(TEMPLATES)} and prefix_mode = micro | full")
-    return render_prompt(tokenizer, _fill(TEMPLATES[template][kind], question=question, wrong=_without_tags(tokenizer, wrong),
-                                          right=_without_tags(tokenizer, right)), instruction="")
+        raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = 'long' | 'short' "
+                         "with prefix_mode = 'micro' | 'full'")
+    fields = {"question": question, "wrong": _showable(tokenizer, wrong), "right": _showable(tokenizer, right)}
+    # One pass, no str.format: braces of the template's and of the inserted LaTeX stay as they are.
+    text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]], TEMPLATES[template][kind])
+    return render_prompt(tokenizer, text, instruction="")
 
 
-def _fill(template: str, **fields: str) -> str:
-    """Replace {name} for the given names in one pass: braces in the template and in the inserted texts stay as they are."""
-    return re.sub(r"\{(" + "|".join(fields) + r")\}", lambda match: fields[match[1]], template)
+def _showable(tokenizer, text: str) -> str:
+    """A response without what would end its block or the chat turn (tags, special tokens) or cannot be encoded.
 
-
-def _without_tags(tokenizer, text: str) -> str:
-    """Remove rather than escape: an escape may need characters that a small vocabulary does not have."""
-    specials = [tokenizer.convert_ids_to_tokens(i) for i in sorted(_special_ids(tokenizer))]
-    pattern = re.compile("|".join([TAG.pattern, *map(re.escape, specials)]))
-    while pattern.search(text):  # removing the inner one of "<mi<micro>cro>" makes a new one
-        text = pattern.sub("", text)
-    return text.strip()
+    Removed, not escaped: a small vocabulary may lack the characters. If a removed piece was part of the preserved
+    prefix, the policy's copy is not verbatim and the construction is dropped. "<mi<micro>cro>" takes two rounds.
+    """
+    specials = [re.escape(tokenizer.convert_ids_to_tokens(i)) for i in sorted(_special_ids(tokenizer))]
+    while True:
+        shown = re.sub("|".join([TAG.pattern, *specials]), "", text)
+        if tokenizer.unk_token_id is not None:
+            encoding = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
+            known = [token != tokenizer.unk_token_id for token in encoding["input_ids"]]
+            shown = "".join(shown[a:b] for ok, (a, b) in zip(known, encoding["offset_mapping"], strict=True) if ok)
+        if shown == text:
+            return text
+        text = shown
 
 
 def _special_ids(tokenizer) -> set[int]:
@@ -183,21 +199,21 @@ def _special_ids(tokenizer) -> set[int]:
 
 @dataclass
 class Synthesis:
-    """A parsed answer. prefix + diagnosis + correction is the reconstruction without its tags, not a character more or less."""
+    """A parsed answer. prefix + diagnosis + correction is the reconstruction with its tags taken out, nothing else."""
     analysis: str
-    prefix: str      # before <reflection>; "" if there is no such tag
-    diagnosis: str   # between the reflection tags
-    correction: str  # after them, or the whole reconstruction
+    prefix: str      # before <reflection>; "" where there is no such tag
+    diagnosis: str   # between the reflection tags; "" likewise
+    correction: str  # after them; the whole reconstruction where there are none
     tagged: bool
 
 
 def parse_synthesis(text: str) -> Synthesis | str:
-    """The policy's answer -> its parts, or the reason to drop it ("unparsable").
+    r"""The policy's answer -> its parts, or the reason to drop it, "unparsable".
 
-    Needs <analysis>, </analysis>, <reconstruction>, </reconstruction> once each, in this order, and the reflection tags once each,
-    in order, inside the reconstruction, or not at all. What stands around the two blocks is ignored (also a stop token). Newlines
-    just inside the reconstruction tags belong to the format and are stripped; all others, also those next to the reflection tags,
-    are content: "3.\\n<reflection>Wait.</reflection>\\nSo" reads "3.\\nWait.\\nSo".
+    Both blocks are needed, each tag once, in order; the reflection tags once, in order, inside the reconstruction, or
+    not at all. What stands around the blocks is ignored, a stop token too. Newlines just inside the reconstruction tags
+    are format and are stripped. All others are content, also those beside the reflection tags:
+    "3.\n<reflection>Wait.</reflection>\nSo" reads "3.\nWait.\nSo".
     """
     parts = _between(text, "analysis", "reconstruction")
     if parts is None:
@@ -206,39 +222,35 @@ def parse_synthesis(text: str) -> Synthesis | str:
     if not re.search("</?reflection>", body):
         return Synthesis(analysis, "", "", body, tagged=False)
     parts = _between(body, "reflection")
-    if parts is None or not parts[1].strip():
-        return "unparsable"
-    return Synthesis(analysis, *parts, tagged=True)
+    return Synthesis(analysis, *parts, tagged=True) if parts and parts[1].strip() else "unparsable"
 
 
 def _between(text: str, *names: str) -> list[str] | None:
-    """text cut at <a>, </a>, <b>, </b>, ...: the 2n + 1 pieces around the tags, or None unless each occurs once and in order."""
+    """text cut at <a>, </a>, <b>, </b>: the pieces around the tags, or None unless each occurs once and in order."""
     tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
-    if re.findall("|".join(tags), text) != tags:
-        return None
-    return re.split("|".join(tags), text)
+    return re.split("|".join(tags), text) if re.findall("|".join(tags), text) == tags else None
 
 
 def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str, str] | str:
-    """Preserved prefix (how y- begins, character for character), diagnosis, correction; or the reason to drop.
+    """(preserved prefix: how y- begins, to the character; diagnosis; correction), or the reason to drop.
 
-    With reflection tags the prefix ends where they stand. Whitespace before the tag that y- does not have belongs to the diagnosis.
-    Without them y_ref diverges where it stops agreeing with y-, moved back to the start of a half-shared word or number
-    ("x = 12" / "x = 13" diverge before the 1), and the first sentence from there on counts as the diagnosis.
+    With reflection tags the prefix ends where they stand; whitespace before them that y- does not have is diagnosis.
+    Without tags y_ref diverges where it stops agreeing with y-, moved back to the start of a half-shared word or number
+    ("x = 12" and "x = 13" part before the 1), and the first sentence from there on is taken for the diagnosis.
     """
-    lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]  # whitespace before y-'s first word is y-'s, copied or not
+    lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]  # y-'s own leading whitespace, whether copied or not
     whole = lead + (synthesis.prefix + synthesis.diagnosis + synthesis.correction).lstrip()
     if wrong_text.startswith(whole.rstrip()):
         return "no_divergence"
     if synthesis.tagged:
         copied = lead + synthesis.prefix.lstrip()
-        end = _common_prefix(copied, wrong_text)
-        if copied[end:].strip() or _back_to_boundary(wrong_text, end) != end:
-            return "prefix_not_verbatim" if copied.strip() else "empty_prefix"
+        end = len(commonprefix([copied, wrong_text]))
+        if copied[end:].strip() or _boundary(wrong_text, end) != end:
+            return "prefix_not_verbatim"
         diagnosis, correction = copied[end:] + synthesis.diagnosis, synthesis.correction
     else:
-        end = _common_prefix(whole, wrong_text)
-        end = _back_to_boundary(wrong_text, _back_to_boundary(whole, end))
+        end = len(commonprefix([whole, wrong_text]))
+        end = _boundary(wrong_text, _boundary(whole, end))
         diagnosis = SENTENCE.match(whole, end)[0]
         correction = whole[end + len(diagnosis):]
     if not wrong_text[:end].strip():
@@ -246,12 +258,8 @@ def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str
     return (wrong_text[:end], diagnosis, correction) if correction.strip() else "no_correction"
 
 
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _back_to_boundary(text: str, end: int) -> int:
-    """The start of the word, number or LaTeX command that position `end` lies strictly inside of, else `end`."""
+def _boundary(text: str, end: int) -> int:
+    """`end`, or the start of the ATOM that it lies strictly inside of."""
     return next((m.start() for m in ATOM.finditer(text) if m.start() < end < m.end()), end)
 
 
@@ -260,10 +268,10 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 
 def token_boundary(tokenizer, ids: list[int], prefix: str) -> int:
-    """Largest n such that ids[:n] decode to a beginning of `prefix`, itself a beginning of the whole decoded text.
+    """Largest n such that ids[:n] decode to a beginning of `prefix`, which is itself a beginning of the decoded ids.
 
-    Bisect on the decoded length, which never shrinks as ids are added; then step back over the pieces of a cut character (in a
-    byte-level vocabulary one character may be several tokens, and half of it decodes to U+FFFD).
+    Bisection on the decoded length, which never shrinks as ids are added. Then back over the pieces of a cut character:
+    in a byte-level vocabulary one character can be several tokens, and a part of it decodes to U+FFFD.
     """
     low, high = 0, len(ids)
     while low < high:
@@ -277,12 +285,12 @@ def token_boundary(tokenizer, ids: list[int], prefix: str) -> int:
     return low
 
 
-def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str, before_role: int) -> tuple[list[int], list[int]]:
-    """Encode the three texts as ONE string -> ids (C,), roles (C,).
+def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
+                      before_role: int) -> tuple[list[int], list[int]]:
+    r"""Encode the three texts as ONE string -> ids (C,), roles (C,).
 
-    CRITICAL: a token that overlaps any diagnosis character is DIAGNOSIS, so that no reflection reaches the gradient when masked.
-    before "3.", diagnosis "\\nWait.", correction "\\nSo": tokens  3 | .\\n | Wait | . | \\n | So  have roles  0 1 1 1 2 2.
-    Offsets that leave out whitespace (Llama 3 trims them) are widened to their neighbours', which errs towards DIAGNOSIS.
+    before "3.", diagnosis "\n\nWait.", correction " So": tokens 3 | .\n\n | Wait | . | _So have roles 0 1 1 1 2.
+    Offsets that leave out whitespace (Llama 3's do) are widened up to their neighbours', which errs towards DIAGNOSIS.
     """
     encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False, return_offsets_mapping=True)
     start, end = len(before), len(before) + len(diagnosis)
@@ -290,24 +298,26 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str, b
     for i, (low, high) in enumerate(spans):
         low = min(low, spans[i - 1][1]) if i > 0 else 0
         high = max(high, spans[i + 1][0]) if i + 1 < len(spans) else end + len(correction)
-        roles.append(DIAGNOSIS if low < end and high > start and diagnosis else before_role if low < start else CORRECTION)
+        # CRITICAL: one shared character makes a token DIAGNOSIS, or the reflection would leak into the gradient
+        touches = low < end and high > start and start < end
+        roles.append(DIAGNOSIS if touches else before_role if low < start else CORRECTION)
     return encoding["input_ids"], roles
 
 
-def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str, stop_id: int, max_new_tokens: int,
-                     decoupled: bool) -> Rollout | str:
+def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str, stop_id: int,
+                     max_new_tokens: int, decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
-    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full': all of the reconstruction is new
-    (CORRECTION; a tagged reflection is DIAGNOSIS nevertheless). The stop token is appended. A synthesis that hit its cap after it
-    had closed the reconstruction is complete. decoupled: y_ref joins group "<group>_reflected" (§3.4) instead of the originals'.
+    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full': all of it is new, with
+    role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop token is appended. A synthesis that hit
+    its cap after it had closed the reconstruction is complete. decoupled: y_ref gets a group of its own (§3.4).
     """
     if prefix_mode not in ("micro", "full"):
-        raise ValueError(f"prefix_mode = {prefix_mode!r} builds nothing from a synthesis; use micro | full, or copy_correct for copy")
+        raise ValueError(f"prefix_mode = {prefix_mode!r} needs no synthesis; use micro | full, or call copy_correct")
     parsed = parse_synthesis(_decode(tokenizer, synthesis.ids))
     if isinstance(parsed, str):
         return parsed if synthesis.finished else "unfinished"
-    body = wrong.completion_ids[:-1] if wrong.finished else wrong.completion_ids  # without the stop token
+    body = wrong.completion_ids[:-1] if wrong.finished else wrong.completion_ids  # y- without its stop token
     wrong_text = _decode(tokenizer, body)
     if prefix_mode == "micro":
         split = split_at_divergence(parsed, wrong_text)
@@ -315,86 +325,84 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
             return split
         preserved, diagnosis, correction = split
         prefix_ids = body[:token_boundary(tokenizer, body, preserved)]
-        before = preserved[len(_decode(tokenizer, prefix_ids)):]  # the divergence may lie inside a token of y-
+        before, before_role = preserved[len(_decode(tokenizer, prefix_ids)):], PREFIX  # the cut may lie inside a token
     else:
-        prefix_ids, before, diagnosis, correction = [], parsed.prefix, parsed.diagnosis, parsed.correction
-        if not (before + correction).strip():
-            return "no_correction"
+        prefix_ids, before, before_role = [], parsed.prefix, CORRECTION
+        diagnosis, correction = parsed.diagnosis, parsed.correction
         if wrong_text.strip().startswith((before + diagnosis + correction).strip()):
             return "no_divergence"
-    new_ids, new_roles = encode_with_roles(tokenizer, before, diagnosis, correction, PREFIX if prefix_mode == "micro" else CORRECTION)
+    new_ids, new_roles = encode_with_roles(tokenizer, before, diagnosis, correction, before_role)
     if TAG.search(before + diagnosis + correction) or not (_special_ids(tokenizer) | {stop_id}).isdisjoint(new_ids):
         return "special_token"
-    completion_ids = prefix_ids + new_ids + [stop_id]
-    if len(completion_ids) > max_new_tokens:
+    ids = prefix_ids + new_ids + [stop_id]
+    if len(ids) > max_new_tokens:
         return "too_long"
-    return _reflection(wrong, completion_ids, [PREFIX] * len(prefix_ids) + new_roles + [CORRECTION], True,
-                       _decode(tokenizer, completion_ids[:-1]), decoupled)
+    return _reflection(wrong, ids, [PREFIX] * len(prefix_ids) + new_roles + [CORRECTION], True,
+                       _decode(tokenizer, ids[:-1]), decoupled)
 
 
 def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollout:
-    """Control for prefix_mode = 'copy': y_ref is y+ itself, no synthesis. What TAPO gains over it is not imitation of y+."""
-    return _reflection(wrong, list(correct.completion_ids), [CORRECTION] * len(correct.completion_ids), correct.finished,
-                       correct.text, decoupled)
+    """Control, prefix_mode = 'copy': y_ref is y+ itself. What TAPO gains over it cannot be imitation of y+."""
+    roles = [CORRECTION] * len(correct.completion_ids)
+    return _reflection(wrong, correct.completion_ids, roles, correct.finished, correct.text, decoupled)
 
 
-def _reflection(wrong: Rollout, completion_ids: list[int], roles: list[int], finished: bool, text: str, decoupled: bool) -> Rollout:
-    return Rollout(uid=wrong.uid, group=wrong.group + "_reflected" if decoupled else wrong.group, prompt_ids=wrong.prompt_ids,
-                   completion_ids=completion_ids, roles=roles, finished=finished, text=text, is_reflection=True)
+def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool, text: str,
+                decoupled: bool) -> Rollout:
+    return Rollout(uid=wrong.uid, query=wrong.query, group=wrong.group + "_reflected" if decoupled else wrong.group,
+                   prompt_ids=wrong.prompt_ids, completion_ids=list(ids), roles=roles, finished=finished, text=text,
+                   is_reflection=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what happened
+# what became of them
 
 
 def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
-    """Sums of one step on one rank, always the same keys: add them over ranks, then call reflect_metrics.
+    """Sums of one step on one rank, always under the same keys: add them over ranks, then call reflect_metrics.
 
-    selected: from select_candidates; outcomes: per candidate y_ref, scored and if possible with .logprobs and .ots_weights, or the
-    drop reason. "name#" is the denominator of the mean "name"; a name without one is a plain count.
+    selected: the counts of select_candidates. outcomes: for each candidate its y_ref, scored and after the update with
+    logprobs and ots_weights, or its drop reason. "name#" counts what the sum "name" runs over; plain counts have none.
     """
-    sums = dict.fromkeys([*selected, "kept", *(f"dropped_{reason}" for reason in DROP_REASONS)], 0.0)
     roles = {"prefix": PREFIX, "diagnosis": DIAGNOSIS, "correction": CORRECTION}
-    for name in ["parsed", "verbatim", "correct", "mixed_groups", "length", *(f"logprob_{r}" for r in roles),
-                 *(f"ots_{r}" for r in roles), "ots_first_diagnosis"]:
-        sums[name] = sums[name + "#"] = 0.0
+    sums = {name: float(count) for name, count in selected.items()} | {"kept": 0.0}
+    sums |= {f"dropped_{reason}": 0.0 for reason in DROP_REASONS}
+    for name in ("parsed", "verbatim", "correct", "length", "mixed_groups", *(f"logprob_{role}" for role in roles),
+                 *(f"ots_{role}" for role in roles), "ots_first_diagnosis"):
+        sums |= {name: 0.0, name + "#": 0.0}
 
-    def add(name: str, values: list[float]) -> None:
+    def add(name: str, values: list) -> None:
         sums[name] += float(sum(values))
         sums[name + "#"] += len(values)
 
-    for name, count in selected.items():
-        sums[name] += count
-    groups: dict[str, list[float]] = {}  # by y-'s group, that is without the originals of an undecoupled run
-    for outcome in outcomes:
-        if isinstance(outcome, str):
-            sums[f"dropped_{outcome}"] += 1
-            add("parsed", [outcome not in ("unfinished", "unparsable")])
-            if outcome in ("empty_prefix", "prefix_not_verbatim"):
-                add("verbatim", [0])
+    groups: dict[str, set[float]] = {}  # of reflections alone, also where they share their originals' group
+    for r in outcomes:
+        if isinstance(r, str):
+            sums[f"dropped_{r}"] += 1
+            add("parsed", [r not in ("prompt_too_long", "unfinished", "unparsable")])
+            add("verbatim", [0] if r in ("prefix_not_verbatim", "empty_prefix") else [])
             continue
         sums["kept"] += 1
         add("parsed", [1])
-        if PREFIX in outcome.roles:  # 'full' and 'copy' preserve nothing and have no verbatim rate
-            add("verbatim", [1])
-        add("correct", [outcome.reward > 0])
-        add("length", [len(outcome.completion_ids)])
-        groups.setdefault(outcome.group, []).append(outcome.reward)
-        for kind, values in (("logprob", outcome.logprobs), ("ots", outcome.ots_weights)):
-            for role_name, role in roles.items() if values is not None else ():
-                add(f"{kind}_{role_name}", [v for v, r in zip(values, outcome.roles, strict=True) if r == role])
-        if outcome.ots_weights is not None and DIAGNOSIS in outcome.roles:
-            add("ots_first_diagnosis", [outcome.ots_weights[outcome.roles.index(DIAGNOSIS)]])
-    add("mixed_groups", [len(set(rewards)) > 1 for rewards in groups.values()])  # the others carry no gradient under Eq. 5
+        add("verbatim", [1] if PREFIX in r.roles else [])  # 'full' and 'copy' preserve nothing and have no such rate
+        add("correct", [r.reward > 0])
+        add("length", [len(r.completion_ids)])
+        groups.setdefault(r.group, set()).add(r.reward)
+        for kind, values in (("logprob", r.logprobs), ("ots", r.ots_weights)):
+            for name, role in roles.items() if values is not None else ():
+                add(f"{kind}_{name}", [v for v, of in zip(values, r.roles, strict=True) if of == role])
+        if r.ots_weights is not None and DIAGNOSIS in r.roles:
+            add("ots_first_diagnosis", [r.ots_weights[r.roles.index(DIAGNOSIS)]])
+    add("mixed_groups", [len(rewards) > 1 for rewards in groups.values()])  # the others carry no gradient under Eq. 5
     return sums
 
 
 def reflect_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means and counts under their names in metrics.jsonl. A mean over nothing has no value and is left out."""
-    return {f"reflect/{name}": value / sums.get(name + "#", 1.0) for name, value in sums.items()
-            if not name.endswith("#") and sums.get(name + "#", 1.0) > 0}
+    """Counts and means under their names in metrics.jsonl. A mean over nothing has no value and is left out."""
+    return {f"reflect/{name}": value / sums.get(name + "#", 1) for name, value in sums.items()
+            if not name.endswith("#") and sums.get(name + "#", 1)}
 
 
 def reflects(text: str) -> bool:
-    """Does the response doubt an earlier step of its own (MARKERS)? "6 is low.\\nWait, try 8" does; "Let me verify." does not."""
+    """Does the response doubt a step of its own (MARKERS)? "6 is low. Wait, try 8" does, "Let me verify." does not."""
     return MARKERS.search(text) is not None

@@ -10,6 +10,7 @@ position, so a row's sample does not depend on its batch mates, on the batch siz
 Deliberately missing: top-k, min-p, repetition penalties, beam search. Truncated sampling (top-p) is for evaluation
 only: the trainer scores the full softmax, so rollouts must be drawn from it (trap 2).
 """
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ def generate(
     """Sample n completions for every prompt -> one list of n Completions per prompt, in order.
 
     keys holds one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is appended here.
-    At most max_rows rows decode at once. `progress` labels a bar with tokens/s; "" shows none.
+    At most max_rows rows decode at once. `progress` labels a bar with tokens/s, shown on a terminal only; "" shows none.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad sampling knobs.
     """
     if not 0 < top_p <= 1 or temperature < 0:
@@ -112,8 +113,8 @@ def generate(
     completions = [[None] * n for _ in prompts]
     training = model.training
     model.eval()
-    bar = tqdm(total=len(prompts) * n, desc=progress, unit=" rows", leave=False, disable=not progress)
-    tokens_done = 0
+    bar = tqdm(total=len(prompts) * n, desc=progress, unit=" rows", leave=False, disable=None if progress else True)
+    start, tokens_done = time.perf_counter(), 0
     while jobs:
         batch, rows = [], 0
         while jobs and rows + jobs[0][2] <= max_rows:
@@ -126,9 +127,8 @@ def generate(
             for j in range(count):
                 completions[i][first + j] = results.pop(0)
                 tokens_done += len(completions[i][first + j].ids)
+        bar.set_postfix_str(f"{tokens_done / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
         bar.update(rows)
-        elapsed = bar.format_dict["elapsed"]
-        bar.set_postfix_str(f"{tokens_done / max(elapsed, 1e-9):,.0f} tokens/s", refresh=False)
     bar.close()
     model.train(training)
     return completions

@@ -5,8 +5,8 @@ findx: guess and check. A bad guess shows in its evidence, so a second look can 
 chain: chained arithmetic, one labelled step a line. A slip cannot be noticed without redoing the step.
     (46+21-13)*4=?   Step 1: 46+21=67\nStep 2: 67-13=55\nWait, 67-13 is 54, not 55.\nStep 3: 54*4=...
 
-The cold start (coldstart.py) draws its examples here: a fallible author who gives up after most failed checks (the habit
-that RL has to unlearn), and the synthesis answers of §3.2 with an analysis that audits every statement. `audit` and
+The cold start (coldstart.py) draws its examples here: a fallible author who gives up after most failed checks (the
+habit that RL has to unlearn), and synthesis answers (§3.2, §3.3) whose analysis audits every statement. `audit` and
 `construction` are exact for any text, the model's own included: they are the ground truth of localisation.
 Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too slowly).
 """
@@ -20,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from data import Problem
+from reflect import TEMPLATES
 
 WORLDS, SPLITS = ("findx", "chain"), ("train", "validation", "test")
 LARGEST_X, LARGEST_VALUE = 15, 99
@@ -30,22 +31,21 @@ SHARES = {
     "findx": {"direct": 0.15, "reflective": 0.15, "give_up": 0.35, "micro": 0.26, "full": 0.04, "solve": 0.05},
     "chain": {"direct": 0.35, "reflective": 0.10, "give_up": 0.15, "micro": 0.30, "full": 0.05, "solve": 0.05},
 }
-# Synthesis prompts are templates of reflect.py ("short"); this one, of the self-distillation teacher, is a plain question
-# that already holds a right solution.
-TEACHER_PROMPT = "{question}\n<right>{right}</right><solve>"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Problems
 
 
-def make_problems(world: str, split: str, n: int, seed: int = 0, levels: tuple[str, ...] | None = None) -> list[Problem]:
+def make_problems(world: str, split: str, n: int, seed: int = 0,
+                  levels: tuple[str, ...] | None = None) -> list[Problem]:
     """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all (findx only).
 
     The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits are disjoint whatever
-    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); chain: operations, 2..5.
+    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); chain 2..5, the
+    number of operations.
     """
     if world not in WORLDS or split not in SPLITS:
-        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; worlds: {WORLDS}, splits: {SPLITS}")
+        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {WORLDS} and {SPLITS}")
     rng = np.random.default_rng((seed, WORLDS.index(world), SPLITS.index(split)))
 
     def wanted(p: Problem) -> bool:
@@ -54,7 +54,7 @@ def make_problems(world: str, split: str, n: int, seed: int = 0, levels: tuple[s
     if world == "findx":
         pool = [p for p in _all_findx() if wanted(p)]
         if n > len(pool):
-            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems of levels {levels or 'all'}; ask for fewer")
+            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems of levels = {levels}; ask for fewer")
         return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
     if n < 1 or (levels is not None and not set(levels) <= set("2345")):
         raise ValueError(f"chain: n = {n}, levels = {levels}; n must be positive and levels be of '2', '3', '4', '5'")
@@ -75,7 +75,8 @@ def split_of(question: str) -> str:
 def _all_findx() -> list[Problem]:
     """Every question of five forms with two operations whose values stay within 0..99: 11,724 of them."""
     problems = []
-    for form, constants in (("x*{a}+{b}", 50), ("x*{a}-{b}", 50), ("{b}-x*{a}", 50), ("(x+{a})*{b}", 9), ("(x-{a})*{b}", 9)):
+    forms = {"x*{a}+{b}": 50, "x*{a}-{b}": 50, "{b}-x*{a}": 50, "(x+{a})*{b}": 9, "(x-{a})*{b}": 9}  # largest b of each
+    for form, constants in forms.items():
         for a in range(2, 10):
             for b in range(2 if constants == 9 else 1, constants + 1):
                 left = form.format(a=a, b=b)
@@ -115,8 +116,8 @@ def _tree(left: str) -> ast.expr:
 def calculate(question: str, x: int | None = None, slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
     """The left side worked out innermost first: [(operation, value written, true value of that operation)].
 
-    x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first operation and carries
-    it on: [('6*7', 41, 42), ('41-21', 20, 20)].
+    x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first operation and
+    carries it on: [('6*7', 41, 42), ('41-21', 20, 20)].
     """
     lines: list[tuple[str, int, int]] = []
 
@@ -163,9 +164,9 @@ def in_range(lines: list[tuple[str, int, int]]) -> bool:
 def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, list[tuple[int, int]]]:
     """A solution as the fallible author writes it, and the (start, end) character spans of the planted wrong tokens.
 
-    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its wrong answer all the same.
-    What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be learnt;
-    the mistake itself never is, or the model would learn to make it (the spans are left out of the loss).
+    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its answer all the same.
+    What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be
+    learnt; the mistake itself must not be, or the model learns to make it: its spans are left out of the loss.
     """
     wrote = _findx_pieces if is_findx(question) else _chain_pieces
     text, no_loss = "", []
@@ -220,13 +221,14 @@ def verdict(value: int, target: int) -> str:
 def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...] = ()) -> int:
     """A wrong x, near the right one (weight 1 / distance), whose evidence stays within 0..99."""
     answer = answer_of(question)
-    guesses = [g for g in range(1, LARGEST_X + 1) if g != answer and g not in exclude and in_range(calculate(question, g))]
+    guesses = [g for g in range(1, LARGEST_X + 1)
+               if g not in (answer, *exclude) and in_range(calculate(question, g))]
     weights = np.array([1 / abs(g - answer) for g in guesses])
     return int(rng.choice(guesses, p=weights / weights.sum()))
 
 
 def random_slip(rng: np.random.Generator, question: str, x: int | None = None) -> tuple[int, int]:
-    """(index of an operation, a wrong value near its true one) that keeps what follows within 0..99 and spoils the end."""
+    """(index of an operation, a wrong value near its true one): what follows stays within 0..99, the end is spoilt."""
     true = calculate(question, x)
     for i in rng.permutation(len(true)):
         for off in rng.permutation([-10, -2, -1, -1, 1, 1, 2, 10]):
@@ -314,12 +316,13 @@ def audit(question: str, text: str) -> list[Judgement]:
     if not conclusion:
         return malformed()
     position, final, true = conclusion.end(), int(conclusion[1]), guess if findx else written
-    judge(final == true, "", final, true, f"Wait, {guess} is right. " if findx else f"Wait, {operation} is {true}, not {final}.\n")
+    judge(final == true, "", final, true,
+          f"Wait, {guess} is right. " if findx else f"Wait, {operation} is {true}, not {final}.\n")
     return judged
 
 
 def first_error(question: str, text: str) -> int | None:
-    """Character index where a preserved prefix has to end: behind the first false statement or failed check; None if none."""
+    """Character index where a preserved prefix must end, behind the first false statement or failed check, or None."""
     return next((judgement.end for judgement in audit(question, text) if not judgement.ok), None)
 
 
@@ -336,7 +339,7 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
         correction = boxed(answer) if " right" in error.reflection else trial(question, answer) + boxed(answer)
     else:
         lines = list(enumerate(calculate(question)))[len(judged):]
-        correction = "".join(f"Step {i + 1}: {operation}={value}\n" for i, (operation, value, _) in lines) + boxed(answer)
+        correction = "".join(f"Step {i + 1}: {operation}={true}\n" for i, (operation, _, true) in lines) + boxed(answer)
     return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
 
 
@@ -358,15 +361,15 @@ def sft_example(rng: np.random.Generator, question: str, kind: str) -> Example:
     return Example(kind, question, *solution(rng, question, kind))
 
 
-def ift_example(rng: np.random.Generator, question: str, template: str, mode: str = "micro") -> Example:
-    """IFT format: synthesis prompt -> analysis + reconstruction. template: reflect.TEMPLATES['short'] of this mode, with
-    {question}, {wrong} and {right}; mode 'full' reconstructs the whole solution instead of keeping a prefix."""
+def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") -> Example:
+    """IFT format: synthesis prompt -> analysis + reconstruction; mode 'full' reconstructs it all instead of keeping a
+    prefix. The prompts are reflect.py's, so that what is taught here is what RL will ask for."""
     wrong = wrong_solution(rng, question)
     right = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")[0]
     analysis, prefix, reflection, correction = construction(question, wrong)
     body = f"{prefix}<reflection>{reflection}</reflection>{correction}" if mode == "micro" else (
         solution(rng, question, "direct")[0])
-    return Example(mode, template.format(question=question, wrong=wrong, right=right),
+    return Example(mode, TEMPLATES["short"][mode].format(question=question, wrong=wrong, right=right),
                    f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")
 
 
@@ -374,14 +377,22 @@ def teacher_example(rng: np.random.Generator, question: str) -> Example:
     """The self-distillation teacher's format: question with a right solution -> a solution, never one that gives up."""
     right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
-    return Example("solve", TEACHER_PROMPT.format(question=question, right=right), *completion)
+    return Example("solve", TEMPLATES["short"]["teacher"].format(question=question, right=right), *completion)
+
+
+def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -> Example:
+    """One example of a kind drawn from `shares`, e.g. SHARES['findx']."""
+    kind = str(rng.choice(list(shares), p=list(shares.values())))
+    if kind in ("micro", "full"):
+        return ift_example(rng, question, kind)
+    return teacher_example(rng, question) if kind == "solve" else sft_example(rng, question, kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-WORDS = ("Try ", "Step ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ", " is too high. ",
-         " is right. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
+WORDS = ("Try ", "Step ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
+         " is too high. ", " is right. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
 TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>", "</reflection>",
         "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>", "<solve>")
 CHARACTERS = "0123456789+-*=()x?}.,: \n"
@@ -403,8 +414,10 @@ def make_tokenizer():
     pieces = sorted(WORDS + TAGS, key=len, reverse=True)
     vocabulary = {token: i for i, token in enumerate((*special, *CHARACTERS, *WORDS, *TAGS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, pieces)) + r"|[\s\S]"), behavior="isolated")
+    pattern = Regex("|".join(map(re.escape, pieces)) + r"|[\s\S]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN, additional_special_tokens=[USER, ASSISTANT],
-        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"])

@@ -13,25 +13,41 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
+import opsd
 import reflect
 import reward
-from advantage import (advantages, distillation_loss, kl_to_ref, loss_scales, loss_totals, nll_loss, policy_loss,
-                       token_weights, train_mask)
-from configurator import configure, diff_configs, print_config, run_script, save_config
-from data import (BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer, problems_for_step,
-                  render_prompt, stop_ids_of)
-from model import load_hf, num_params, save_hf
-from rollout import (EVALUATION, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate,
-                     microbatches)
+from advantage import (
+    advantages,
+    distillation_loss,
+    kl_to_ref,
+    loss_scales,
+    loss_totals,
+    nll_loss,
+    policy_loss,
+    token_weights,
+    train_mask,
+)
+from checkpoint import find_start, keep_log, save_checkpoint, write_lines
+from configurator import configure, print_config, run_script, save_config
+from data import (
+    BOXED_INSTRUCTION,
+    Problem,
+    check_prompt_fits,
+    load_problems,
+    load_tokenizer,
+    problems_for_step,
+    render_prompt,
+    stop_ids_of,
+)
+from metrics import add_up, console_line, means, rollout_sums, warnings_of
+from model import load_hf, num_params
+from rollout import EVALUATION, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate, microbatches
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 method = "tapo"                # 'tapo' | 'grpo' (Eq. 2 alone) | 'opsd' (arXiv 2601.18734) | 'sft' (maximum likelihood on y_ref)
@@ -114,12 +130,12 @@ def check_config(c: SimpleNamespace) -> None:
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
     if c.top_p != 1.0:
-        raise ValueError(f"top_p = {c.top_p}: training rollouts must come from the full softmax that the trainer scores; "
+        raise ValueError(f"top_p = {c.top_p}: training rollouts must come from the full softmax, which the trainer scores; "
                          "keep top_p = 1 here, eval.py takes any")
     if c.temperature <= 0:
         raise ValueError(f"temperature = {c.temperature} must be above 0: greedy rollouts of a group are all the same")
     if c.samples_per_prompt < 2:
-        raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} leaves nothing to compare a rollout with; use at least 2")
+        raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} must be at least 2: a group needs something to compare")
     if c.method in ("tapo", "sft") and c.n_pos + c.n_neg > c.samples_per_prompt:
         raise ValueError(f"n_pos + n_neg = {c.n_pos} + {c.n_neg} exceeds samples_per_prompt = {c.samples_per_prompt}: no group "
                          "could ever be eligible (Eq. 3); lower them or sample more")
@@ -128,45 +144,46 @@ def check_config(c: SimpleNamespace) -> None:
             raise ValueError(f"{key} is not set; pass --{key}=PATH or a config file such as config/toy.py")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # the phases of a step
 
 
-def sample_rollouts(model, tokenizer, queries, prompts, c, stop_ids, step) -> list[Rollout]:
-    """Alg. 1 lines 1-6: K responses to each query, not yet scored. queries [(query index, Problem)], prompts {uid: ids}."""
+def sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, step) -> list[Rollout]:
+    """Alg. 1 lines 1-6: K responses to each query, not yet scored. queries [(query, Problem)], prompts {uid: ids}."""
     completions = generate(
         model, [prompts[problem.uid] for _, problem in queries], c.samples_per_prompt, max_new_tokens=c.max_new_tokens,
         stop_ids=stop_ids, keys=[(c.seed, ROLLOUT, step, query) for query, _ in queries], temperature=c.temperature,
         max_rows=c.max_rows, progress=f"step {step + 1} rollouts")
     return [
-        Rollout(uid=problem.uid, query=query, group=str(query), prompt_ids=prompts[problem.uid], completion_ids=completion.ids,
-                roles=[PREFIX] * len(completion.ids), finished=completion.finished,
+        Rollout(uid=problem.uid, query=query, group=str(query), prompt_ids=prompts[problem.uid],
+                completion_ids=completion.ids, roles=[PREFIX] * len(completion.ids), finished=completion.finished,
                 text=completion_text(tokenizer, completion), sample_logprobs=completion.logprobs)
         for (query, problem), group in zip(queries, completions, strict=True) for completion in group]
 
 
-def build_reflections(model, tokenizer, rollouts, problem_of, c, stop_ids, step) -> tuple[list, dict[str, int]]:
+def build_reflections(model, tokenizer, rollouts, problem_of, stop_ids, c, step) -> tuple[list, dict[str, int]]:
     """Alg. 1 lines 8-14: pair wrong with right (Eq. 3), let the policy write the trajectories, parse. Not yet scored.
 
-    problem_of {query: Problem}. Returns per candidate its reflection, or the reason it was dropped; and the counts of Eq. 3.
+    problem_of {query: Problem}. Returns per candidate its reflection or the reason it was dropped, and the counts of Eq. 3.
     """
-    pairs, selected = reflect.select_candidates(rollouts, n_pos=c.n_pos, n_neg=c.n_neg, m_max=c.m_max, key=(c.seed, PAIRING, step))
+    pairs, selected = reflect.select_candidates(
+        rollouts, n_pos=c.n_pos, n_neg=c.n_neg, m_max=c.m_max, key=(c.seed, PAIRING, step))
     if c.prefix_mode == "copy":  # the control that needs no synthesis: y_ref is y+ itself
         return [reflect.copy_correct(wrong, correct, decoupled=c.decoupled) for wrong, correct in pairs], selected
     limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
-    room = model.config.max_position_embeddings - limit
     prompts = [reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, correct.text, c.template, c.prefix_mode)
                for wrong, correct in pairs]
-    outcomes = ["prompt_too_long" if len(prompt) > room else None for prompt in prompts]
-    fits = [j for j, outcome in enumerate(outcomes) if outcome is None]
+    fits = [j for j, prompt in enumerate(prompts) if len(prompt) + limit <= model.config.max_position_embeddings]
     written = generate(
         model, [prompts[j] for j in fits], 1, max_new_tokens=limit, stop_ids=stop_ids, temperature=c.temperature,
         keys=[(c.seed, REFLECTION, step, pairs[j][0].query, j) for j in fits], max_rows=c.max_rows,
         progress=f"step {step + 1} reflections")
+    outcomes = ["prompt_too_long"] * len(pairs)
     for j, (completion,) in zip(fits, written, strict=True):
         wrong = pairs[j][0]
-        outcomes[j] = reflect.build_reflection(tokenizer, wrong, completion, prefix_mode=c.prefix_mode, decoupled=c.decoupled,
-                                               stop_id=wrong.completion_ids[-1], max_new_tokens=c.max_new_tokens)
+        outcomes[j] = reflect.build_reflection(
+            tokenizer, wrong, completion, prefix_mode=c.prefix_mode, decoupled=c.decoupled,
+            stop_id=wrong.completion_ids[-1], max_new_tokens=c.max_new_tokens)
     return outcomes, selected
 
 
@@ -174,55 +191,35 @@ def score(rollouts: list[Rollout], problem_of: dict[int, Problem]) -> None:
     """Verifiable reward of every rollout, 1 or 0, written once. An unfinished response is wrong whatever it says."""
     grades = reward.grade_many([r.text for r in rollouts], [problem_of[r.query].answer for r in rollouts])
     for r, grade in zip(rollouts, grades, strict=True):
-        r.reward, r.grade, r.answer = grade.reward if r.finished else 0.0, grade.status, grade.answer
+        r.reward, r.grade, r.answer = grade.reward, grade.status, grade.answer
         if not r.finished:
-            r.grade = "truncated"
-
-
-def teacher_prompts(tokenizer, rollouts, problem_of, c, step) -> list[list[int] | None]:
-    """OPSD: the prompt under which the teacher scores each rollout, the question with a right solution of its group beside it.
-
-    None where the group has no right response other than the rollout itself: with its own text before it the teacher
-    would only copy.
-    """
-    prompts = []
-    for i, r in enumerate(rollouts):
-        right = [o for j, o in enumerate(rollouts) if o.query == r.query and o.reward > 0 and j != i]
-        if right:
-            choice = right[np.random.default_rng((c.seed, PAIRING, step, r.query, i)).integers(len(right))]
-            prompts.append(reflect.teacher_prompt(tokenizer, problem_of[r.query], choice.text, c.template))
-        else:
-            prompts.append(None)
-    return prompts
+            r.reward, r.grade = 0.0, "truncated"
 
 
 def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocast) -> dict[str, float]:
-    """Alg. 1 lines 21-22: one step's loss over all micro-batches, `updates_per_step` times. Returns the train/* metrics.
+    """Alg. 1 lines 21-22: one step's loss over all micro-batches, `updates_per_step` times -> sums for the train/* metrics.
 
-    teacher_of: per rollout the OPSD teacher's prompt, or None for every other method.
+    teacher_of: per rollout the prompt of its OPSD teacher; None for every other method.
     """
     is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
-    mask_flags = dict(diagnosis=c.diagnosis, train_prefix=c.train_prefix)
+    flags = {"diagnosis": c.diagnosis, "train_prefix": c.train_prefix}
+    trained = [int(train_mask(torch.ones(1, len(r.roles)), torch.tensor([r.roles]), is_reflection[i:i + 1], **flags).sum())
+               for i, r in enumerate(rollouts)]
+    if c.method == "sft":     # imitates constructions alone, and only the right ones
+        trained = [n * (r.is_reflection and r.reward > 0) for n, r in zip(trained, rollouts, strict=True)]
+    elif c.method == "opsd":  # needs a teacher who has seen a right solution
+        trained = [n * (prompt is not None) for n, prompt in zip(trained, teacher_of, strict=True)]
+    trained = torch.tensor(trained)
+    # CRITICAL: the one denominator, counted over the whole step by the mask the loss uses, before the first backward.
+    scale = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
+                        loss_agg=c.loss_agg, loss_norm=c.loss_norm) * (trained > 0)
     batches = microbatches(rollouts, c.tokens_per_microbatch)
 
-    def batch_of(index):
-        return collate([rollouts[i] for i in index], [float(scale[i]) for i in index]).to(device)
+    def batch_of(index: list[int]):
+        return collate([rollouts[i] for i in index], scale[index].tolist()).to(device)
 
-    # The one denominator: trained tokens and rollouts, counted by the very mask the loss uses, before the first backward.
-    trained = torch.zeros(len(rollouts), dtype=torch.int64)
-    for i, r in enumerate(rollouts):
-        row = train_mask(torch.ones(1, len(r.roles)), torch.tensor([r.roles]), is_reflection[i:i + 1], **mask_flags)
-        trained[i] = int(row.sum())
-    if c.method == "sft":       # only the constructions are imitated, and only the right ones
-        trained *= torch.tensor([r.is_reflection and r.reward > 0 for r in rollouts])
-    elif c.method == "opsd":
-        trained *= torch.tensor([prompt is not None for prompt in teacher_of])
-    totals = loss_totals(trained, is_reflection)
-    scale = loss_scales(trained, is_reflection, totals, lam=1.0 if c.method == "sft" else c.lam, loss_agg=c.loss_agg,
-                        loss_norm=c.loss_norm) * (trained > 0)
-
-    # With one update the old policy IS the policy: old = new.detach(), no extra pass (trap 9).
-    old = [None] * len(batches)
+    # With one update the old policy is the policy itself: old = new.detach(), no pass spent on it (trap 9).
+    old = {}
     if c.updates_per_step > 1:
         with torch.no_grad(), autocast:
             for b, index in enumerate(batches):
@@ -230,323 +227,178 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocas
                 old[b] = model(batch.inputs, batch.targets, temperature=c.temperature)[0]
 
     model.train()
-    for u in range(c.updates_per_step):
-        sums = {}               # tensors on the device: nothing in this loop waits for it
-        rows = []               # per-token values of reflections, for the log
+    for _ in range(c.updates_per_step):
+        sums, rows = {}, []     # on the device until the loop is over: nothing in it waits for the device
         for b, index in enumerate(batches):
             batch = batch_of(index)
             with autocast:
                 if c.method == "opsd":
-                    logprobs, entropy, divergence = opsd_forward(model, ref_model, batch, rollouts, index, teacher_of, c)
+                    logprobs, entropy, teacher = opsd.student_and_teacher(
+                        model, ref_model if c.opsd_teacher == "initial" else model, batch, [rollouts[i] for i in index],
+                        [teacher_of[i] for i in index], temperature=c.temperature, loss=c.opsd_loss, beta=c.opsd_beta,
+                        clip=c.opsd_clip)
                 else:
                     logprobs, entropy = model(batch.inputs, batch.targets, temperature=c.temperature)
-                with torch.no_grad():
-                    ref = ref_model(batch.inputs, batch.targets, temperature=c.temperature)[0] if c.log_kl or c.kl_coef else None
-            mask = train_mask(batch.completion_mask, batch.roles, batch.is_reflection, **mask_flags) * (batch.loss_scale[:, None] > 0)
-            old_logprobs = logprobs.detach() if old[b] is None else old[b]
+                if c.log_kl or c.kl_coef:
+                    with torch.no_grad():
+                        ref_logprobs = ref_model(batch.inputs, batch.targets, temperature=c.temperature)[0]
+            old_logprobs = old.get(b, logprobs.detach())
+            mask = train_mask(batch.completion_mask, batch.roles, batch.is_reflection, **flags)
+            mask = mask * (batch.loss_scale > 0)[:, None]
             weights = token_weights(logprobs, entropy, batch.roles, batch.is_reflection, diagnosis=c.diagnosis, ots=c.ots,
                                     w_min=c.w_min, w_max=c.w_max)
-            stats = {}
             if c.method == "sft":
                 loss = nll_loss(logprobs, mask, batch.loss_scale)
             elif c.method == "opsd" and c.opsd_loss == "jsd":
-                loss = distillation_loss(divergence, mask, batch.loss_scale)
+                loss = distillation_loss(teacher, mask, batch.loss_scale)
             else:
-                # OPSD's sampled form: the advantage of a token is how much likelier the teacher finds it
-                advantage = (divergence - logprobs.detach()) if c.method == "opsd" else batch.advantages[:, None]
+                # OPSD on the sampled token alone: its advantage is how much likelier the teacher finds it
+                advantage = teacher - logprobs.detach() if c.method == "opsd" else batch.advantages[:, None]
                 loss, stats = policy_loss(logprobs, old_logprobs, torch.where(mask > 0, advantage, 0.0), mask, weights,
                                           batch.loss_scale, c.clip_eps)
-            if c.kl_coef:       # on ordinary rollouts: only they are the policy's own samples, where the estimate holds
-                own = mask * (1 - batch.is_reflection[:, None])
-                loss = loss + c.kl_coef * (batch.loss_scale[:, None] * own * kl_to_ref(logprobs, ref, own)).sum()
+                add_up(sums, {"train/clip_fraction": stats["clipped"], "train/clip_fraction#": mask.sum(),
+                              "train/ratio_max": stats["ratio_max"]})
+            own = batch.completion_mask * (1 - batch.is_reflection[:, None])  # the policy's own samples
+            if c.kl_coef:       # on those only: elsewhere the estimate is not one of the KL
+                kl = kl_to_ref(logprobs, ref_logprobs, own * mask)
+                loss = loss + c.kl_coef * (batch.loss_scale[:, None] * kl).sum()
             loss.backward()
 
             with torch.no_grad():
-                own = batch.completion_mask * (1 - batch.is_reflection[:, None])
-                ref_mask = mask * batch.is_reflection[:, None]
-                gap = ((batch.sample_logprobs - old_logprobs) * own).abs()
-                stats |= {"loss": loss.detach(), "tokens": mask.sum(), "own": own.sum(), "entropy": (entropy * own).sum(),
-                          "ots": (weights * ref_mask).sum(), "ref_tokens": ref_mask.sum(), "gap": gap.sum(), "gap_max": gap.max()}
-                if ref is not None:
-                    stats["kl"] = kl_to_ref(logprobs, ref, own).sum()
-                for key, value in stats.items():
-                    together = torch.maximum if key.endswith("max") else torch.add
-                    sums[key] = together(sums[key], value) if key in sums else value
-                if u == 0:
-                    rows += [(rollouts[i], logprobs[row].detach(), weights[row]) for row, i in enumerate(index)
-                             if rollouts[i].is_reflection]
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+                constructed = mask * batch.is_reflection[:, None]
+                gap = own * (batch.sample_logprobs - old_logprobs).abs()
+                add_up(sums, {
+                    "train/loss": loss.detach(), "train/trained_tokens": mask.sum(),
+                    "train/entropy": (own * entropy).sum(), "train/entropy#": own.sum(),
+                    "train/parity_mean": gap.sum(), "train/parity_mean#": own.sum(), "train/parity_max": gap.max(),
+                    "train/ots_weight": (constructed * weights).sum(), "train/ots_weight#": constructed.sum()})
+                if c.log_kl or c.kl_coef:
+                    add_up(sums, {"train/kl_ref": kl_to_ref(logprobs, ref_logprobs, own).sum(), "train/kl_ref#": own.sum()})
+                rows += [(rollouts[i], logprobs[row], weights[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
+        sums["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for r, logprobs, weights in rows:
+    for r, logprobs, weights in rows:  # for the log and the report: what each token of a construction was worth
         completion = slice(len(r.prompt_ids) - 1, len(r.prompt_ids) - 1 + len(r.completion_ids))
         r.logprobs, r.ots_weights = logprobs[completion].tolist(), weights[completion].tolist()
-    sums = {key: float(value) for key, value in sums.items()}
-    metrics = {"train/loss": sums["loss"], "train/grad_norm": float(grad_norm), "train/trained_tokens": sums["tokens"],
-               "train/entropy": sums["entropy"] / max(sums["own"], 1), "train/parity_mean": sums["gap"] / max(sums["own"], 1),
-               "train/parity_max": sums["gap_max"]}
-    if "clipped" in sums:
-        metrics |= {"train/clip_fraction": sums["clipped"] / max(sums["tokens"], 1), "train/ratio_max": sums["ratio_max"]}
-    if sums["ref_tokens"]:
-        metrics["train/ots_weight"] = sums["ots"] / sums["ref_tokens"]
-    if "kl" in sums:
-        metrics["train/kl_ref"] = sums["kl"] / max(sums["own"], 1)
-    return metrics
+    return {name: float(value) for name, value in sums.items()}
 
 
-def opsd_forward(model, ref_model, batch, rollouts, index, teacher_of, c):
-    """Student and teacher on the same completions -> logprobs, entropy, and per token (B, T) the divergence to the teacher
-    (opsd_loss 'jsd') or the teacher's log-prob of the sampled token ('sampled').
-
-    The teacher reads another, longer prompt: its columns are shifted so that they meet the student's.
-    """
-    teacher = ref_model if c.opsd_teacher == "initial" else model
-    seen = collate([dataclasses.replace(rollouts[i], prompt_ids=teacher_of[i] or rollouts[i].prompt_ids) for i in index],
-                   [0.0] * len(index)).to(batch.inputs.device)
-    shift = torch.tensor([len(teacher_of[i] or rollouts[i].prompt_ids) - len(rollouts[i].prompt_ids) for i in index])
-    columns = torch.arange(batch.inputs.shape[1]) + shift[:, None]                              # (B, T)
-    columns = columns.clamp(max=seen.inputs.shape[1] - 1).to(batch.inputs.device)
-    if c.opsd_loss == "sampled":
-        with torch.no_grad():
-            teacher_logprobs = teacher(seen.inputs, seen.targets, temperature=c.temperature)[0].gather(1, columns)
-        return *model(batch.inputs, batch.targets, temperature=c.temperature), teacher_logprobs
-    with torch.no_grad():
-        hidden = teacher(seen.inputs)                                                           # (B, T', d)
-        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))          # (B, T, d)
-    return model(batch.inputs, batch.targets, temperature=c.temperature,
-                 teacher=(hidden, teacher.head_weight.detach(), c.opsd_beta, c.opsd_clip))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a person sees
-
-
-def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """rollout/*: means over the step's ordinary rollouts, lengths in tokens."""
-    def mean(values):
-        values = list(values)
-        return sum(values) / len(values) if values else float("nan")
-    groups = {}
-    for r in rollouts:
-        groups.setdefault(r.query, []).append(r.reward)
-    metrics = {
-        "rollout/pass1": mean(r.reward for r in rollouts),
-        "rollout/length": mean(len(r.completion_ids) for r in rollouts),
-        "rollout/length_correct": mean(len(r.completion_ids) for r in rollouts if r.reward > 0),
-        "rollout/length_wrong": mean(len(r.completion_ids) for r in rollouts if r.reward == 0),
-        "rollout/truncated": mean(not r.finished for r in rollouts),
-        "rollout/zero_variance_groups": mean(len(set(g)) == 1 for g in groups.values()),
-        "rollout/reflect_rate": mean(reflect.reflects(r.text) for r in rollouts),
-        "rollout/tokens": float(sum(len(r.completion_ids) for r in rollouts)),
-    }
-    for status in ("no_answer", "unparsable", "timeout", "error"):  # counted apart from wrong (trap 23)
-        metrics[f"rollout/{status}"] = mean(r.grade == status for r in rollouts)
-    return metrics
-
-
-def warnings_of(metrics: dict[str, float], dry_steps: int, c) -> list[str]:
-    """What a run that cannot learn looks like, said where it cannot be missed. dry_steps: steps without an eligible query."""
-    found = []
-    if metrics["rollout/truncated"] == 1:
-        found.append(f"every response was truncated at max_new_tokens = {c.max_new_tokens}: raise it, or check the stop ids")
-    if metrics["rollout/zero_variance_groups"] == 1:
-        value = metrics["rollout/pass1"]
-        found.append(f"this step cannot learn: all rewards of every group are equal (mean {value:.2f}), every advantage is 0; "
-                     + ("the problems are too hard for this model, or the answer format is not followed" if value < 0.5
-                        else "the problems are too easy for this model"))
-    if metrics["train/parity_mean"] > c.parity_alarm:
-        found.append(f"sampler and trainer disagree: mean |log-prob gap| {metrics['train/parity_mean']:.3f} is above parity_alarm "
-                     f"= {c.parity_alarm}; stale weights, or another temperature or mask in one of the two")
-    if c.method in ("tapo", "sft") and dry_steps >= 20:
-        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3: n_pos = {c.n_pos}, n_neg = {c.n_neg}): {c.method} has "
-                     "nothing to reflect on")
-    return found
-
-
-def console_line(step: int, m: dict[str, float], c) -> str:
-    """The numbers a person watches, one line a step."""
-    line = (f"step {step:4d}/{c.max_steps} | pass@1 {m['rollout/pass1']:.3f} | len {m['rollout/length']:.1f} "
-            f"cut {m['rollout/truncated']:.2f} | loss {m['train/loss']:+.4f} | grad {m['train/grad_norm']:.3f} "
-            f"| kl {m.get('train/kl_ref', float('nan')):.4f}")
-    if c.method in ("tapo", "sft"):
-        line += (f" | y_ref {m['reflect/kept']:.0f}/{m['reflect/candidates']:.0f} right {m.get('reflect/correct', float('nan')):.2f} "
-                 f"mixed {m.get('reflect/mixed_groups', float('nan')):.2f} ots {m.get('train/ots_weight', float('nan')):.2f}")
-    return line + f" | lr {m['train/lr']:.1e} | {m['time/step']:.2f} s"
-
-
-def evaluate_policy(model, tokenizer, problems, prompts, c, stop_ids) -> dict[str, float]:
-    """Pass@1 on held-out problems, at the training temperature; the full protocol (T 0.6, Pass@k, intervals) is eval.py."""
+def evaluate(model, tokenizer, problems, prompts, stop_ids, c) -> dict[str, float]:
+    """Pass@1 on held-out problems at the training temperature. The full protocol (T 0.6, Pass@k, intervals) is eval.py's."""
     completions = generate(
         model, [prompts[p.uid] for p in problems], c.eval_samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
         keys=[(c.seed, EVALUATION, i) for i in range(len(problems))], temperature=c.temperature, max_rows=c.max_rows,
         progress="evaluation")
-    rows = [(p, completion) for p, group in zip(problems, completions, strict=True) for completion in group]
-    grades = reward.grade_many([completion_text(tokenizer, completion) for _, completion in rows], [p.answer for p, _ in rows])
-    right = [g.reward * completion.finished for g, (_, completion) in zip(grades, rows, strict=True)]
-    return {"eval/pass1": sum(right) / len(right), "eval/truncated": sum(not completion.finished for _, completion in rows) / len(rows),
-            "eval/length": sum(len(completion.ids) for _, completion in rows) / len(rows)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what stays on disk: whole or not at all
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """jsonl under a temporary name, then renamed: a kill leaves no torn file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("." + path.name)
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(partial, path)
-
-
-def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int, config: dict, keep_last: int) -> None:
-    """A Hugging Face folder with train_state.pt and meta.json beside the weights; older checkpoints beyond keep_last go."""
-    partial = folder.with_name("." + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_hf(model, tokenizer, partial)
-        torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "train_state.pt")
-        (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        last = checkpoints(folder.parent)
-        where = last[-1] if last else "the start, there is no earlier checkpoint"
-        raise OSError(e.errno, f"cannot save {folder}: {e.strerror or e}; free space, then --resume=True continues from {where}") from e
-    for old in checkpoints(folder.parent)[:-keep_last]:
-        shutil.rmtree(old)
-
-
-def checkpoints(out_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    return sorted(p for p in out_dir.glob("step_*") if (p / "meta.json").is_file())
+    rows = [(problem, completion) for problem, group in zip(problems, completions, strict=True) for completion in group]
+    grades = reward.grade_many([completion_text(tokenizer, x) for _, x in rows], [problem.answer for problem, _ in rows])
+    return {"eval/pass1": sum(g.reward for g, (_, x) in zip(grades, rows, strict=True) if x.finished) / len(rows),
+            "eval/truncated": sum(not x.finished for _, x in rows) / len(rows),
+            "eval/length": sum(len(x.ids) for _, x in rows) / len(rows)}
 
 
 def learning_rate_at(step: int, c) -> float:
-    """Linear warm-up, then cosine to min_lr * learning_rate at max_steps. A function of the step counter alone."""
+    """Linear warm-up, then cosine down to min_lr * learning_rate at max_steps: a function of the step counter alone."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     progress = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.learning_rate * (c.min_lr + (1 - c.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-MAY_CHANGE_ON_RESUME = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
-                        "out_dir", "parity_alarm"}
-
-
-def start_or_resume(config: dict, c) -> tuple[int, str]:
-    """(first step to run, folder to load the policy from). Refuses to mix two runs in one out_dir."""
-    out, found = Path(c.out_dir), checkpoints(Path(c.out_dir))
-    if not c.resume:
-        if (out / "metrics.jsonl").exists():
-            raise ValueError(f"out_dir = {c.out_dir} already holds a run; pass --resume=True to continue it, or another out_dir")
-        return 0, c.init_from
-    if not found:
-        if (out / "metrics.jsonl").exists():
-            print(f"no checkpoint in {out} yet: starting again from {c.init_from}")
-        return 0, c.init_from
-    meta = json.loads((found[-1] / "meta.json").read_text())
-    changed = [line for line in diff_configs(meta["config"], config) if line.split(":")[0] not in MAY_CHANGE_ON_RESUME]
-    if changed:
-        raise ValueError(f"resume with a changed config would not be the same run: {'; '.join(changed)}; set these back, or start "
-                         f"a new run with --init_from={found[-1]} and another out_dir")
-    return meta["step"], str(found[-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)
-    out = Path(c.out_dir)
-    first_step, load_from = start_or_resume(config, c)
+    first_step, load_from = find_start(config)
     print_config(config)
     if c.threads:
         torch.set_num_threads(c.threads)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    # bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would move nothing (trap 19)
     autocast = torch.autocast(device, dtype=torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
 
+    training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
-    training = load_problems(c.problems)
-    held_out = load_problems(c.eval_problems) if c.eval_problems else []
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer))
-    ref_model = None
-    if c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial"):
-        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer)).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=c.weight_decay,
-                                  fused=True)
-    if load_from != c.init_from:
-        optimizer.load_state_dict(torch.load(Path(load_from) / "train_state.pt", map_location=device)["optimizer"])
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in training + held_out}
     for p in training + held_out:
         check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
-        reward.check_gold(p.answer)
-    print(batch_table(model, training, stop_ids, tokenizer, c, device))
+    ref_model = None            # the frozen start
+    if c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial"):
+        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer)).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                                  weight_decay=c.weight_decay, fused=True)
+    if first_step:
+        optimizer.load_state_dict(torch.load(Path(load_from) / "train_state.pt", map_location=device))
+    print(batch_table(model, training, prompts, stop_ids, tokenizer, c, device), flush=True)
+
+    out = Path(c.out_dir)
     save_config(config, out)
     tokenizer.save_pretrained(out / "tokenizer")
-    # A run that was killed after its last checkpoint has logged steps that will now be run again.
-    log = out / "metrics.jsonl"
-    logged = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")] if log.exists() else []
-    write_lines(log, [row for row in logged if row["step"] <= first_step])
-    dry_steps = 0
-
+    keep_log(out / "metrics.jsonl", first_step)
+    dry_steps = 0               # in a row without an eligible query
     for step in range(first_step, c.max_steps):
         clock = [time.perf_counter()]
 
-        def tick(clock=clock):
+        def lap(clock=clock) -> float:
             clock.append(time.perf_counter())
             return clock[-1] - clock[-2]
 
-        # Algorithm 1, lines 1-6: K rollouts for each query, scored
+        # Algorithm 1, lines 1-6: K rollouts of every query, scored
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         problem_of = dict(queries)
-        rollouts = sample_rollouts(model, tokenizer, queries, prompts, c, stop_ids, step)
-        metrics = {"time/generate": tick()}
+        with autocast:
+            rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, step)
+        sums = {"time/generate": lap()}
         score(rollouts, problem_of)
-        metrics |= rollout_metrics(rollouts) | {"time/grade": tick()}
+        sums["time/grade"] = lap()
 
-        # lines 8-14: micro-reflective trajectories from the wrong ones, scored by the same reward
+        # lines 8-14: from the mistakes among them, micro-reflective trajectories, scored alike
         outcomes, selected = [], {}
         if c.method in ("tapo", "sft"):
-            outcomes, selected = build_reflections(model, tokenizer, rollouts, problem_of, c, stop_ids, step)
+            with autocast:
+                outcomes, selected = build_reflections(model, tokenizer, rollouts, problem_of, stop_ids, c, step)
             score([r for r in outcomes if isinstance(r, Rollout)], problem_of)
             dry_steps = 0 if selected["eligible"] else dry_steps + 1
-        reflections = [r for r in outcomes if isinstance(r, Rollout) and (r.reward > 0 or c.ref_negatives)]
-        metrics["time/reflect"] = tick()
-        everything = rollouts + reflections
+        everything = rollouts + [r for r in outcomes if isinstance(r, Rollout) and (r.reward > 0 or c.ref_negatives)]
+        sums["time/reflect"] = lap()
 
-        # lines 17-19: advantages, every group on its own (Eq. 1, 4, 5)
-        for r, a in zip(everything, advantages(
-                torch.tensor([r.reward for r in everything]), [r.query for r in everything], [r.group for r in everything],
-                [r.is_reflection for r in everything], ref_advantage=c.ref_advantage, std=c.std).tolist(), strict=True):
-            r.advantage = a
+        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5)
+        values = advantages(torch.tensor([r.reward for r in everything]), [r.query for r in everything],
+                            [r.group for r in everything], [r.is_reflection for r in everything],
+                            ref_advantage=c.ref_advantage, std=c.std)
+        for r, value in zip(everything, values.tolist(), strict=True):
+            r.advantage = value
 
-        # lines 21-22: L_orig + lam * L_ref, one update
-        lr = learning_rate_at(step, c)
+        # lines 21-22: L_orig + lam * L_ref (Eq. 6), one update
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        teacher_of = teacher_prompts(tokenizer, rollouts, problem_of, c, step) if c.method == "opsd" else None
-        metrics |= update(model, ref_model, optimizer, everything, teacher_of, c, device, autocast) | {"train/lr": lr}
-        metrics["time/update"] = tick()
-        if c.method in ("tapo", "sft"):
-            metrics |= reflect.reflect_metrics(reflect.reflect_sums(selected, outcomes))
-        metrics["time/step"] = clock[-1] - clock[0]
-        metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
+            group["lr"] = learning_rate_at(step, c)
+        teacher_of = None
+        if c.method == "opsd":
+            teacher_of = opsd.teacher_prompts(tokenizer, rollouts, problem_of, c.template, (c.seed, PAIRING, step))
+        sums |= update(model, ref_model, optimizer, everything, teacher_of, c, device, autocast)
+        sums |= {"train/lr": learning_rate_at(step, c), "time/update": lap(), "time/step": clock[-1] - clock[0]}
 
         done = step + 1
+        sums |= rollout_sums(rollouts)
+        if selected:
+            sums |= reflect.reflect_sums(selected, outcomes)
+        metrics = means(sums)
+        metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            metrics |= evaluate_policy(model, tokenizer, held_out, prompts, c, stop_ids)
+            with autocast:
+                metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c)
             print(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
-        write_lines(out / "rollouts" / f"step_{done:06d}.jsonl",
-                    [{"step": done, "question": problem_of[r.query].question, "gold": problem_of[r.query].answer,
-                      "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
-        with open(log, "a") as f:
-            f.write(json.dumps({"step": done} | metrics) + "\n")
+        write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [
+            {"step": done, "question": problem_of[r.query].question, "gold": problem_of[r.query].answer,
+             "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": done} | metrics) + "\n")
         print(console_line(done, metrics, c), flush=True)
         for warning in warnings_of(metrics, dry_steps, c):
             print(f"WARNING: {warning}", flush=True)
@@ -554,16 +406,17 @@ def main() -> None:
             save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
 
 
-def batch_table(model, training, stop_ids, tokenizer, c, device) -> str:
-    """The derived numbers of the run, printed once at start."""
-    rows = c.prompts_per_step * c.samples_per_prompt
-    constructions = c.prompts_per_step * c.m_max if c.method in ("tapo", "sft") else 0
+def batch_table(model, training, prompts, stop_ids, tokenizer, c, device) -> str:
+    """What the knobs amount to, printed once at start."""
+    lengths = sorted(len(ids) for ids in prompts.values())
+    constructions = f", at most {c.prompts_per_step * c.m_max} reflections" if c.method in ("tapo", "sft") else ""
     return "\n".join([
-        f"model        {num_params(model.config):,} parameters, {model.config.model_type}, on {device}, compute {c.dtype}",
-        f"problems     {len(training):,}; {c.max_steps} steps are {c.max_steps * c.prompts_per_step / len(training):.2f} epochs",
-        f"one step     {c.prompts_per_step} prompts x {c.samples_per_prompt} samples = {rows} rollouts, at most {constructions} reflections",
-        f"stop ids     {', '.join(f'{i} {tokenizer.convert_ids_to_tokens(i)}' for i in stop_ids)}",
-    ])
+        f"model        {num_params(model):,} parameters ({model.config.model_type}) on {device}, compute in {c.dtype}",
+        f"problems     {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "
+        f"{c.max_steps} steps are {c.max_steps * c.prompts_per_step / len(training):.2f} epochs",
+        f"one step     {c.prompts_per_step} prompts x {c.samples_per_prompt} samples = "
+        f"{c.prompts_per_step * c.samples_per_prompt} rollouts{constructions}, {c.updates_per_step} update(s)",
+        f"stop ids     {', '.join(f'{i} {tokenizer.convert_ids_to_tokens(i)}' for i in stop_ids)}"])
 
 
 if __name__ == "__main__":

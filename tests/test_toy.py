@@ -6,8 +6,6 @@ import pytest
 
 import toy
 
-TEMPLATES = {"micro": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><micro>",
-             "full": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><full>"}
 QUESTION = "x*7-21=35"
 CHAIN = "(46+21-52-13)*4=?"
 
@@ -41,10 +39,13 @@ def false_statements(question: str, text: str) -> list[str]:
         value = {g: eval(left.replace("x", str(g))) for g in range(1, 100)}
         answer = next(g for g in range(1, 16) if value[g] == int(target))
         for m in re.finditer(r"Try (\d+): [^:]*?=(\d+) (low|high|ok)\. ", text):
-            said = {"low": value[int(m[1])] < int(target), "high": value[int(m[1])] > int(target), "ok": int(m[1]) == answer}
-            if not said[m[3]] or value[int(m[1])] != int(m[2]):
+            reached = value[int(m[1])]
+            holds = {"low": reached < int(target), "high": reached > int(target), "ok": int(m[1]) == answer}
+            if not holds[m[3]] or reached != int(m[2]):
                 false.append(m[0])
-        false += [m[0] for m in re.finditer(r"Wait, (\d+) is too (low|high)", text) if (int(m[1]) < answer) != (m[2] == "low")]
+        for m in re.finditer(r"Wait, (\d+) is too (low|high)", text):
+            if (int(m[1]) < answer) != (m[2] == "low"):
+                false.append(m[0])
     return false
 
 
@@ -113,8 +114,9 @@ def test_every_statement_of_a_right_solution_is_true_and_planted_mistakes_carry_
                 assert false == [], text
                 guess = re.match(r"Try (\d+)", text)[1]
                 blank = "_" * len(guess)
-                expected = {"direct": text, "reflective": re.sub(r"^Try \d+", f"Try {blank}", text),
-                            "give_up": re.sub(r"\{\d+\}", f"{{{blank}}}", re.sub(r"^Try \d+", f"Try {blank}", text))}[kind]
+                expected = text if kind == "direct" else re.sub(r"^Try \d+", f"Try {blank}", text)
+                if kind == "give_up":
+                    expected = re.sub(r"\{\d+\}", f"{{{blank}}}", expected)
                 assert learnt(text, spans) == expected
             else:
                 # the one false statement is the slip, and exactly its result is masked
@@ -230,9 +232,10 @@ def test_a_construction_is_exact_on_the_documented_example():
 @pytest.mark.parametrize("mode", ["micro", "full"])
 def test_a_synthesis_example_answers_its_own_prompt(world, mode):
     for rng, p in samples(world, 100, seed=5):
-        example = toy.ift_example(rng, p.question, TEMPLATES[mode], mode)
+        example = toy.ift_example(rng, p.question, mode)
         wrong = re.search(r"<wrong>([\s\S]*)</wrong>", example.prompt)[1]
-        body = re.fullmatch(r"<analysis>[\s\S]+</analysis><reconstruction>([\s\S]+)</reconstruction>", example.completion)[1]
+        form = r"<analysis>[\s\S]+</analysis><reconstruction>([\s\S]+)</reconstruction>"
+        body = re.fullmatch(form, example.completion)[1]
         assert last_boxed(re.search(r"<right>([\s\S]*)</right>", example.prompt)[1]) == p.answer == last_boxed(body)
         if mode == "micro":
             assert wrong.startswith(body.split("<reflection>")[0]) and body.count("<reflection>") == 1
@@ -251,7 +254,7 @@ def test_the_teacher_never_gives_up():
 def test_the_tokenizer_round_trips_exactly_and_its_offsets_are_characters(tokenizer):
     for world in toy.WORLDS:
         for rng, p in samples(world, 100, seed=7):
-            example = toy.ift_example(rng, p.question, TEMPLATES["micro"])
+            example = toy.ift_example(rng, p.question)
             for text in (example.prompt, example.completion, toy.solution(rng, p.question, "reflective")[0]):
                 encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                 assert tokenizer.decode(encoded["input_ids"]) == text

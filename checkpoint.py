@@ -1,0 +1,85 @@
+"""What a run leaves on disk: whole or not at all.
+
+    out_dir/step_000040/     a plain Hugging Face folder (transformers and vLLM load it) with, beside the weights,
+        train_state.pt       the optimiser's moments
+        meta.json            step and config; written last, a folder without it does not count
+    out_dir/metrics.jsonl    one row a step
+    out_dir/rollouts/        every rollout and reflection of every step
+
+Everything is written under a temporary name and renamed, so a kill at any moment leaves the previous state usable.
+Data order, noise and learning rate are functions of the step counter: there is no random state to save (trap 22).
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from configurator import diff_configs
+from model import save_hf
+
+# Knobs that a resumed run may change: they decide where and how often, not what is learned.
+MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
+              "out_dir", "parity_alarm"}
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Replace a jsonl file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name("." + path.name)
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def keep_log(path: Path, last_step: int) -> None:
+    """Drop the rows after last_step from metrics.jsonl: a run killed after its last checkpoint will run those again. A last
+    line torn by the kill goes with them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    write_lines(path, [row for row in rows if row["step"] <= last_step])
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(folder for folder in out_dir.glob("step_*") if (folder / "meta.json").is_file())
+
+
+def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int, config: dict, keep_last: int) -> None:
+    """Write one checkpoint, then delete all but the newest keep_last. OSError (disk full) leaves the older ones intact."""
+    partial = folder.with_name("." + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_hf(model, tokenizer, partial)
+        torch.save(optimizer.state_dict(), partial / "train_state.pt")
+        (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except Exception as e:  # safetensors and torch.save each wrap "no space left" in an exception of their own
+        shutil.rmtree(partial, ignore_errors=True)
+        older = checkpoints(folder.parent)
+        where = older[-1] if older else "the start, as there is no earlier checkpoint"
+        reason = " ".join(str(e).split())
+        raise ValueError(f"cannot save {folder} ({reason}); free space, then --resume=True goes on from {where}") from e
+    for old in checkpoints(folder.parent)[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def find_start(config: dict) -> tuple[int, str]:
+    """(steps already done, folder to load the policy from): init_from, or with resume the last checkpoint of out_dir.
+
+    ValueError when out_dir holds a run that is not to be resumed, or when the resumed run would be another one.
+    """
+    out, found = Path(config["out_dir"]), checkpoints(Path(config["out_dir"]))
+    if not config["resume"]:
+        if (out / "metrics.jsonl").exists():
+            raise ValueError(f"out_dir = {out} already holds a run; continue it with --resume=True, or choose another out_dir")
+        return 0, config["init_from"]
+    if not found:
+        print(f"no checkpoint in {out}: starting from {config['init_from']}")
+        return 0, config["init_from"]
+    meta = json.loads((found[-1] / "meta.json").read_text())
+    changed = [line for line in diff_configs(meta["config"], config) if line.split(":")[0] not in MAY_CHANGE]
+    if changed:
+        raise ValueError(f"resume = True, but the config has changed since {found[-1]}: {'; '.join(changed)}; set these back, "
+                         f"or start a new run with --init_from={found[-1]} and another out_dir")
+    return meta["step"], str(found[-1])

@@ -1,0 +1,11 @@
+# python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base
+# §4.1: Pass@1..5 at T 0.6, top-p 0.9. The paper draws 5 samples in each of 16 runs and averages over the runs; the closed
+# form on all 80 samples has the same expectation and less noise. First: python data.py aime24 (and aime25, hmmt_feb25).
+problems = "data/aime24.jsonl,data/aime25.jsonl,data/hmmt_feb25.jsonl"
+samples = 80
+temperatures = (0.6,)
+top_ps = (0.9,)
+pass_k = (1, 2, 3, 4, 5)
+max_new_tokens = 16384         # not stated in the paper, whose responses grow to 5,000 tokens in training
+max_rows = 32                  # one full-length row of an 8B model keeps 2.4 GB of keys and values
+dtype = "bfloat16"

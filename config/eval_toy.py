@@ -1,0 +1,11 @@
+# python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
+# Held-out problems of the toy world: at the training temperature, and as the paper evaluates (§4.1).
+world = "findx"
+split = "test"
+n_problems = 400               # 3 minutes on one core
+instruction = ""               # the toy prompt is the bare question
+samples = 16
+temperatures = (1.0, 0.6)
+top_ps = (1.0, 0.9)
+pass_k = (1, 5)
+max_new_tokens = 54

@@ -1,0 +1,14 @@
+# python eval.py config/filter_deepscaler.py --init_from=out/coldstart
+# §4.1: training queries are those that the cold-start model solves sometimes. Writes data/deepscaler_filtered.jsonl, the
+# accuracy beside each problem; the same command continues after a kill. First: python data.py deepscaler.
+problems = "data/deepscaler.jsonl"
+filter_out = "data/deepscaler_filtered.jsonl"
+filter_low = 0.125             # 1 of 8
+filter_high = 0.875            # 7 of 8
+samples = 8                    # K of training: 0 of 8 and 8 of 8 would give no advantage
+temperatures = (1.0,)          # what training will sample
+top_ps = (1.0,)
+max_new_tokens = 8192
+max_rows = 64
+dtype = "bfloat16"
+out = "out/filter_deepscaler"

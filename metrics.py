@@ -1,0 +1,88 @@
+"""What is measured during a run, and what a person sees of it.
+
+Everything is collected as sums: "name" and, where it is a mean, its denominator "name#"; names that end in "_max" are
+maxima. Sums add up over micro-batches and processes, and `means` divides once, at the end.
+"""
+import math
+
+import reflect
+from rollout import Rollout
+
+
+def add_up(sums: dict, more: dict) -> None:
+    """Add `more` into `sums`; values may be floats or tensors on a device (then nothing here waits for it)."""
+    for name, value in more.items():
+        if name not in sums:
+            sums[name] = value
+        elif name.endswith("_max"):
+            sums[name] = value.maximum(sums[name]) if hasattr(value, "maximum") else max(value, sums[name])
+        else:
+            sums[name] = sums[name] + value
+
+
+def means(sums: dict) -> dict[str, float]:
+    """{"a": 6, "a#": 3, "b": 2} -> {"a": 2.0, "b": 2.0}. A mean over nothing has no value and is left out."""
+    values = {name: float(value) for name, value in sums.items()}
+    return {name: value / values.get(name + "#", 1.0) for name, value in values.items()
+            if not name.endswith("#") and values.get(name + "#", 1.0) > 0}
+
+
+def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
+    """rollout/*: of the step's ordinary rollouts; lengths in tokens."""
+    sums: dict[str, float] = {}
+
+    def add(name: str, values) -> None:
+        values = list(values)
+        add_up(sums, {f"rollout/{name}": float(sum(values)), f"rollout/{name}#": len(values)})
+
+    add("pass1", (r.reward for r in rollouts))
+    add("length", (len(r.completion_ids) for r in rollouts))
+    add("length_correct", (len(r.completion_ids) for r in rollouts if r.reward > 0))
+    add("length_wrong", (len(r.completion_ids) for r in rollouts if r.reward == 0))
+    add("truncated", (not r.finished for r in rollouts))
+    add("reflect_rate", (reflect.reflects(r.text) for r in rollouts))
+    for grade in ("no_answer", "unparsable", "timeout", "error"):  # counted apart from wrong (trap 23)
+        add(grade, (r.grade == grade for r in rollouts))
+    rewards: dict[int, set] = {}
+    for r in rollouts:
+        rewards.setdefault(r.query, set()).add(r.reward)
+    add("zero_variance_groups", (len(values) == 1 for values in rewards.values()))
+    sums["rollout/tokens"] = float(sum(len(r.completion_ids) for r in rollouts))
+    return sums
+
+
+def warnings_of(m: dict[str, float], dry_steps: int, c) -> list[str]:
+    """What a run that cannot learn looks like, to be said where it cannot be missed. c: the config; dry_steps: how many
+    steps in a row had no eligible query."""
+    found = []
+    if m["rollout/truncated"] == 1:
+        found.append(f"every response was truncated at max_new_tokens = {c.max_new_tokens}: raise it, or check the stop ids")
+    if m["rollout/zero_variance_groups"] == 1:
+        why = ("too hard for this model, or its answers do not follow the format" if m["rollout/pass1"] < 0.5
+               else "too easy for this model")
+        found.append("this step cannot learn: in every group all rewards are equal, so every advantage is 0 "
+                     f"(mean reward {m['rollout/pass1']:.2f}: the problems are {why})")
+    if m["train/parity_mean"] > c.parity_alarm:
+        found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f} is above parity_alarm = "
+                     f"{c.parity_alarm}: stale weights, or another temperature or mask in one of the two")
+    if c.method in ("tapo", "sft") and dry_steps >= 20:
+        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3 with n_pos = {c.n_pos}, n_neg = {c.n_neg}): "
+                     f"{c.method} has nothing to reflect upon")
+    return found
+
+
+def console_line(step: int, m: dict[str, float], c) -> str:
+    """The numbers a person watches, one line a step."""
+    def show(name: str, form: str) -> str:
+        value = m.get(name, math.nan)
+        return "-" if math.isnan(value) else format(value, form)
+
+    parts = [f"step {step:4d}/{c.max_steps}",
+             f"pass@1 {show('rollout/pass1', '.3f')}",
+             f"len {show('rollout/length', '.1f')} cut {show('rollout/truncated', '.2f')}",
+             f"loss {show('train/loss', '+.4f')} grad {show('train/grad_norm', '.3f')} kl {show('train/kl_ref', '.4f')}"]
+    if c.method in ("tapo", "sft"):
+        parts.append(f"y_ref {show('reflect/kept', '.0f')}/{show('reflect/candidates', '.0f')} "
+                     f"right {show('reflect/correct', '.2f')} mixed {show('reflect/mixed_groups', '.2f')} "
+                     f"ots {show('train/ots_weight', '.2f')}")
+    return " | ".join([*parts, f"lr {show('train/lr', '.1e')}", f"{show('time/step', '.2f')} s"])

@@ -1,0 +1,50 @@
+"""OPSD, on-policy self-distillation (arXiv 2601.18734): the baseline in which a model teaches itself.
+
+The student answers the plain question. The teacher is the same model with a right solution in its prompt, and says at
+every token of the student's own response how it would have gone on. The solution is a right response of the same group
+(the data sets here hold answers, not solutions). Its divergence is `advantage.generalised_jsd`.
+"""
+import dataclasses
+
+import numpy as np
+import torch
+
+import reflect
+from data import Problem
+from rollout import Batch, Rollout, collate
+
+
+def teacher_prompts(tokenizer, rollouts: list[Rollout], problem_of: dict[int, Problem], template: str,
+                    key: tuple[int, ...]) -> list[list[int] | None]:
+    """Per rollout the ids (P',) under which the teacher reads it; None where its group has no right response beside itself:
+    with its own text before it the teacher would only copy. key: counters, (seed, PAIRING, step)."""
+    prompts = []
+    for i, r in enumerate(rollouts):
+        right = [other for j, other in enumerate(rollouts) if other.query == r.query and other.reward > 0 and j != i]
+        rng = np.random.default_rng((*key, i))
+        prompts.append(reflect.teacher_prompt(tokenizer, problem_of[r.query], right[rng.integers(len(right))].text, template)
+                       if right else None)
+    return prompts
+
+
+def student_and_teacher(model, teacher, batch: Batch, rollouts: list[Rollout], prompts: list[list[int] | None], *,
+                        temperature: float, loss: str, beta: float, clip: float) -> tuple[torch.Tensor, ...]:
+    """Both on the same completions -> logprobs, entropy (B, T) of the student, and a third (B, T): with loss = 'jsd' the
+    divergence to the teacher over the whole vocabulary, with 'sampled' the teacher's log-prob of the sampled token.
+
+    The teacher's prompt is longer, so its columns are shifted to meet the student's. No gradient reaches the teacher.
+    """
+    read = [dataclasses.replace(r, prompt_ids=prompt or r.prompt_ids) for r, prompt in zip(rollouts, prompts, strict=True)]
+    seen = collate(read, [0.0] * len(read)).to(batch.inputs.device)                               # (B, T')
+    shift = torch.tensor([len(a.prompt_ids) - len(b.prompt_ids) for a, b in zip(read, rollouts, strict=True)])
+    columns = (torch.arange(batch.inputs.shape[1]) + shift[:, None]).clamp(max=seen.inputs.shape[1] - 1)
+    columns = columns.to(batch.inputs.device)                                                     # (B, T)
+    if loss == "sampled":
+        with torch.no_grad():
+            teacher_logprobs = teacher(seen.inputs, seen.targets, temperature=temperature)[0].gather(1, columns)
+        return *model(batch.inputs, batch.targets, temperature=temperature), teacher_logprobs
+    with torch.no_grad():
+        hidden = teacher(seen.inputs)                                                             # (B, T', d)
+        hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))            # (B, T, d)
+    return model(batch.inputs, batch.targets, temperature=temperature,
+                 teacher=(hidden, teacher.head_weight.detach(), beta, clip))
