@@ -12,10 +12,14 @@ A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. 
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
 """
 import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+import reward
 
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 ORDER_STREAM = 1  # the order's own corner of counter space, so that no other draw from `seed` can share its noise
@@ -40,7 +44,7 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no problem file at {path}; prepare one with `python data.py <name> --out={path}`")
-    problems, seen = [], {}
+    problems, seen = [], {}  # seen: uid -> line number
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit and len(problems) == limit:
@@ -56,7 +60,28 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
             problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problems; expected one JSON object per line")
+    for problem, why in zip(problems, unusable_answers([p.answer for p in problems]), strict=True):
+        if why:
+            raise ValueError(f"{path}:{seen[problem.uid]}: {why}")
     return problems
+
+
+def unusable_answers(answers: list[str]) -> list[str]:
+    """Why an answer cannot serve as gold ("" if it can): one that nothing equals would be a reward of 0 for ever.
+
+    Numbers are settled at once; of the others the grader's workers read about a hundred a second.
+    """
+    def why(answer: str) -> str:
+        try:
+            reward.check_gold(answer)
+        except ValueError as e:
+            return str(e)
+        return ""
+
+    distinct = list(dict.fromkeys(answers))
+    with ThreadPoolExecutor(2) as threads:
+        reasons = dict(zip(distinct, threads.map(why, distinct), strict=True))
+    return [reasons[answer] for answer in answers]
 
 
 def _parse_problem(line: str, where: str) -> Problem:
@@ -77,7 +102,7 @@ def _parse_problem(line: str, where: str) -> Problem:
 
 
 def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, dict] | None = None) -> None:
-    """Write problems as jsonl, whole or not at all; extra: uid -> more keys for its line (load_problems ignores them)."""
+    """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems ignores."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -92,7 +117,7 @@ def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, di
 # Tokenizer and prompt
 
 def load_tokenizer(folder: str | Path):
-    """The checkpoint's own fast tokenizer (a transformers PreTrainedTokenizerFast), refused if it cannot render a chat."""
+    """The checkpoint's own tokenizer, a transformers PreTrainedTokenizerFast; refused if it cannot render a chat."""
     from transformers import AutoTokenizer  # here: importing transformers takes seconds, reading problems should not
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -118,8 +143,8 @@ def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION
     if unknown is not None and unknown in ids:
         chars = [c for c in dict.fromkeys(question + instruction)
                  if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]]
-        raise ValueError(f"the tokenizer has no token for {' '.join(map(repr, chars))} in the prompt {question[:60]!r}; "
-                         "is this the tokenizer these problems and this instruction were made for?")
+        raise ValueError(f"the tokenizer has no token for {' '.join(map(repr, chars[:9]))} in the prompt "
+                         f"{question[:60]!r}; is this the tokenizer these problems and this instruction were made for?")
     return ids
 
 
@@ -140,8 +165,8 @@ def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...
 def check_prompt_fits(uid: str, prompt_length: int, max_new_tokens: int, context: int) -> None:
     """Refuse a prompt that leaves less than max_new_tokens of a model's context (all lengths in tokens)."""
     if prompt_length + max_new_tokens > context:
-        raise ValueError(f"problem {uid!r}: prompt of {prompt_length} tokens + max_new_tokens = {max_new_tokens} exceeds "
-                         f"the model's context of {context}; lower max_new_tokens or remove the problem")
+        raise ValueError(f"problem {uid!r}: a prompt of {prompt_length} tokens + max_new_tokens = {max_new_tokens} do "
+                         f"not fit the model's context of {context}; lower max_new_tokens or remove the problem")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +208,7 @@ SOURCES = {
     "deepscaler": Source("agentica-org/DeepScaleR-Preview-Dataset", "deepscaler.json", "MIT", train=True),
     "gsm8k_train": Source("openai/gsm8k", "main/train-00000-of-00001.parquet", "MIT", train=True),
     "gsm8k": Source("openai/gsm8k", "main/test-00000-of-00001.parquet", "MIT"),
-    "math500": Source("HuggingFaceH4/MATH-500", "test.jsonl", "none stated on the card; the MATH data set itself is MIT"),
+    "math500": Source("HuggingFaceH4/MATH-500", "test.jsonl", "none stated on the card; MATH itself is MIT"),
     "aime24": Source("HuggingFaceH4/aime_2024", "data/train-00000-of-00001.parquet",
                      "none stated on the card; the problems are the MAA's"),
     "aime25": Source("MathArena/aime_2025", "data/train-00000-of-00001.parquet",
@@ -235,28 +260,31 @@ def read_rows(path: str | Path) -> list[dict]:
 def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str, int]]:
     """Rows of any of the known layouts -> problems without duplicates, and what was dropped, counted by reason.
 
-    A row that has no id of its own is called after its place in the source, so that uids survive a change of filters.
+    A row without an id that is text and unique is called after its place in the source: uids survive a change of filters.
     Copies of a question that agree on the answer become one problem; if they disagree nobody knows which is right and
     all of them go (DeepScaleR holds such pairs).
     """
-    import reward  # here: load_problems and the prompt need no grader
     dropped = dict.fromkeys(("no question", "no answer", "unparsable answer", "duplicate", "copies disagree"), 0)
-    by_text: dict[str, list[Problem]] = {}
+    complete: list[Problem] = []
+    ids = [row.get("uid") or row.get("id") for row in rows]
+    count = Counter(uid for uid in ids if isinstance(uid, str))
     for i, row in enumerate(rows, 1):
         question = _first(row, "question", "problem", "Question", "Problem")
         answer = _first(row, "answer", "final_answer", "expected_answer", "Answer")
         if "####" in answer:  # GSM8K: worked solution, four hashes, answer; with thousands separators
             answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
-        uid = row.get("uid") or (row["id"] if isinstance(row.get("id"), str) else f"{name}-{i:05d}")
-        if not question:
-            dropped["no question"] += 1
-        elif not answer:
-            dropped["no answer"] += 1
-        elif reward.check_gold(answer):
+        if not question or not answer:
+            dropped["no answer" if question else "no question"] += 1
+            continue
+        uid = ids[i - 1]
+        uid = uid if isinstance(uid, str) and count[uid] == 1 else f"{name}-{i:05d}"
+        complete.append(Problem(uid, question, answer, _first(row, "level", "difficulty")))
+    by_text: dict[str, list[Problem]] = {}
+    for problem, why in zip(complete, unusable_answers([p.answer for p in complete]), strict=True):
+        if why:
             dropped["unparsable answer"] += 1
         else:
-            level = _first(row, "level", "difficulty")
-            by_text.setdefault(" ".join(question.lower().split()), []).append(Problem(uid, question, answer, level))
+            by_text.setdefault(" ".join(problem.question.lower().split()), []).append(problem)
     problems = []
     for copies in by_text.values():
         if len({reward.normalise(p.answer) for p in copies}) > 1:
@@ -319,7 +347,7 @@ def main() -> None:
     parser.add_argument("--eval_files", default="", help="training sets: problem files not to overlap with, separated "
                         "by commas; default: the evaluation sets already prepared beside --out")
     parser.add_argument("--world", default="findx", help="toy: findx | chain")
-    parser.add_argument("--sizes", default="4000,200,400", help="toy: train, validation and test problems; 0 = all (findx)")
+    parser.add_argument("--sizes", default="4000,200,400", help="toy: train, validation, test problems; 0 = all")
     args = parser.parse_args()
     if args.name == "toy":
         sizes = args.sizes.split(",")
@@ -344,7 +372,6 @@ def main() -> None:
         raise ValueError(f"none of the {len(rows)} rows of {args.path or source.repo} is a usable problem; "
                          f"keys of the first: {', '.join(rows[0]) if rows else 'none'}")
     save_problems(problems, out)
-    load_problems(out)  # what was written is what training will accept
     print(f"{args.name}: {len(rows):,} rows -> {len(problems):,} problems in {out}")
     print("dropped: " + (", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"))
     print(f"source:  {args.path or f'{source.repo} ({source.file})'}")

@@ -2,8 +2,8 @@
 Pass@k with intervals, truncation, and the paper's reflection analysis (§4.3), from any Hugging Face folder.
 
     python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
-    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5 on three contests
-    python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: problems of middling accuracy
+    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5, three contests
+    python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: middling problems
     python eval.py --compare=base.json,tapo.json                                     # paired, problem by problem
     python eval.py --compare=grpo_s0.json+grpo_s1.json,tapo_s0.json+tapo_s1.json     # paired by training seed, too
 
@@ -72,9 +72,9 @@ compare_out = ""               # also write the comparison as json
 # Statistics: pure functions
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, include one of the c right ones."""
+    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, hold one of the c right ones."""
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; use samples >= {k} or a smaller k")
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; raise samples or lower k")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -187,7 +187,7 @@ def load_sets(c) -> dict[str, list[Problem]]:
         sets[name] = load_problems(path, c.n_problems)
         for p in sets[name]:
             if p.uid in holder:
-                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; make uids unique over all files")
+                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; make them unique")
         holder |= {p.uid: name for p in sets[name]}
     return sets
 
@@ -261,7 +261,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
     # A stored sample answers one prompt and was graded against one answer; after a change of either it is drawn anew.
     marks = {p.uid: zlib.crc32(json.dumps([prompts[p.uid], p.answer]).encode()) for p in problems}
-    header = {"weights": weights_mark(c.init_from), "seed": c.seed, "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
+    header = {"weights": weights_mark(c.init_from), **{k: getattr(c, k) for k in ("seed", "max_new_tokens", "dtype")}}
     stored, old = collections.defaultdict(dict), read_jsonl(path, header) if c.resume else []
     for row in old:
         del row["text"]  # responses may be long and many; the file keeps them
@@ -289,8 +289,8 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
                 grades = reward.grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
                 for (p, i, completion, text), grade in zip(drawn, grades, strict=True):
                     reflects, located = reflection_flags(p.question, text, exact=bool(c.world))
-                    row = {"uid": p.uid, "problem": marks[p.uid], "temperature": temperature, "top_p": top_p, "sample": i,
-                           "tokens": len(completion.ids), "answer": grade.answer,
+                    row = {"temperature": temperature, "top_p": top_p, "uid": p.uid, "problem": marks[p.uid],
+                           "sample": i, "tokens": len(completion.ids), "answer": grade.answer,
                            "grade": grade.status if completion.finished else "truncated",  # wrong, as in training
                            "reflects": reflects, "located": located}
                     groups[p.uid][i] = row
@@ -321,7 +321,8 @@ def ask_judge(url: str, model: str, question: str, response: str) -> dict | None
     """{"located", "diagnosed"} from an OpenAI-compatible chat endpoint, or None if its reply has no verdict line."""
     content = JUDGE_PROMPT.format(question=question, response=response)
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as reply:
         text = json.load(reply)["choices"][0]["message"]["content"]
@@ -386,7 +387,7 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
     p: sign flips of the per-problem differences, averaged over seeds.
     """
     if len(groups) < 2 or len({len(group) for group in groups}) > 1:
-        raise ValueError("compare needs two or more results, or groups of equally many seeds (the n-th of each form a pair); "
+        raise ValueError("compare needs two or more results, or groups of equally many seeds (paired in order); "
                          f"got {len(groups)} group(s) of {', '.join(str(len(group)) for group in groups)}")
     loaded, found = [[read_result(path) for path in group] for group in groups], []
     shared = [key for key in loaded[0][0] if all(key in result for group in loaded for result in group)]
@@ -398,9 +399,9 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
         uids = sorted(accuracy[0][0])
         for path, rates in zip(sum(groups, []), sum(accuracy, []), strict=True):
             if sorted(rates) != uids:
-                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) were not measured on the "
-                                 f"same problems of {key[0]}, only {len(rates.keys() & set(uids))} are shared")
-        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group] for group in accuracy])  # (groups, seeds, P)
+                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) were not measured "
+                                 f"on the same problems of {key[0]}, only {len(rates.keys() & set(uids))} are shared")
+        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group] for group in accuracy])  # (G, seeds, P)
         for group, theirs in zip(groups[1:], accuracy[1:], strict=True):
             by_seed, by_problem = (theirs - accuracy[0]).mean(1), (theirs - accuracy[0]).mean(0)
             low, high = t_interval(by_seed) if len(by_seed) > 1 else bootstrap_interval(by_problem)
@@ -417,9 +418,9 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
 
 def table(rows: list[list[str]]) -> str:
     """Rows of cells with aligned columns: the first to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-                     for row in rows)
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
+                     for name, *cells in rows)
 
 
 def percent(value: float | None) -> str:
@@ -431,26 +432,30 @@ def results_table(settings: list[dict]) -> str:
     rates = ("no_answer", "unparsable", "timeout", "reflect_rate", "DSR", "ERR")
 
     def scores(part):
-        passes = (f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]" for v in part["pass@k"].values())
-        return [*passes, percent(part["truncated"])]
+        passes = part["pass@k"].values()
+        return [*(f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]" for v in passes),
+                percent(part["truncated"])]
 
-    rows = [["set", "T", "top-p", "problems", "samples", *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated", "length",
-             "no answer", "unparsable", "timeout", "reflects", "DSR", "ERR"]]
+    rows = [["set", "T", "top-p", "problems", "samples", *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated",
+             "length", "no answer", "unparsable", "timeout", "reflects", "DSR", "ERR"]]
     for s in settings:
-        rows.append([s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(len(s["per_problem"])), str(s["samples"]),
-                     *scores(s), f"{s['length']:.0f}", *(percent(s[rate]) for rate in rates)])
+        rows.append([s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(len(s["per_problem"])),
+                     str(s["samples"]), *scores(s), f"{s['length']:.0f}", *(percent(s[rate]) for rate in rates)])
         for level, part in s["levels"].items():
-            rows.append([f"  level {level or '-'}", "", "", str(part["problems"]), "", *scores(part), "", *[""] * len(rates)])
+            rows.append([f"  level {level or '-'}", "", "", str(part["problems"]), "", *scores(part), "",
+                         *[""] * len(rates)])
     return table(rows)
 
 
 def comparison_table(found: list[dict]) -> str:
     """One line per comparison; pass@1 in %, differences in points."""
-    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference", "95 %", "p"]]
+    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference",
+             "95 %", "p"]]
     for d in found:
+        points = [100 * d[key] for key in ("difference", "low", "high")]
         rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}", str(d["problems"]),
                      str(len(d["by_seed"])), percent(d["baseline_pass@1"]), percent(d["other_pass@1"]),
-                     f"{100 * d['difference']:+.1f}", f"[{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]", f"{d['p']:.4f}"])
+                     f"{points[0]:+.1f}", f"[{points[1]:+.1f}, {points[2]:+.1f}]", f"{d['p']:.4f}"])
     return f"baseline: {found[0]['baseline']}\n{table(rows)}"
 
 
@@ -467,9 +472,9 @@ def check_config(c) -> None:
     if not c.init_from:
         raise ValueError("init_from is not set; pass --init_from=FOLDER, a Hugging Face folder or hub id")
     if len(c.temperatures) != len(c.top_ps) or not c.temperatures:
-        raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} are read in pairs; give as many of each")
+        raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; give as many of both")
     if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
-        raise ValueError(f"pass_k = {c.pass_k}: every k must be from 1 to samples = {c.samples}; raise samples or lower k")
+        raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise samples or lower k")
     if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
         raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 <= low <= high <= 1")
     if bool(c.judge_url) != bool(c.judge_model):
@@ -484,7 +489,7 @@ def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -
     accuracy = {uid: sum(map(is_correct, rows)) / len(rows) for uid, rows in rows_of.items()}
     kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
     if not kept:
-        raise ValueError(f"no problem's accuracy is within [{c.filter_low}, {c.filter_high}]; {c.filter_out} is not written")
+        raise ValueError(f"no problem's accuracy is within [{c.filter_low}, {c.filter_high}]: no {c.filter_out}")
     save_problems(kept, c.filter_out, {p.uid: {"accuracy": accuracy[p.uid]} for p in kept})
     too_hard = sum(value < c.filter_low for value in accuracy.values())
     print(f"filter: {c.filter_out} has {len(kept):,} of {len(problems):,} problems; "

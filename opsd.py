@@ -16,14 +16,18 @@ from rollout import Batch, Rollout, collate
 
 def teacher_prompts(tokenizer, rollouts: list[Rollout], problem_of: dict[int, Problem], template: str,
                     key: tuple[int, ...]) -> list[list[int] | None]:
-    """Per rollout the ids (P',) under which the teacher reads it; None where its group has no right response beside itself:
-    with its own text before it the teacher would only copy. key: counters, (seed, PAIRING, step)."""
+    """Per rollout the ids (P',) under which the teacher reads it; None where its group has no right response but it: after
+    its own text the teacher would only copy. Rollouts of a query stand together. key: counters (seed, PAIRING, step)."""
+    groups: dict[int, list[Rollout]] = {}
+    for r in rollouts:
+        groups.setdefault(r.query, []).append(r)
     prompts = []
-    for i, r in enumerate(rollouts):
-        right = [other for j, other in enumerate(rollouts) if other.query == r.query and other.reward > 0 and j != i]
-        rng = np.random.default_rng((*key, i))
-        prompts.append(reflect.teacher_prompt(tokenizer, problem_of[r.query], right[rng.integers(len(right))].text, template)
-                       if right else None)
+    for query, group in groups.items():
+        rng = np.random.default_rng((*key, query))  # one query's noise does not depend on which others are here
+        for r in group:
+            right = [other for other in group if other.reward > 0 and other is not r]
+            chosen = right[rng.integers(len(right))] if right else None
+            prompts.append(chosen and reflect.teacher_prompt(tokenizer, problem_of[query], chosen.text, template))
     return prompts
 
 

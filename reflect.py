@@ -152,7 +152,7 @@ def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max:
 
 def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str, template: str = "long",
                      prefix_mode: str = "micro") -> list[int]:
-    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under the question alone."""
+    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under the question."""
     return _render(tokenizer, template, prefix_mode, problem.question, wrong_text, correct_text)
 
 
@@ -290,14 +290,13 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     r"""Encode the three texts as ONE string -> ids (C,), roles (C,).
 
     before "3.", diagnosis "\n\nWait.", correction " So": tokens 3 | .\n\n | Wait | . | _So have roles 0 1 1 1 2.
-    Offsets that leave out whitespace (Llama 3's do) are widened up to their neighbours', which errs towards DIAGNOSIS.
+    Offsets that leave out a token's leading space (Llama 3's do) are widened back to the end of the token before it.
     """
     encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False, return_offsets_mapping=True)
     start, end = len(before), len(before) + len(diagnosis)
     spans, roles = encoding["offset_mapping"], []
     for i, (low, high) in enumerate(spans):
-        low = min(low, spans[i - 1][1]) if i > 0 else 0
-        high = max(high, spans[i + 1][0]) if i + 1 < len(spans) else end + len(correction)
+        low = min(low, spans[i - 1][1]) if i else 0
         # CRITICAL: one shared character makes a token DIAGNOSIS, or the reflection would leak into the gradient
         touches = low < end and high > start and start < end
         roles.append(DIAGNOSIS if touches else before_role if low < start else CORRECTION)

@@ -3,11 +3,11 @@
     python report.py out/toy/tapo out/toy/grpo --evals=tapo.json,grpo.json --out=report.html --png=assets
 
 Scores first, then the six curves of Fig. 3, the life of the constructed trajectories (how many, how right, how far from
-the policy, role by role), where the time went, and twenty trajectories token by token. Folders and evaluation files whose
-names differ only in a trailing `_s<digits>` are seeds of one method: a mean and one standard deviation.
+the policy, role by role), where the time went, and twenty trajectories token by token. Folders and evaluation files
+whose names differ only in a trailing `_s<digits>` are seeds of one method: a mean and one standard deviation.
 
-Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and measuring: every number was
-logged by train.py or eval.py, except the paired difference between two evaluations.
+Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and statistics of its
+own: every number was logged by train.py or eval.py, and differences are eval.py's paired comparison.
 """
 import argparse
 import json
@@ -21,28 +21,33 @@ from typing import NamedTuple
 import numpy as np
 
 FIGURE_3 = {  # metric key: title, in the order of the paper's panels
-    "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss", "rollout/pass1": "Training accuracy",
-    "train/grad_norm": "Gradient norm", "rollout/length": "Response length, tokens", "train/kl_ref": "KL to the reference"}
-HELD_OUT = {"eval/pass1": "Held-out accuracy", "eval/length": "Held-out length, tokens", "eval/truncated": "Held-out truncated"}
+    "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss",
+    "rollout/pass1": "Training accuracy", "train/grad_norm": "Gradient norm",
+    "rollout/length": "Response length, tokens", "train/kl_ref": "KL to the reference"}
+HELD_OUT = {
+    "eval/pass1": "Held-out accuracy", "eval/length": "Held-out length, tokens", "eval/truncated": "Held-out truncated"}
 REFLECTION = {
-    "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs", "reflect/kept": "Constructions kept",
-    "reflect/parsed": "Share that parses", "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share that is right",
+    "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs",
+    "reflect/kept": "Constructions kept", "reflect/parsed": "Share that parses",
+    "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share that is right",
     "reflect/mixed_groups": "Groups with both rewards", "reflect/length": "Construction length, tokens"}
+SETTING = ("set", "temperature", "top_p", "max_new_tokens")  # evaluations that agree in these can be compared
 PHASES = ("generate", "reflect", "grade", "update")
 ROLES = ("prefix", "diagnosis", "correction")  # indexed by the role ids of a rollout file
 N_TRAJECTORIES = 20
 MAX_SIBLING_TOKENS = 1500  # a construction is shown whole; the ordinary rollouts beside it are cut here
-ROLLOUT = dict(step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="", is_reflection=False,
-               reward=math.nan, grade="", answer=None, advantage=math.nan, logprobs=None, sample_logprobs=None, ots_weights=None)
-# (light, dark) after Okabe and Ito, safe for colour-blind readers. m0.. are the methods in order; the last five the phases.
-COLOURS = {
-    "m0": ("#0072b2", "#5cb3ec"), "m1": ("#d55e00", "#ff8f4d"), "m2": ("#009e73", "#35c79c"), "m3": ("#b0508c", "#e08fc2"),
-    "m4": ("#a87900", "#e3b32c"), "m5": ("#3a9bd5", "#9ad4fb"), "m6": ("#6b6b6b", "#a8a8a8"), "prefix": ("#c77700", "#e9a13b"),
-    "diagnosis": ("#a3418a", "#e08fc2"), "correction": ("#0a6fb0", "#62b5ec"), "ink": ("#1c1b1a", "#eceae6"),
-    "soft": ("#5f5c58", "#a5a29c"), "page": ("#faf9f7", "#131416"), "card": ("#fff", "#1b1d20"), "rule": ("#e3dfd9", "#303338"),
-    "grid": ("#edeae5", "#282b2f"), "right": ("#00704f", "#45cfa4"), "wrong": ("#b3400a", "#ff9a63"), "tint": ("14%", "26%"),
-    "p0": ("#0b4f6c", "#8fd0ea"), "p1": ("#2a86a8", "#4fa3c4"), "p2": ("#72b7cf", "#2b6d88"), "p3": ("#b06a00", "#e0a040"),
-    "p4": ("#c9c4bc", "#55585d")}
+ROLLOUT = dict(  # what a line of a rollout file may leave out
+    step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="", is_reflection=False,
+    answer=None, reward=math.nan, advantage=math.nan, logprobs=None, sample_logprobs=None, ots_weights=None)
+COLOURS = {  # (light, dark) after Okabe and Ito, safe for colour-blind readers; m0.. the methods, p0.. the phases
+    "m0": ("#0072b2", "#5cb3ec"), "m1": ("#d55e00", "#ff8f4d"), "m2": ("#009e73", "#35c79c"),
+    "m3": ("#b0508c", "#e08fc2"), "m4": ("#a87900", "#e3b32c"), "m5": ("#3a9bd5", "#9ad4fb"),
+    "m6": ("#6b6b6b", "#a8a8a8"), "prefix": ("#c77700", "#e9a13b"), "diagnosis": ("#a3418a", "#e08fc2"),
+    "correction": ("#0a6fb0", "#62b5ec"), "right": ("#00704f", "#45cfa4"), "wrong": ("#b3400a", "#ff9a63"),
+    "p0": ("#0b4f6c", "#8fd0ea"), "p1": ("#2a86a8", "#4fa3c4"), "p2": ("#72b7cf", "#2b6d88"),
+    "p3": ("#b06a00", "#e0a040"), "p4": ("#c9c4bc", "#55585d"), "ink": ("#1c1b1a", "#eceae6"),
+    "soft": ("#5f5c58", "#a5a29c"), "page": ("#faf9f7", "#131416"), "card": ("#fff", "#1b1d20"),
+    "rule": ("#e3dfd9", "#303338"), "grid": ("#edeae5", "#282b2f"), "tint": ("14%", "26%")}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -65,17 +70,17 @@ def read_json(text: str, where: str) -> dict:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a jsonl file. A last line torn by a kill (no line end, no JSON) is dropped; other bad lines are errors."""
-    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    """The objects of a jsonl file. A last line that a kill has torn is dropped; all others must parse."""
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     rows = [read_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     try:
-        return [*rows, read_json(torn, "")]
+        return [*rows, read_json(last, "")]
     except ValueError:
         return rows
 
 
 def label_runs(paths: list[Path]) -> dict[str, list[Path]]:
-    """{method: its seeds}: 'out/tapo_s0', 'out/tapo_s1' -> {'tapo': [both]}. The same name in two places gets its parent's."""
+    """{method: its seeds}: 'out/tapo_s0', 'out/tapo_s1' -> {'tapo': [both]}. Equal names get their parent's."""
     names = [p.stem if p.suffix == ".json" else p.resolve().name for p in paths]
     methods = {}
     for path, name in zip(paths, names, strict=True):
@@ -104,8 +109,9 @@ def number(value) -> float:
 
 
 def model_size(run: Run) -> int:
-    """Parameters by the safetensors headers of the newest checkpoint, else of `init_from`; 0 where neither is on disk."""
-    for folder in [*sorted(run.folder.glob("step_*"), reverse=True), Path(str(run.config.get("init_from") or "-"))]:
+    """Parameters, from the safetensors headers of the newest checkpoint or else of `init_from`; 0: neither is there."""
+    start = Path(str(run.config.get("init_from") or "-"))
+    for folder in [*sorted(run.folder.glob("step_*"), reverse=True), start]:
         tensors = {}
         for shard in folder.glob("*.safetensors"):
             with open(shard, "rb") as file:
@@ -137,12 +143,13 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def make_line(runs: list[Run], key: str, label: str = "", colour: str = "m0") -> Line:
-    logged = [{row["step"]: number(row.get(key)) for row in run.rows if math.isfinite(number(row.get(key)))} for run in runs]
+    logged = [{row["step"]: v for row in run.rows if math.isfinite(v := number(row.get(key)))} for run in runs]
     steps = sorted(set().union(*logged))
     if not steps:
         return Line(label, colour, *[np.zeros(0)] * 4)
     values = np.array([[seed.get(step, math.nan) for step in steps] for seed in logged if seed])  # (S, N)
-    smoothed = np.array([smooth(seed, 1 if len(steps) < 20 else min(len(steps) // 15, 30) // 2 * 2 + 1) for seed in values])
+    window = 1 if len(steps) < 20 else min(len(steps) // 15, 30) // 2 * 2 + 1
+    smoothed = np.array([smooth(seed, window) for seed in values])
     n = np.isfinite(smoothed).sum(0)
     spread = np.where(n > 1, np.nanstd(smoothed, 0) * np.sqrt(n / np.maximum(n - 1, 1)), 0.0)  # unbiased: seeds are few
     return Line(label, colour, np.array(steps), np.nanmean(values, 0), np.nanmean(smoothed, 0), spread)
@@ -172,9 +179,14 @@ def panel(title: str, lines: list[Line], key: str) -> str:
     x0, x1 = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
     raw = np.concatenate([line.raw for line in lines])
     drawn = np.concatenate([[line.mean - line.spread, line.mean + line.spread] for line in lines], axis=1).ravel()
-    low, high = (np.quantile(np.r_[raw, drawn], q) for q in (0.01, 0.99))  # a rare spike may leave the panel, and is named
-    margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    low, high = (0.0 if low - margin < 0 <= raw.min() else low - margin), high + margin  # no axis below 0 for what is never < 0
+    everything = np.r_[raw, drawn]
+    low, high = np.quantile(everything, (0.02, 0.98))
+    if np.ptp(everything) < 2 * (high - low):
+        low, high = everything.min(), everything.max()  # otherwise a rare spike leaves the panel, and is named there
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - margin, high + margin
+    if low < 0 <= raw.min():
+        low = 0.0  # no axis below 0 for what is never negative
 
     def X(step):
         return 48 + 324 * (step - x0) / max(x1 - x0, 1)
@@ -186,9 +198,11 @@ def panel(title: str, lines: list[Line], key: str) -> str:
         return " ".join(f"{X(s):.1f},{Y(v):.1f}" for s, v in zip(steps, values, strict=True))
 
     svg = [f'<svg viewBox="0 0 380 190" role="img" aria-label="{escape(title)}"><g class="grid">']
-    svg += [f'<path d="M48 {Y(v):.1f}H372"/><text x="41" y="{Y(v) + 4:.1f}">{show(v)}</text>' for v in ticks(low, high, 5)]
-    svg += [f'<text class="x" x="{X(v):.1f}" y="185">{show(v, 6)}</text>' for v in ticks(x0, max(x1, x0 + 5), 5) if v <= x1]
-    svg.append('</g><svg class="marks" x="48" y="6" width="324" height="162" viewBox="48 6 324 162">')
+    for v in ticks(low, high, 5):
+        svg.append(f'<path d="M48 {Y(v):.1f}H372"/><text x="41" y="{Y(v) + 4:.1f}">{show(v)}</text>')
+    for v in ticks(x0, max(x1, x0 + 5), 5):
+        svg.append(f'<text class="x" x="{X(v):.1f}" y="185">{show(v, 6)}</text>' if v <= x1 else "")
+    svg.append('</g><svg class="marks" x="42" y="3" width="336" height="168" viewBox="42 3 336 168">')
     for line in lines:
         svg.append(f'<g style="--c:var(--{line.colour})">')
         if line.spread.any():
@@ -198,19 +212,20 @@ def panel(title: str, lines: list[Line], key: str) -> str:
             svg.append(f'<polyline class="raw" points="{points(line.steps, line.raw)}"/>')
         svg.append(f'<polyline points="{points(line.steps, line.mean)}"/>')
         if len(line.steps) < 20:
-            svg += [f'<circle cx="{X(s):.1f}" cy="{Y(v):.1f}" r="2.8"/>' for s, v in zip(line.steps, line.mean, strict=True)]
+            dots = (p.split(",") for p in points(line.steps, line.mean).split())
+            svg += [f'<circle cx="{x}" cy="{y}" r="2.8"/>' for x, y in dots]
         svg.append("</g>")
     svg.append("</svg>")
-    if raw.max() > high + margin:
+    if raw.max() > high:
         svg.append(f'<text class="peak" x="370" y="16">peak {show(raw.max())} ↑</text>')
     every = np.unique(np.concatenate([line.steps for line in lines]))
     every = every[np.unique(np.linspace(0, len(every) - 1, 120).round().astype(int))]
     values = [dict(zip(line.steps.tolist(), line.raw.tolist(), strict=True)) for line in lines]
     width = 324 / len(every) + 1
     for step in every.tolist():
-        said = [f"step {step}"] + [f"{line.label} {show(v[step])}" for line, v in zip(lines, values, strict=True) if step in v]
+        said = [f"{line.label} {show(v[step])}" for line, v in zip(lines, values, strict=True) if step in v]
         svg.append(f'<rect x="{X(step) - width / 2:.1f}" y="6" width="{width:.1f}" height="162">'
-                   f"<title>{escape(chr(10).join(said))}</title></rect>")
+                   f"<title>{escape(chr(10).join([f'step {step}', *said]))}</title></rect>")
     return head + "".join(svg) + "</svg></figure>"
 
 
@@ -232,11 +247,13 @@ def reflects(run: Run) -> bool:
 
 
 def table(head: list[str], rows: list[list[str]], caption: str) -> str:
-    """Cells are HTML. The first of a row is its heading; a wide table scrolls inside its own box."""
+    """Cells are HTML, the caption is text. A row's first cell is its heading. Wide tables scroll in their own box."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{c}</td>" for c in row[1:]) + "</tr>" for row in rows)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table><caption>{caption}</caption>'
-            f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+    body = ""
+    for heading, *cells in rows:
+        body += f'<tr><th scope="row">{heading}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    return (f'<p class="note">{escape(caption)}</p><div class="scroll" tabindex="0" role="region" '
+            f'aria-label="{escape(caption)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def name_of(label: str, methods: dict) -> str:
@@ -248,80 +265,98 @@ def name_of(label: str, methods: dict) -> str:
 def runs_section(methods: dict[str, list[Run]]) -> str:
     rows = []
     for label, runs in methods.items():
-        size, accuracy = max(map(model_size, runs)), make_line(runs, "rollout/pass1").raw
-        power = min(len(f"{max(size, 1):d}") - 1, 9) // 3
+        size = max(map(model_size, runs))
+        power = min(len(str(size)) - 1, 9) // 3
+        steps = max((row["step"] for run in runs for row in run.rows), default=0)
+        accuracy, seconds = 100 * make_line(runs, "rollout/pass1").raw, make_line(runs, "time/step").raw
         tenth = max(1, len(accuracy) // 10)
-        time = make_line(runs, "time/step").raw
+        date = max((run.folder / "metrics.jsonl").stat().st_mtime for run in runs)
         rows.append([
-            name_of(label, methods), f"{len(runs)}", f"{max([row['step'] for run in runs for row in run.rows], default=0):,}",
+            name_of(label, methods), str(len(runs)), f"{steps:,}",
             show(size / 1000**power) + ("", " k", " M", " B")[power] if size else "–",
-            f"{100 * accuracy[:tenth].mean():.1f} → <b>{100 * accuracy[-tenth:].mean():.1f}</b>" if len(accuracy) else "–",
-            show(time.mean()) if len(time) else "–",
-            max(f"{datetime.fromtimestamp((run.folder / 'metrics.jsonl').stat().st_mtime, timezone.utc):%Y-%m-%d}" for run in runs)])
+            f"{accuracy[:tenth].mean():.1f} → <b>{accuracy[-tenth:].mean():.1f}</b>" if len(accuracy) else "–",
+            show(seconds.mean()) if len(seconds) else "–", f"{datetime.fromtimestamp(date, timezone.utc):%Y-%m-%d}"])
     out = table(["Method", "Runs", "Steps", "Parameters", "Training accuracy, %", "Seconds a step", "Date"], rows,
                 "Training accuracy: mean of the first and of the last tenth of the steps.")
-    keys = dict.fromkeys(key for runs in methods.values() for run in runs for key in run.config)
     settings = []
-    for key in keys:
-        values = [", ".join(dict.fromkeys(json.dumps(run.config.get(key)) for run in runs)) for runs in methods.values()]
-        settings.append([f"<code>{escape(text)}</code>" for text in (key, *values)])
+    for key in dict.fromkeys(key for runs in methods.values() for run in runs for key in run.config):
+        texts = [dict.fromkeys(json.dumps(run.config.get(key)) for run in runs) for runs in methods.values()]
+        settings.append([f"<code>{escape(', '.join(text))}</code>" for text in ([key], *texts)])
     head = ["Setting", *(name_of(label, methods) for label in methods)]
-    differ = [row for row in settings if len(set(row[1:])) > 1 and "out_dir" not in row[0]]
+    differ = [row for row in settings if len(set(row[1:])) > 1 and row[0] != "<code>out_dir</code>"]
     if differ:
         out += table(head, differ, "Settings that differ between methods.")
-    everything = table(head, settings, "Values of a method's seeds are separated by commas.")
+    everything = table(head, settings, "Where the seeds of a method differ, their values are separated by commas.")
     return out + f"<details><summary>All {len(settings)} settings</summary>{everything}</details>"
 
 
-def evals_section(evals: dict[str, list[dict]], methods: dict) -> str:
-    """One table per sampling setting, one row per method: of one evaluation with its interval, of several mean and sd."""
-    by_setting = {}
-    for label, files in evals.items():
-        for s in (s for file in files for s in file.get("settings", [])):
-            setting = tuple(s.get(key) for key in ("temperature", "top_p", "samples", "max_new_tokens"))
-            by_setting.setdefault(setting, {}).setdefault(label, []).append(s)
-    out = []
-    for (temperature, top_p, samples, cap), rows in by_setting.items():
-        ks = sorted({int(k) for group in rows.values() for s in group for k in s.get("pass@k", {})})
-        base, body, score, bars = next(iter(rows)), [], {}, {}
-        for label, group in rows.items():
-            cells = []
-            for k in ks:
-                found = [s.get("pass@k", {}).get(str(k), {}) for s in group]
-                value, sd = 100 * np.mean([number(p) for p in found]), 100 * np.std([number(p) for p in found], ddof=len(found) > 1)
-                low, high = (100 * number(found[0].get(end)) if isinstance(found[0], dict) else math.nan for end in ("low", "high"))
-                if len(group) > 1:
-                    low, high = value - sd, value + sd
-                bars.setdefault(label, (value, low, high))  # that of the smallest k
-                cells.append(f"<b>{value:.1f}</b> <small>" + (f"± {sd:.1f}" if len(group) > 1 else f"{low:.1f}–{high:.1f}") + "</small>")
-            rates = {}  # problem -> share right, over the method's evaluations
-            for problem in (problem for s in group for problem in s.get("per_problem", [])):
-                rates.setdefault(problem["uid"], []).append(problem["c"] / problem["n"])
-            score[label] = {uid: np.mean(r) for uid, r in rates.items()}
-            paired = 100 * np.array([score[label][uid] - score[base][uid] for uid in score[label] if uid in score[base]])
-            if label != base and len(paired) > 1:
-                half = 1.96 * paired.std(ddof=1) / math.sqrt(len(paired))
-                cells.append(f"{paired.mean():+.1f} <small>± {half:.1f}</small>".replace("-", "−"))
-            else:
-                cells.append("–")
+def pass_at(group: list[dict], k: int) -> tuple[float, float, float]:
+    """Pass@k in %, low, high: one evaluation's own interval, or mean -+ standard deviation over several."""
+    found = [s.get("pass@k", {}).get(str(k), {}) for s in group]
+    values = [100 * number(p) for p in found]
+    if len(group) > 1:
+        mean, sd = np.mean(values), np.std(values, ddof=1)
+        return mean, mean - sd, mean + sd
+    interval = found[0] if isinstance(found[0], dict) else {}
+    return values[0], 100 * number(interval.get("low")), 100 * number(interval.get("high"))
+
+
+def differences(base: list[Path], group: list[Path]) -> dict[tuple, str] | str:
+    """{setting: paired difference in Pass@1 to `base`, as HTML}, or why the two cannot be paired."""
+    from eval import compare_runs  # imports torch, so only where there are two evaluations to compare
+
+    try:
+        found = compare_runs([base, group])
+    except ValueError as error:
+        return str(error)
+    cells = {}
+    for d in found:
+        value, low, high = (f"{100 * d[key]:+.1f}".replace("-", "−") for key in ("difference", "low", "high"))
+        cells[tuple(d[key] for key in SETTING)] = f"{value} <small>{low} to {high}</small>"
+    return cells
+
+
+def evals_section(evals: dict[str, list[Path]], methods: dict) -> str:
+    """One table per problem set and sampling setting, one row per method."""
+    by_setting, difference = {}, {}
+    for label, paths in evals.items():
+        for path in paths:
+            for s in read_json(path.read_text(encoding="utf-8"), str(path)).get("settings", []):
+                by_setting.setdefault(tuple(s.get(key) for key in SETTING), {}).setdefault(label, []).append(s)
+        base = next(iter(evals.values()))
+        difference[label] = {} if paths is base else differences(base, paths)
+    out = ""
+    for setting, groups in by_setting.items():
+        every = [s for group in groups.values() for s in group]
+        ks = sorted({int(k) for s in every for k in s.get("pass@k", {})}) or [1]
+        reach = [v for group in groups.values() for v in pass_at(group, ks[0]) if math.isfinite(v)] or [0.0]
+        left, scale = min(reach), 112 / (max(reach) - min(reach) or 1)
+        rows = []
+        for label, group in groups.items():
+            value, low, high = (4 + scale * (v - left) for v in pass_at(group, ks[0]))
+            cells = [f'<svg class="whisker" viewBox="0 0 120 14" aria-hidden="true"><path d="M{low:.1f} 7H{high:.1f}"/>'
+                     f'<circle cx="{value:.1f}" cy="7" r="4"/></svg>' if math.isfinite(value + low + high) else ""]
+            for value, low, high in (pass_at(group, k) for k in ks):
+                spread = f"± {value - low:.1f}" if len(group) > 1 else f"{low:.1f}–{high:.1f}".replace("nan–nan", "")
+                cells.append(f"<b>{value:.1f}</b> <small>{spread}</small>" if math.isfinite(value) else "–")
+            why = difference[label] if isinstance(difference[label], str) else ""
+            cells.append(f'<span title="{escape(why)}">–</span>' if why else difference[label].get(setting, "–"))
             for key in ("truncated", "no_answer", "reflect_rate", "DSR", "ERR"):
                 cells.append(show(100 * np.mean([number(s.get(key)) for s in group])))
-            runs = f" <small>{len(group)} runs</small>" if len(group) > 1 else ""
-            body.append([name_of(label, methods) + runs, label, *cells])
-        reach = [v for bar in bars.values() for v in bar if math.isfinite(v)] or [0]
-        for row in body:
-            value, low, high = (4 + 112 * (v - min(reach)) / (max(reach) - min(reach) or 1) for v in bars.get(row[1], [math.nan] * 3))
-            row[1] = "" if math.isnan(value + low + high) else (
-                f'<svg class="whisker" viewBox="0 0 120 14" aria-hidden="true"><path d="M{low:.1f} 7H{high:.1f}"/>'
-                f'<circle cx="{value:.1f}" cy="7" r="4"/></svg>')
-        head = ["Model", "", *(f"Pass@{k}" for k in ks), f"Δ Pass@1 <small>to {escape(base)}</small>", "Truncated", "No answer",
-                "Reflects", "DSR", "ERR"]
-        out.append(table(head, body, escape(f"Temperature {temperature}, top-p {top_p}: {samples} samples of at most {cap} tokens for "
-                                            f"each of {len(score[base]):,} problems. All in %.")))
-    return "".join(out) + (
-        '<p class="note">Small print: the 95 % interval of a single evaluation, or the standard deviation over runs. Δ: paired per '
-        "problem, its 95 % interval over problems. DSR: share of right answers reached without reflecting. ERR: share of reflecting "
-        "answers that end right.</p>" if out else '<p class="missing">No evaluation files were given (<code>--evals</code>).</p>')
+            rows.append([name_of(label, methods) + f" <small>{len(group)} runs</small>" * (len(group) > 1), *cells])
+        head = ["Model", "", *(f"Pass@{k}" for k in ks), f"Δ Pass@1 <small>to {escape(next(iter(evals)))}</small>",
+                "Truncated", "No answer", "Reflects", "DSR", "ERR"]
+        samples, problems = ("–".join(dict.fromkeys(f"{f(n):,}" for f in (min, max))) for n in (
+            [s.get("samples", 0) for s in every], [len(s.get("per_problem", [])) for s in every]))
+        name, temperature, top_p, cap = setting
+        caption = f"{name}, temperature {temperature}, top-p {top_p}: {samples} samples of at most {cap} tokens"
+        out += table(head, rows, f"{caption} for each of {problems} problems. All in %.")
+    return out + (
+        '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. '
+        "Δ: paired by problem, with its 95 % interval over problems, or over training seeds where there are several. "
+        "DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their error "
+        "and end right. Both over problems solved sometimes but not always.</p>"
+        if out else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
 
 
 def reflection_section(methods: dict[str, list[Run]]) -> str:
@@ -332,8 +367,10 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
               for key, title in REFLECTION.items()]
     for label, runs in constructing.items():
         of = f", {label}" if len(constructing) > 1 else ""
-        reasons = sorted({key for run in runs for row in run.rows for key, v in row.items() if "/dropped_" in key and number(v) > 0})
-        lines = [make_line(runs, key, key.split("dropped_")[1].replace("_", " "), f"m{6 - i % 7}") for i, key in enumerate(reasons)]
+        logged = {key for run in runs for row in run.rows for key, v in row.items() if number(v) > 0}
+        reasons = sorted(key.split("dropped_")[1] for key in logged if key.startswith("reflect/dropped_"))
+        lines = [make_line(runs, f"reflect/dropped_{reason}", reason.replace("_", " "), f"m{6 - i % 7}")
+                 for i, reason in enumerate(reasons)]
         panels += [panel("Log-prob by role" + of, role_lines(runs, "logprob"), "reflect/logprob_<role>"),
                    panel("OTS weight by role" + of, role_lines(runs, "ots"), "reflect/ots_<role>"),
                    panel("Dropped, by reason" + of, lines, "reflect/dropped_<reason>")]
@@ -346,7 +383,7 @@ def time_section(methods: dict[str, list[Run]]) -> str:
         mean = {key: line.raw.mean() if len((line := make_line(runs, f"time/{key}")).steps) else math.nan
                 for key in ("step", *PHASES, "tokens_per_second")}
         phases = {name: mean[name] for name in PHASES}
-        phases["other"] = max(0.0, mean["step"] - np.nansum(list(phases.values())))  # nan if the step is
+        phases["other"] = np.maximum(0.0, mean["step"] - np.nansum(list(phases.values())))
         rows.append((label, phases, mean))
     longest = np.nanmax([0.0, *(np.nansum(list(phases.values())) for _, phases, _ in rows)])
     if not longest:
@@ -359,8 +396,8 @@ def time_section(methods: dict[str, list[Run]]) -> str:
             bar += (f'<rect class="p{i}" x="{x:.1f}" width="{max(width - 1.5, 0):.1f}" height="16" rx="2">'
                     f"<title>{name} {show(seconds)} s</title></rect>")
             x += width
-        body.append([name_of(label, methods), bar + "</svg>", *map(show, phases.values()), f"<b>{show(mean['step'])}</b>",
-                     show(mean["tokens_per_second"])])
+        cells = [*map(show, phases.values()), f"<b>{show(mean['step'])}</b>", show(mean["tokens_per_second"])]
+        body.append([name_of(label, methods), bar + "</svg>", *cells])
     head = [f'<span class="key p{i}">{name}</span>' for i, name in enumerate((*PHASES, "other"))]
     return table(["Method", "", *head, "step", "sampled tokens / s"], body, "Seconds a step, mean over the run.")
 
@@ -369,23 +406,25 @@ def time_section(methods: dict[str, list[Run]]) -> str:
 
 
 def pick_trajectories(folder: Path, n: int, reflections: bool) -> list[tuple[dict, list[dict]]]:
-    """n x (rollout, the ordinary rollouts of its query): training is cut into n stretches and the first rollout of each is
-    taken, then the second of each, ..: spread evenly, never chosen by quality."""
+    """n x (rollout, the ordinary rollouts of its query): training is cut into n stretches and the first rollout of each
+    is taken, then the second of each, ..: spread evenly, never chosen by quality."""
     files, stretches = sorted((folder / "rollouts").glob("step_*.jsonl")), []
     for part in np.array_split(np.arange(len(files)), max(1, min(n, len(files)))):
         for file in (files[i] for i in part):
             rollouts = [ROLLOUT | rollout for rollout in read_jsonl(file)]
             ordinary = [r for r in rollouts if not r["is_reflection"]]
             if chosen := [r for r in rollouts if r["is_reflection"] == reflections][:n]:
-                stretches.append([(r, [o for o in ordinary if (o["uid"], o["query"]) == (r["uid"], r["query"])]) for r in chosen])
+                queries = [(r["uid"], r["query"]) for r in chosen]
+                same = [[o for o in ordinary if (o["uid"], o["query"]) == query] for query in queries]
+                stretches.append(list(zip(chosen, same, strict=True)))
                 break
     picked = [stretch[i] for i in range(n) for stretch in stretches if i < len(stretch)][:n]
     return sorted(picked, key=lambda pair: pair[0]["step"])
 
 
 def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
-    """[(start, end, text)], one token each; tokens that hold only a part of a UTF-8 character (alone they decode to U+FFFD)
-    are joined with the next ones, four at most: a character has no more bytes."""
+    """[(start, end, text)], one token each; tokens that hold only a part of a UTF-8 character (alone they decode to
+    U+FFFD) are joined with the next ones, four at most: a character has no more bytes."""
     out, start = [], 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -396,7 +435,7 @@ def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
 
 
 def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", limit: int = 0) -> str:
-    """One <span class=role> per stretch of a role; in it one <span> per token whose hover tells id, log-prob, OTS weight."""
+    """A <span class=role> per stretch of a role, in it a <span> per token; hover: id, log-prob, OTS weight."""
     if tokenizer is None:
         return escape(rollout["text"])
     ids = rollout["completion_ids"]
@@ -413,28 +452,29 @@ def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", li
                         + (" · no gradient" if role == masked else ""))
         weight = min((number(w) for w in weights[start:end]), default=math.nan)
         mark = ' class="w1"' if weight < 0.1 else ' class="w2"' if weight < 0.5 else ""
-        html.append(f'<span{mark} title="{escape(chr(10).join(said))}">' + escape(text).replace("\n", "<i>↵</i>\n") + "</span>")
+        text = escape(text).replace("\n", "<i>↵</i>\n")
+        html.append(f'<span{mark} title="{escape(chr(10).join(said))}">{text}</span>')
     rest = f"<i> … {len(ids) - limit:,} more tokens</i>" if 0 < limit < len(ids) else ""
     return "".join(html) + ("</span>" if role else "") + rest
 
 
-def column(title: str, rollout: dict, roles: list[str], tokenizer, count: str, masked: str = "", limit: int = 0) -> str:
-    verdict = '<span class="right">✓ right</span>' if number(rollout["reward"]) > 0 else '<span class="wrong">✗ wrong</span>'
+def column(title: str, rollout: dict, tokens: str, count: str) -> str:
+    reward, advantage = number(rollout["reward"]), number(rollout["advantage"])
+    verdict = '<span class="right">✓ right</span>' if reward > 0 else '<span class="wrong">✗ wrong</span>'
     answer = f"answer <b>{escape(str(rollout['answer']))}</b>" if rollout["answer"] is not None else "no answer"
-    advantage = show(number(rollout["advantage"])) if number(rollout["advantage"]) <= 0 else f"+{show(number(rollout['advantage']))}"
-    return (f"<section><h4>{title}</h4><p>{verdict} · {answer} · reward {show(number(rollout['reward']))} · advantage "
-            f'{advantage}<br>{count}</p><div class="tokens" tabindex="0" role="region" aria-label="{title}">'
-            f"{tokens_html(rollout, roles, tokenizer, masked, limit)}</div></section>")
+    return (f"<section><h4>{title}</h4><p>{verdict} · {answer} · reward {show(reward)} · advantage "
+            f"{'+' if advantage > 0 else ''}{show(advantage)}<br>{count}</p>"
+            f'<div class="tokens" tabindex="0" role="region" aria-label="{title}">{tokens}</div></section>')
 
 
 def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
-    """The wrong rollout that was continued, the construction, a right rollout; or, without construction, the rollout alone."""
+    """The wrong rollout that was continued, the construction, a right rollout; or an ordinary rollout alone."""
     ids, columns = rollout["completion_ids"], []
 
     def ordinary(title, r, kept=0):
         n = len(r["completion_ids"])
         roles = ["prefix"] * kept + ["ordinary"] * (n - kept)
-        columns.append(column(title, r, roles, tokenizer, f"{n:,} tokens", limit=MAX_SIBLING_TOKENS))
+        columns.append(column(title, r, tokens_html(r, roles, tokenizer, limit=MAX_SIBLING_TOKENS), f"{n:,} tokens"))
 
     if rollout["is_reflection"]:
         roles = [ROLES[i] if i in (0, 1, 2) else "ordinary" for i in rollout["roles"]]
@@ -447,14 +487,15 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
         elif wrong:
             ordinary("A wrong rollout of the group", wrong[0])
         counts = " · ".join(f"{roles.count(role):,} {role}" for role in ROLES)
-        columns.append(column("Constructed trajectory", rollout, roles, tokenizer, counts, masked))
+        tokens = tokens_html(rollout, roles, tokenizer, masked)
+        columns.append(column("Constructed trajectory", rollout, tokens, counts))
         if right:
             ordinary("A right rollout of the group", right[0])
     else:
         ordinary("Ordinary rollout", rollout)
-    return (f'<article class="card"><h3>Step {escape(str(rollout["step"]))} <small>{escape(str(rollout["uid"]))}</small></h3>'
-            f'<p class="question">{escape(str(rollout["question"]))}</p><p class="gold">gold answer <b>{escape(str(rollout["gold"]))}'
-            f'</b></p><div class="columns">{"".join(columns)}</div></article>')
+    step, uid, question, gold = (escape(str(rollout[key])) for key in ("step", "uid", "question", "gold"))
+    return (f'<article class="card"><h3>Step {step} <small>{uid}</small></h3><p class="question">{question}</p>'
+            f'<p class="gold">gold answer <b>{gold}</b></p><div class="columns">{"".join(columns)}</div></article>')
 
 
 def trajectories_section(runs: list[Run]) -> str:
@@ -472,20 +513,21 @@ def trajectories_section(runs: list[Run]) -> str:
 
         tokenizer = AutoTokenizer.from_pretrained(source.folder / "tokenizer", local_files_only=True)
     masked = "diagnosis" if source.config.get("diagnosis") == "mask" else ""
-    names = {"prefix": "preserved prefix", "diagnosis": "diagnosis" + " (no gradient)" * bool(masked), "correction": "correction",
-             "ordinary": "ordinary", "w2": "OTS weight &lt; 0.5", "w1": "OTS weight &lt; 0.1"}
+    names = {"prefix": "preserved prefix", "diagnosis": "diagnosis" + " (no gradient)" * bool(masked),
+             "correction": "correction", "ordinary": "ordinary", "w2": "OTS &lt; 0.5", "w1": "OTS &lt; 0.1"}
     legend = "".join(f'<li><span class="{css}">{name}</span></li>' for css, name in names.items())
-    what = "constructed trajectories" if picked[0][0]["is_reflection"] else "ordinary rollouts (no run here constructs trajectories)"
-    how = "Hover over a token for its id, log-prob and OTS weight." if tokenizer else "No tokenizer in the run folder: plain text."
+    what = "constructed trajectories" if picked[0][0]["is_reflection"] else "ordinary rollouts (none are constructed)"
+    how = "Hover over a token for its id, log-prob and OTS weight." if tokenizer else "No tokenizer there: plain text."
     cards = "".join(card(rollout, siblings, tokenizer, masked) for rollout, siblings in picked)
-    return (f'<p class="note">{len(picked)} {what} of <b>{escape(source.folder.name)}</b>, spread evenly over training and not chosen '
-            f'by quality. {how}</p><ul class="roles">{legend}</ul>{cards}')
+    name = escape(source.folder.resolve().name)
+    return (f'<p class="note">{len(picked)} {what} of <b>{name}</b>, spread evenly over training and '
+            f'not chosen by quality. {how}</p><ul class="roles">{legend}</ul>{cards}')
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def build_page(methods: dict[str, list[Run]], evals: dict[str, list[dict]]) -> str:
+def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]]) -> str:
     runs = [run for group in methods.values() for run in group]
     held_out = [panel(title, method_lines(methods, key), key) for key, title in HELD_OUT.items()
                 if any(key in row for run in runs for row in run.rows)]
@@ -493,24 +535,26 @@ def build_page(methods: dict[str, list[Run]], evals: dict[str, list[dict]]) -> s
     sections = {
         "Runs": runs_section(methods),
         "Evaluation": evals_section(evals, methods) + f'<div class="panels">{"".join(held_out)}</div>',
-        "Training dynamics": '<p class="note">Bold: centred moving average, its last value beside each name. Faint: raw. Band: one '
-                             "standard deviation over seeds. Hover for single steps.</p>"
+        "Training dynamics": '<p class="note">Bold: centred moving average, its last value beside each name. Faint: '
+                             "raw. Band: one standard deviation over seeds. Hover for single steps.</p>"
                              f'<div class="panels" id="figure-3">{"".join(figure_3)}</div>',
         "Reflections": reflection_section(methods),
         "Time": time_section(methods),
         "Trajectories": trajectories_section(runs),
     }
-    nav = "".join(f'<a href="#{name.split()[0].lower()}">{name}</a>' for name in sections)
-    body = "".join(f'<section id="{name.split()[0].lower()}"><h2>{name}</h2>{html}</section>' for name, html in sections.items())
+    anchor = {name: name.lower().replace(" ", "-") for name in sections}
+    nav = "".join(f'<a href="#{anchor[name]}">{name}</a>' for name in sections)
+    body = "".join(f'<section id="{anchor[name]}"><h2>{name}</h2>{html}</section>' for name, html in sections.items())
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
     title = escape(" · ".join(methods))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: training report</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}</style></head><body>"
-        f"<header><p>Training report, {len(runs)} run{'s' * (len(runs) > 1)}</p><h1>{title}</h1><nav>{nav}</nav></header>"
-        f"<main>{body}</main></body></html>\n")
+        f"<header><p>Training report, {len(runs)} run{'s' * (len(runs) > 1)}</p><h1>{title}</h1><nav>{nav}</nav>"
+        f"</header><main>{body}</main></body></html>\n")
 
 
 STYLE = """
@@ -531,13 +575,11 @@ h3,h4{margin:0;font-size:15px;line-height:1.3}
 small{font-size:.82em;color:var(--soft);font-weight:400}
 code,.tokens{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .note{max-width:78ch;margin:0 0 16px;font-size:14.5px}
-.note,.missing,summary,caption,thead th,.gold{color:var(--soft)}
+.note,.missing,summary,thead th,.gold{color:var(--soft)}
 :focus-visible{outline:2px solid var(--m0);outline-offset:2px}
 
-.scroll{overflow-x:auto;margin:0 0 22px}
+.scroll{overflow-x:auto;margin:-8px 0 22px}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding:0 0 8px}
-@media (min-width:700px){caption{white-space:nowrap}}
 th,td{text-align:left;padding:8px 18px 8px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
 thead th{font-weight:500;font-size:13.5px;vertical-align:bottom}
 details td{white-space:normal;overflow-wrap:anywhere}
@@ -555,7 +597,8 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .panel,.card{background:var(--card);border:1px solid var(--rule);border-radius:10px}
 .panel{display:flex;flex-direction:column;margin:0;padding:14px 14px 8px;min-width:0}
 .panel .missing{margin:auto;padding:56px 0;text-align:center;font-size:14px}
-.legend,.roles{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:3px 0 6px;padding:0;font-size:13px;color:var(--soft)}
+.legend,.roles{list-style:none;display:flex;flex-wrap:wrap;gap:2px 14px;margin:3px 0 6px;padding:0;
+  font-size:13px;color:var(--soft)}
 .legend b{color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
 .legend li::before{height:3px;width:14px;vertical-align:middle}
 .panel>svg{display:block;width:100%;height:auto;margin-top:auto}
@@ -573,12 +616,12 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .roles{gap:8px 16px;margin-bottom:18px;font-size:14px}
 .roles span{padding:2px 7px}
 .prefix{--c:var(--prefix)}.diagnosis{--c:var(--diagnosis)}.correction{--c:var(--correction)}
-.prefix,.diagnosis,.correction{background:color-mix(in srgb,var(--c) var(--tint),transparent);color:var(--ink);padding:1px 0;
-  box-shadow:inset 0 -2px var(--c);-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.prefix,.diagnosis,.correction{background:color-mix(in srgb,var(--c) var(--tint),transparent);color:var(--ink);
+  padding:1px 0;box-shadow:inset 0 -2px var(--c);-webkit-box-decoration-break:clone;box-decoration-break:clone}
 .ordinary{color:var(--ink)}
 .roles .ordinary{border:1px solid var(--rule)}
-.w1,.w2{outline:1.5px dashed var(--soft);outline-offset:-1px}
-.w1{outline:2px solid var(--ink)}
+.w1,.w2{outline:1px dashed var(--soft);border-radius:2px}
+.w1{outline:1.5px solid var(--ink)}
 .card{padding:18px;margin-bottom:16px}
 .question{white-space:pre-wrap;margin:8px 0 2px;max-width:90ch}
 .gold{margin:0 0 12px;font-size:14px}
@@ -593,7 +636,7 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
   padding:8px 12px;background:var(--page);border:1px solid var(--rule);border-radius:7px}
 .tokens i{color:var(--soft);font-style:normal;opacity:.55}
 .tokens span>span:hover{background:var(--ink);color:var(--page)}
-@media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}}
+@media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}.whisker{display:none}}
 """
 
 
@@ -607,7 +650,8 @@ def save_pngs(methods: dict[str, list[Run]], folder: Path) -> None:
         last = list(constructing.values())[-1]
         figures["reflection"] = [(REFLECTION[f"reflect/{name}"], method_lines(constructing, f"reflect/{name}"))
                                  for name in ("parsed", "correct", "mixed_groups", "length")]
-        figures["reflection"] += [("Log-prob by role", role_lines(last, "logprob")), ("OTS weight by role", role_lines(last, "ots"))]
+        figures["reflection"] += [(f"{name} by role", role_lines(last, key))
+                                  for name, key in (("Log-prob", "logprob"), ("OTS weight", "ots"))]
     folder.mkdir(parents=True, exist_ok=True)
     for name, panels in figures.items():
         figure = Figure(figsize=(11, 5.4), layout="constrained")
@@ -619,7 +663,8 @@ def save_pngs(methods: dict[str, list[Run]], folder: Path) -> None:
                 colour = COLOURS[line.colour][0]
                 axes.plot(line.steps, line.raw, color=colour, alpha=0.25, linewidth=0.8)
                 axes.plot(line.steps, line.mean, color=colour, label=line.label)
-                axes.fill_between(line.steps, line.mean - line.spread, line.mean + line.spread, color=colour, alpha=0.15, linewidth=0)
+                low, high = line.mean - line.spread, line.mean + line.spread
+                axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
             if axes.lines:
                 axes.legend(frameon=False, fontsize=8)
             else:
@@ -629,15 +674,14 @@ def save_pngs(methods: dict[str, list[Run]], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders written by train.py; tapo_s0, tapo_s1 are seeds of one method")
-    parser.add_argument("--evals", default="", help="files written by eval.py, separated by commas; the first is what Δ refers to")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py; x_s0, x_s1 are seeds of one method x")
+    parser.add_argument("--evals", default="", help="files of eval.py, separated by commas; Δ refers to the first")
     parser.add_argument("--out", default="report.html", type=Path)
     parser.add_argument("--png", type=Path, help="folder for PNGs of the main figures")
     args = parser.parse_args(argv)
-    methods = {label: [load_run(path) for path in paths] for label, paths in label_runs(list(dict.fromkeys(args.runs))).items()}
-    evals = label_runs([Path(name) for name in args.evals.split(",") if name])
-    evals = {label: [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths] for label, paths in evals.items()}
-    page = build_page(methods, evals)
+    folders = label_runs(list(dict.fromkeys(args.runs)))
+    methods = {label: [load_run(path) for path in paths] for label, paths in folders.items()}
+    page = build_page(methods, label_runs([Path(name) for name in args.evals.split(",") if name]))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")

@@ -50,8 +50,8 @@ class Rollout:
     grade: str = ""                           # reward.Grade.status
     answer: str | None = None                 # what the grader extracted
     advantage: float = 0.0
-    logprobs: list[float] | None = None       # reflections only, for logs: log-probs under the policy at the update ...
-    ots_weights: list[float] | None = None    # ... and their Eq. 7 weights
+    logprobs: list[float] | None = None       # reflections only, for the logs: log-probs under the policy at the update ...
+    ots_weights: list[float] | None = None    # ... and the Eq. 7 weight of every token, whether or not it was used
 
 
 def row_noise(key: tuple[int, ...], n: int) -> np.ndarray:

@@ -29,6 +29,7 @@ from advantage import (
     loss_scales,
     loss_totals,
     nll_loss,
+    ots_weights,
     policy_loss,
     token_weights,
     train_mask,
@@ -171,12 +172,14 @@ def build_reflections(model, tokenizer, rollouts, problem_of, stop_ids, c, step)
     if c.prefix_mode == "copy":  # the control that needs no synthesis: y_ref is y+ itself
         return [reflect.copy_correct(wrong, correct, decoupled=c.decoupled) for wrong, correct in pairs], selected
     limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
+    # a candidate's noise depends on its own query alone, not on which other queries this process holds
+    number = [sum(earlier.query == wrong.query for earlier, _ in pairs[:j]) for j, (wrong, _) in enumerate(pairs)]
     prompts = [reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, correct.text, c.template, c.prefix_mode)
                for wrong, correct in pairs]
     fits = [j for j, prompt in enumerate(prompts) if len(prompt) + limit <= model.config.max_position_embeddings]
     written = generate(
         model, [prompts[j] for j in fits], 1, max_new_tokens=limit, stop_ids=stop_ids, temperature=c.temperature,
-        keys=[(c.seed, REFLECTION, step, pairs[j][0].query, j) for j in fits], max_rows=c.max_rows,
+        keys=[(c.seed, REFLECTION, step, pairs[j][0].query, number[j]) for j in fits], max_rows=c.max_rows,
         progress=f"step {step + 1} reflections")
     outcomes = ["prompt_too_long"] * len(pairs)
     for j, (completion,) in zip(fits, written, strict=True):
@@ -274,14 +277,15 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocas
                     "train/ots_weight": (constructed * weights).sum(), "train/ots_weight#": constructed.sum()})
                 if c.log_kl or c.kl_coef:
                     add_up(sums, {"train/kl_ref": kl_to_ref(logprobs, ref_logprobs, own).sum(), "train/kl_ref#": own.sum()})
-                rows += [(rollouts[i], logprobs[row], weights[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
+                raw = ots_weights(logprobs, entropy, c.w_min, c.w_max)  # whatever the flags: what Eq. 7 says of every token
+                rows += [(rollouts[i], logprobs[row], raw[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
         sums["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for r, logprobs, weights in rows:  # for the log and the report: what each token of a construction was worth
+    for r, logprobs, raw in rows:
         completion = slice(len(r.prompt_ids) - 1, len(r.prompt_ids) - 1 + len(r.completion_ids))
-        r.logprobs, r.ots_weights = logprobs[completion].tolist(), weights[completion].tolist()
+        r.logprobs, r.ots_weights = logprobs[completion].tolist(), raw[completion].tolist()
     return {name: float(value) for name, value in sums.items()}
 
 
@@ -387,7 +391,7 @@ def main() -> None:
         done = step + 1
         sums |= rollout_sums(rollouts)
         if selected:
-            sums |= reflect.reflect_sums(selected, outcomes)
+            sums |= {f"reflect/{name}": value for name, value in reflect.reflect_sums(selected, outcomes).items()}
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):

@@ -1,5 +1,5 @@
 # python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base
-# §4.1: Pass@1..5 at T 0.6, top-p 0.9. The paper draws 5 samples in each of 16 runs and averages over the runs; the closed
+# §4.1: Pass@1..5 at T 0.6, top-p 0.9. The paper draws 5 samples in each of 16 runs and averages over runs; the closed
 # form on all 80 samples has the same expectation and less noise. First: python data.py aime24 (and aime25, hmmt_feb25).
 problems = "data/aime24.jsonl,data/aime25.jsonl,data/hmmt_feb25.jsonl"
 samples = 80

@@ -1,6 +1,6 @@
 # python eval.py config/filter_deepscaler.py --init_from=out/coldstart
-# §4.1: training queries are those that the cold-start model solves sometimes. Writes data/deepscaler_filtered.jsonl, the
-# accuracy beside each problem; the same command continues after a kill. First: python data.py deepscaler.
+# §4.1: training queries are those that the cold-start model solves sometimes. Writes data/deepscaler_filtered.jsonl,
+# the accuracy beside each problem; the same command continues after a kill. First: python data.py deepscaler.
 problems = "data/deepscaler.jsonl"
 filter_out = "data/deepscaler_filtered.jsonl"
 filter_low = 0.125             # 1 of 8

@@ -177,10 +177,11 @@ BOILERPLATE = " The answer is m/n where m and n are relatively prime positive in
 def test_rows_of_every_known_layout_become_problems():
     rows = [{"problem": "p", "answer": 12, "problem_idx": 1}, {"question": "g", "answer": "2+1=3\n#### 1,003"},
             {"id": "own", "problem": "i", "answer": " 5 ", "level": 2, "solution": "s"}, {"uid": "u", "question": "n", "answer": "1"},
-            {"id": 60, "problem": "h", "answer": "033"}]
+            {"id": 60, "problem": "h", "answer": "033"}, {"uid": "two", "problem": "v", "answer": "1"},
+            {"uid": "two", "problem": "w", "answer": "1"}]
     problems, dropped = data.normalise_rows(rows, "set")
     assert problems == [Problem("set-00001", "p", "12"), Problem("set-00002", "g", "1003"), Problem("own", "i", "5", "2"),
-                        Problem("u", "n", "1"), Problem("set-00005", "h", "033")]
+                        Problem("u", "n", "1"), Problem("set-00005", "h", "033"), Problem("set-00006", "v", "1"), Problem("set-00007", "w", "1")]
     assert not any(dropped.values())
 
 

@@ -1,9 +1,10 @@
-"""Trajectory construction. Where the result depends on the tokenizer a test runs on several: two byte-level BPEs trained
-here (one whose offsets leave out whitespace, as Llama 3's do), the toy world's, and the real Qwen3 one where it is at hand."""
-import dataclasses
+"""Trajectory construction. What depends on the tokenizer runs on several: two byte-level BPEs trained here (the offsets
+of one leave out whitespace, as Llama 3's do), the toy world's, and the real Qwen3 one where it is at hand."""
 import functools
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import reflect
@@ -25,19 +26,20 @@ def tokenizer_of(name):
             pytest.skip("the Qwen3 tokenizer is not here")
         return load_tokenizer(QWEN)
     if name == "toy":
-        import toy
+        toy = pytest.importorskip("toy")
         return toy.make_tokenizer()
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(words, behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     if name == "trimmed":
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False)
     corpus = ["Step one: x = 3.\n\nWait, that is wrong.\n\nSo x = 4.\nThe answer is \\boxed{4}.\n"] * 20
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -55,8 +57,8 @@ def decode(tokenizer, ids):
 def rollout(tokenizer, text, finished=True, ids=None, **fields):
     ids = encode(tokenizer, text) if ids is None else ids
     ids = ids + [tokenizer.eos_token_id] * finished
-    return Rollout(**{"uid": "p", "group": "p", "query": 7, "prompt_ids": [1, 2], "roles": [PREFIX] * len(ids)} | fields,
-                   completion_ids=ids, finished=finished, text=text)
+    fields = {"uid": "p", "group": "p", "query": 7, "prompt_ids": [1, 2], "roles": [PREFIX] * len(ids)} | fields
+    return Rollout(**fields, completion_ids=ids, finished=finished, text=text)
 
 
 def completion(tokenizer, text, finished=True):
@@ -68,11 +70,13 @@ def answer(body, analysis="look"):
     return f"<analysis>{analysis}</analysis>\n<reconstruction>{body}</reconstruction>"
 
 
-def build(tokenizer, wrong, body, prefix_mode="micro", max_new_tokens=1000, decoupled=True, finished=True):
-    """y_ref (or the drop reason) from a wrong Rollout or text and the inside of the reconstruction tags."""
+def build(tokenizer, wrong, body, *, written=None, prefix_mode="micro", max_new_tokens=999, decoupled=True,
+          finished=True):
+    """y_ref or the drop reason. wrong: Rollout or text; body: of the reconstruction; written: the whole answer."""
     wrong = rollout(tokenizer, wrong) if isinstance(wrong, str) else wrong
-    return build_reflection(tokenizer, wrong, completion(tokenizer, answer(body), finished), prefix_mode=prefix_mode,
-                            stop_id=tokenizer.eos_token_id, max_new_tokens=max_new_tokens, decoupled=decoupled)
+    synthesis = completion(tokenizer, answer(body) if written is None else written, finished)
+    return build_reflection(tokenizer, wrong, synthesis, prefix_mode=prefix_mode, stop_id=tokenizer.eos_token_id,
+                            max_new_tokens=max_new_tokens, decoupled=decoupled)
 
 
 def by_role(tokenizer, y, role):
@@ -99,11 +103,12 @@ BODY = "First, x = 3.\n<reflection>Wait, x is 4, not 3.</reflection>\nThen 2x = 
 def test_y_ref_reads_as_prefix_diagnosis_correction_and_ends_with_the_stop_token(name):
     tokenizer = tokenizer_of(name)
     y = build(tokenizer, WRONG, BODY)
-    assert y.text == BODY.replace("<reflection>", "").replace("</reflection>", "") == decode(tokenizer, y.completion_ids[:-1])
+    assert y.text == BODY.replace("<reflection>", "").replace("</reflection>", "")
+    assert y.text == decode(tokenizer, y.completion_ids[:-1])
     assert y.completion_ids[-1] == tokenizer.eos_token_id and y.roles[-1] == CORRECTION and y.finished
     assert len(y.roles) == len(y.completion_ids)
     assert (y.uid, y.query, y.group, y.prompt_ids, y.is_reflection) == ("p", 7, "p_reflected", [1, 2], True)
-    assert y.sample_logprobs is None  # it was sampled under the synthesis prompt: those values would be of another density
+    assert y.sample_logprobs is None  # those of the synthesis are of another density, that of its own prompt
     assert build(tokenizer, WRONG, BODY, decoupled=False).group == "p"
 
 
@@ -117,11 +122,12 @@ def test_every_token_that_touches_the_diagnosis_is_diagnosis_and_no_other(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seam", ["", " ", "\n", "\n\n", "."])
-def test_no_diagnosis_character_escapes_its_role_at_any_seam(name, seam):
+@pytest.mark.parametrize("tail", ["", ".", ". ", ".\n"])
+@pytest.mark.parametrize("head", ["", " ", "\n", "\n\n", "."])
+def test_no_diagnosis_character_escapes_its_role_at_any_seam(name, tail, head):
     # brute force: decode the ids one by one, a token owns the characters that appear with it
     tokenizer = tokenizer_of(name)
-    before, diagnosis, correction = "x = 3" + seam, seam + "Wait, é€ no." + seam, seam + "So 4"
+    before, diagnosis, correction = "x = 3" + tail, head + "Wait, é€ no" + tail, head + "So 4"
     ids, roles = reflect.encode_with_roles(tokenizer, before, diagnosis, correction, PREFIX)
     start, end = len(before), len(before) + len(diagnosis)
     text = before + diagnosis + correction
@@ -131,7 +137,7 @@ def test_no_diagnosis_character_escapes_its_role_at_any_seam(name, seam):
         high = len(decode(tokenizer, ids[:i + 1]))
         if low < end and high > start:
             assert role == DIAGNOSIS, (text[low:high], role)
-        elif name != "trimmed":  # there, whitespace that nobody claims may make a neighbour DIAGNOSIS, never the reverse
+        elif name != "trimmed":  # there, whitespace that no offset claims may turn its neighbour into DIAGNOSIS
             assert role == (PREFIX if low < start else CORRECTION), (text[low:high], role)
 
 
@@ -200,6 +206,23 @@ def test_bytes_that_are_no_character_can_be_preserved():
     assert y.text == "x = \ufffd so. Wait. It is 4."
 
 
+def test_a_token_that_ends_one_character_and_begins_the_next_is_not_split():
+    # ids: two bytes of "€" | its last byte and "b". The first two alone are one U+FFFD, as long as "€" but not "€".
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "¬b"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("¬", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+
+    class Fast:
+        def decode(self, ids, **kwargs):
+            return tokenizer.decode(ids)
+
+    ids = tokenizer.encode("a€b").ids
+    assert len(ids) == 4 and Fast().decode(ids[:3]) == "a\ufffd"
+    assert [reflect.token_boundary(Fast(), ids, prefix) for prefix in ("", "a", "a€", "a€b")] == [0, 1, 1, 4]
+
+
 def test_boundary_is_found_by_bisection():
     # 4,000 tokens a response and up to 128 candidates a step: a decode per token would take minutes
     tokenizer, calls = tokenizer_of("bpe"), []
@@ -231,7 +254,7 @@ def test_leading_whitespace_of_y_minus_survives_a_copy_without_it():
 
 
 def test_toy_world_constructions_are_built_exactly():
-    toy, np, tokenizer = pytest.importorskip("toy"), pytest.importorskip("numpy"), tokenizer_of("toy")
+    toy, tokenizer = pytest.importorskip("toy"), tokenizer_of("toy")
     rng = np.random.default_rng(0)
     for world in ("findx", "chain"):
         for problem in toy.make_problems(world, "train", 40):
@@ -249,24 +272,25 @@ def test_toy_world_constructions_are_built_exactly():
 
 
 def test_parsing_strips_only_the_newlines_inside_the_reconstruction_tags():
-    text = "so:\n<analysis>\n a \n</analysis>\n<reconstruction>\n 1 \n<reflection>\n2 </reflection>\n 3 \n</reconstruction>\n<|im_end|>"
+    body = "\n 1 \n<reflection>\n2 </reflection>\n 3 \n"
+    text = f"so:\n<analysis>\n a \n</analysis>\n<reconstruction>{body}</reconstruction>\n<|im_end|>"
     assert parse_synthesis(text) == Synthesis("a", " 1 \n", "\n2 ", "\n 3 ", True)
     assert parse_synthesis(answer("all")) == Synthesis("look", "", "", "all", False)
 
 
 @pytest.mark.parametrize("text", [
-    "", "x = 4", "<reconstruction>a</reconstruction>", "<analysis>a</analysis>", "<analysis>a</analysis><reconstruction>b",
+    "", "x = 4", "<reconstruction>a</reconstruction>", "<analysis>a</analysis>",
+    "<analysis>a</analysis><reconstruction>b",
     "<analysis>a<reconstruction>b</reconstruction>", "<reconstruction>b</reconstruction><analysis>a</analysis>",
-    answer("a</reconstruction>b"), answer("a<reconstruction>b"), answer("a", analysis="b</analysis>c"), answer("a") + answer("a"),
+    answer("a</reconstruction>b"), answer("a<reconstruction>b"), answer("a", analysis="b</analysis>c"),
+    answer("a") * 2,
     answer("a<reflection>b"), answer("a</reflection>b<reflection>c"), answer("a<reflection></reflection>b"),
     answer("a<reflection>b</reflection>c<reflection>d</reflection>e"), answer("a<reflection> \n</reflection>b"),
 ])
 def test_malformed_answers_are_unparsable(text):
     assert parse_synthesis(text) == "unparsable"
-    tokenizer = tokenizer_of("bpe")
-    for finished, reason in ((True, "unparsable"), (False, "unfinished")):
-        assert build_reflection(tokenizer, rollout(tokenizer, WRONG), completion(tokenizer, text, finished), prefix_mode="micro",
-                                stop_id=tokenizer.eos_token_id, max_new_tokens=99, decoupled=True) == reason
+    assert build(tokenizer_of("bpe"), WRONG, "", written=text) == "unparsable"
+    assert build(tokenizer_of("bpe"), WRONG, "", written=text, finished=False) == "unfinished"
 
 
 def test_reflection_tags_may_be_talked_about_in_the_analysis():
@@ -296,7 +320,8 @@ def test_divergence_never_cuts_a_number_a_word_or_a_command(wrong, body, prefix)
 def test_missing_tags_build_with_the_first_new_sentence_as_diagnosis():
     tokenizer = tokenizer_of("bpe")
     y = build(tokenizer, "First, x = 3. Then 6.", "First, x = 3. Wait, x is 4. Then 8.")
-    assert by_role(tokenizer, y, DIAGNOSIS) == " Wait, x is 4."
+    assert by_role(tokenizer, y, PREFIX) + by_role(tokenizer, y, DIAGNOSIS) == "First, x = 3. Wait, x is 4."
+    assert by_role(tokenizer, y, DIAGNOSIS).strip() == "Wait, x is 4."
     assert by_role(tokenizer, y, CORRECTION) == " Then 8.<|im_end|>"
     assert y.text == "First, x = 3. Wait, x is 4. Then 8."
 
@@ -315,8 +340,10 @@ def test_whitespace_before_the_reflection_that_y_minus_lacks_belongs_to_the_diag
     ("prefix_not_verbatim", WRONG, WRONG + " More.<reflection> Wait.</reflection> So 8."),
     ("prefix_not_verbatim", "x = 12.", "x = 1<reflection> Wait.</reflection> So 8."),  # half a number is no copy
     ("no_divergence", WRONG, WRONG), ("no_divergence", WRONG, "First, x = 3.\n"), ("no_divergence", WRONG, ""),
+    ("no_divergence", WRONG, "First, x = 3.  "),
     ("no_divergence", WRONG, "First, x = 3.<reflection>\nThen 2x = 6.</reflection> So the answer"),
-    ("no_correction", WRONG, "First, x = 3.<reflection> Wait.</reflection>"), ("no_correction", WRONG, "First, x = 3. Wait, no."),
+    ("no_correction", WRONG, "First, x = 3.<reflection> Wait.</reflection>"),
+    ("no_correction", WRONG, "First, x = 3. Wait, no."),
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.</reflection> So 8.<|im_end|> Ok."),
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.<|im_start|></reflection> So 8."),
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.</reflection> So <right>8.</right>"),
@@ -359,7 +386,8 @@ def test_full_reconstruction_is_correction_throughout_except_for_a_tagged_reflec
 
 def test_copy_mode_takes_the_ids_of_the_right_response():
     tokenizer = tokenizer_of("bpe")
-    wrong, right = rollout(tokenizer, WRONG), rollout(tokenizer, "x = 4. \\boxed{8}", reward=1.0, sample_logprobs=[-1.0])
+    wrong = rollout(tokenizer, WRONG)
+    right = rollout(tokenizer, "x = 4. \\boxed{8}", reward=1.0, sample_logprobs=[-1.0])
     y = reflect.copy_correct(wrong, right, decoupled=True)
     assert y.completion_ids == right.completion_ids and y.completion_ids is not right.completion_ids
     assert set(y.roles) == {CORRECTION} and len(y.roles) == len(y.completion_ids) and y.text == right.text
@@ -385,7 +413,8 @@ def select(rollouts, n_pos=2, n_neg=4, m_max=4, key=(0, 3, 5)):
     return [(wrong.text, right.text) for wrong, right in pairs], counts
 
 
-@pytest.mark.parametrize("n_right, n_wrong, eligible", [(2, 4, 1), (1, 4, 0), (2, 3, 0), (8, 0, 0), (0, 8, 0), (4, 4, 1)])
+@pytest.mark.parametrize("n_right, n_wrong, eligible", [
+    (2, 4, 1), (1, 4, 0), (2, 3, 0), (8, 0, 0), (0, 8, 0), (4, 4, 1)])
 def test_a_group_is_eligible_exactly_from_the_thresholds_on(n_right, n_wrong, eligible):
     pairs, counts = select(group_of("a", n_right, n_wrong))
     assert counts["eligible"] == eligible and counts["candidates"] == len(pairs) == eligible * min(4, n_wrong)
@@ -410,7 +439,7 @@ def test_the_choice_does_not_depend_on_other_groups_or_the_process():
     alone = select(a)[0]
     assert [p for p in select(b + a)[0] if p[0][0] == "a"] == alone
     # pinned: a choice that hung on hash() would change with PYTHONHASHSEED
-    assert alone == [("a wrong 4", "a right 3"), ("a wrong 6", "a right 1"), ("a wrong 10", "a right 1"), ("a wrong 7", "a right 1")]
+    assert [(w.split()[-1], r.split()[-1]) for w, r in alone] == [("7", "0"), ("5", "3"), ("8", "2"), ("10", "0")]
     assert select(a, key=(0, 3, 6))[0] != alone and select(a, key=(1, 3, 5))[0] != alone
     assert [(w[1:], r[1:]) for w, r in select(b)[0]] != [(w[1:], r[1:]) for w, r in alone]
 
@@ -448,7 +477,8 @@ def test_braces_and_backslashes_of_latex_reach_the_prompt_unchanged(template, ki
         ids = reflect.synthesis_prompt(tokenizer, problem, "W " + LATEX, "R " + LATEX, template, kind)
         assert decode(tokenizer, ids).count("W " + LATEX) == 1
     text = decode(tokenizer, ids)
-    assert text.count("Q " + LATEX) == text.count("R " + LATEX) == 1 and text.count(LATEX) == (2 if kind == "teacher" else 3)
+    assert text.count("Q " + LATEX) == text.count("R " + LATEX) == 1
+    assert text.count(LATEX) == (2 if kind == "teacher" else 3)
     assert "step by step, and put your final answer" not in text  # the plain prompt's instruction has no place here
 
 
@@ -473,13 +503,13 @@ def test_tags_and_special_tokens_in_a_response_cannot_break_the_prompt():
 @pytest.mark.parametrize("name", ["bpe", "toy"])
 def test_whatever_the_policy_samples_can_be_put_into_a_prompt(name):
     # "." followed by " low. " reads ". low. ", which the toy tokenizer cuts at ". " and then has no token for the l
-    np, tokenizer = pytest.importorskip("numpy"), tokenizer_of(name)
-    rng, wanted = np.random.default_rng(0), encode(tokenizer, "<wrong>")
+    tokenizer = tokenizer_of(name)
+    rng = np.random.default_rng(0)
     problem = Problem("u", "x*7-21=35", "8")
     for _ in range(200):
         text = decode(tokenizer, rng.integers(len(tokenizer), size=40).tolist())
         ids = reflect.synthesis_prompt(tokenizer, problem, text, text, "short")
-        assert decode(tokenizer, ids).count("<wrong>") == 1 and wanted
+        assert decode(tokenizer, ids).count("<wrong>") == 1
     if name == "toy":
         vocabulary = tokenizer.get_vocab()
         text = decode(tokenizer, [vocabulary["."], vocabulary[" low. "]])
@@ -492,8 +522,7 @@ def test_the_worked_example_obeys_the_format_it_teaches(mode):
     example = prompt.split("# Example\n")[1].split("# Your turn")[0]
     wrong = example.split("## Incorrect response\n")[1].split("\n## Correct")[0]
     written = example.split("## Answer\n")[1]
-    y = build_reflection(tokenizer, rollout(tokenizer, wrong), completion(tokenizer, written), prefix_mode=mode,
-                         stop_id=tokenizer.eos_token_id, max_new_tokens=999, decoupled=True)
+    y = build(tokenizer, wrong, "", written=written, prefix_mode=mode)
     assert "\\boxed{5}" in y.text and "<analysis>" not in y.text
     if mode == "micro":
         assert by_role(tokenizer, y, PREFIX) == wrong.split("\n")[0] + "\n" and reflect.reflects(y.text)
@@ -523,10 +552,12 @@ def test_metrics_match_a_count_by_hand():
         y_ref("b_reflected", 1.0, roles),  # not part of the update: no log-probs, but it counts elsewhere
         "unparsable", "unfinished", "prefix_not_verbatim", "too_long", "prompt_too_long",
     ]
-    m = reflect.reflect_metrics(reflect.reflect_sums({"eligible": 2, "candidates": 8, "skipped_truncated": 1}, outcomes))
-    expected = {"eligible": 2, "candidates": 8, "kept": 3, "skipped_truncated": 1, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3,
-                "mixed_groups": 1 / 2, "length": 14 / 3, "logprob_prefix": -2, "logprob_diagnosis": -4, "logprob_correction": -4,
-                "ots_prefix": 2, "ots_diagnosis": 0.35, "ots_correction": 3, "ots_first_diagnosis": 0.2}
+    selected = {"eligible": 2, "candidates": 8, "skipped_truncated": 1}
+    m = reflect.reflect_metrics(reflect.reflect_sums(selected, outcomes))
+    expected = selected | {
+        "kept": 3, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3, "mixed_groups": 1 / 2, "length": 14 / 3,
+        "logprob_prefix": -2, "logprob_diagnosis": -4, "logprob_correction": -4,
+        "ots_prefix": 2, "ots_diagnosis": 0.35, "ots_correction": 3, "ots_first_diagnosis": 0.2}
     expected |= {f"dropped_{reason}": float(reason in outcomes) for reason in reflect.DROP_REASONS}
     assert m == pytest.approx({f"reflect/{key}": value for key, value in expected.items()})
 
@@ -544,26 +575,25 @@ def test_sums_of_two_ranks_add_up_to_those_of_one():
 def test_a_step_without_candidates_has_counts_and_no_means():
     m = reflect.reflect_metrics(reflect.reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
     assert m["reflect/kept"] == m["reflect/eligible"] == m["reflect/dropped_unparsable"] == 0
-    assert not any(key in m for key in ("reflect/correct", "reflect/parsed", "reflect/mixed_groups", "reflect/ots_prefix"))
+    assert not m.keys() & {f"reflect/{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("42-21=21 low. Wait, 6 is too low. Try 8", True), ("So x = 3.\nWait. That cannot be", True), ("Hmm, that is odd", True),
-    ("Let me re-check this step", True), ("let me recheck", True), ("Let's double-check the sum", True), ("let me redo it", True),
-    ("I made a mistake above", True), ("I made an arithmetic error", True), ("Actually, 7*8 is 56", True), ("but wait, 3", True),
-    ("That's wrong, since", True), ("No. Actually it is 5", True), ("On second thought", True), ("Hold on, is it", True),
-    ("", False), ("So x = 3 and the answer is \\boxed{3}.", False), ("They wait for 5 minutes", False), ("Wait for 5 minutes", False),
-    ("The waiter brings 3", False), ("the actual value", False), ("Let me verify by substitution", False), ("the error term is", False),
-    ("Let us compute", False), ("the mistake Bob made", False), ("this is right", False), ("Wait times are 5", False),
-    ("let us reduce the fraction", False), ("Let's redouble", False),
-])
+DOUBTS = ("42-21=21 low. Wait, 6 is too low. Try 8", "So x = 3.\nWait. It is", "Hmm, it is odd", "but wait, 3",
+          "Let me re-check this", "let me recheck", "Let's double-check the sum", "let me redo it", "Hold on, is it",
+          "I made a mistake above", "I made an arithmetic error", "Actually, 7*8 is 56", "That's wrong, since",
+          "No. Actually it is 5", "On second thought", "Let us try again")
+PROSE = ("", "So x = 3 and the answer is \\boxed{3}.", "They wait for 5 minutes", "Wait for 5 hours", "Wait times",
+         "The waiter brings 3", "the actual value", "Let me verify by substitution", "the error term is",
+         "Let us compute", "the mistake Bob made", "this is right", "let us reduce the fraction", "Let's redouble")
+
+
+@pytest.mark.parametrize("text, expected", [(text, True) for text in DOUBTS] + [(text, False) for text in PROSE])
 def test_markers_tell_doubt_from_ordinary_prose(text, expected):
     assert reflect.reflects(text) is expected
 
 
-def test_drop_reasons_are_what_build_reflection_can_return():
-    # a reason that is not in the list would be a KeyError in the middle of a run
+def test_every_reason_that_is_returned_is_in_the_list():
+    # one that is not would be a KeyError in the middle of a run
     source = Path(reflect.__file__).read_text()
-    returned = {reason for reason in reflect.DROP_REASONS if f'"{reason}"' in source.split("class Synthesis")[1]}
-    assert returned == set(reflect.DROP_REASONS)
-    assert {f.name for f in dataclasses.fields(Rollout)} >= {"query", "group", "roles", "logprobs", "ots_weights"}
+    returned = set(re.findall(r'(?:return|else) "(\w+)"', source))
+    assert len(returned) == 8 and returned | {"prompt_too_long"} == set(reflect.DROP_REASONS)

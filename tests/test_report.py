@@ -13,71 +13,79 @@ EVIL = '<script>alert("x")</script> & <b>bold</b>'
 
 
 def save_tokenizer(folder) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of about 400 tokens that never saw 'é' or '≈': those come out as two and three partial pieces."""
+    """A byte-level BPE that never saw 'é' or '≈': those come out as two and three partial pieces."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator([f"Try {i}: {i}*7=42, 42-21=21 low. Wait, {i} is too low. ok. Answer: " for i in range(20)] * 4, trainer)
+    texts = [f"Try {i}: {i}*7=42, 42-21=21 low. Wait, {i} is too low. ok. Answer: " for i in range(20)]
+    core.train_from_iterator(texts * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>")
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def findx(rng) -> tuple[str, int, list[tuple[str, int]], list[tuple[str, int]], list[tuple[str, int]]]:
-    """One problem: question, x, and (text, role) parts of a wrong solution, a reflection on it and a right solution."""
+def findx(rng) -> tuple[str, int, list, list, list]:
+    """One problem: question, x, and [(text, role)] of a wrong solution, a reflection on it and a right solution."""
     a, x, guess = int(rng.integers(2, 10)), int(rng.integers(3, 15)), int(rng.integers(2, 15))
     guess += guess == x
-    b = int(rng.integers(1, 2 * a))
-    first = f"Try {guess}: {guess}*{a}={guess * a}, {guess * a}-{b}={guess * a - b} {'low' if guess < x else 'high'}.\n"
+    b, side = int(rng.integers(1, 2 * a)), "low" if guess < x else "high"
+    first = f"Try {guess}: {guess}*{a}={guess * a}, {guess * a}-{b}={guess * a - b} {side}.\n"
+    doubt = f"Wait, {guess} is too {side}, as {guess * a - b} ≠ {x * a - b}.\n"
     retry = f"Try {x}: {x}*{a}={x * a}, {x * a}-{b}={x * a - b} ok.\nAnswer: \\boxed{{{x}}}"
     wrong = [(first + f"Answer: \\boxed{{{guess}}}", 0)]
-    fixed = [(first, 0), (f"Wait, {guess} is too {'low' if guess < x else 'high'}, as {guess * a - b} ≠ {x * a - b}.\n", 1), (retry, 2)]
-    return f"{a}*x-{b}={x * a - b}", x, wrong, fixed, [(retry, 0)]
+    return f"{a}*x-{b}={x * a - b}", x, wrong, [(first, 0), (doubt, 1), (retry, 2)], [(retry, 0)]
 
 
-def make_run(folder, *, reflections: bool, steps=60, seed=0, reward_gain=0.3, questions_per_step=2, hostile=False):
+def make_run(folder, *, reflections: bool, steps=60, seed=0, reward_gain=0.3, hostile=False):
     """A run folder as train.py leaves it, its numbers made up but of realistic size and noise."""
     rng = np.random.default_rng(seed)
     (folder / "rollouts").mkdir(parents=True)
     tokenizer = save_tokenizer(folder / "tokenizer")
-    config = dict(method="tapo" if reflections else "grpo", out_dir=str(folder), seed=seed, max_steps=steps, learning_rate=6e-4,
-                  prompts_per_step=32, samples_per_prompt=8, lam=1.0, problems="data/findx.jsonl", diagnosis="mask",
-                  ref_advantage="reward" if reflections else "group")
+    config = dict(method="tapo" if reflections else "grpo", out_dir=str(folder), seed=seed, max_steps=steps, lam=1.0,
+                  learning_rate=6e-4, prompts_per_step=32, samples_per_prompt=8, problems="data/findx.jsonl",
+                  diagnosis="mask", ref_advantage="reward" if reflections else "group")
     (folder / "config.json").write_text(json.dumps(config))
-
-    def noise(scale):
-        return float(rng.normal(0, scale))
-
-    with open(folder / "metrics.jsonl", "w") as file:
-        for step in range(1, steps + 1):
-            t = step / steps
-            row = {"step": step, "rollout/pass1": 0.34 + reward_gain * t**0.6 + noise(0.03), "train/loss": 0.01 + noise(0.02),
-                   "train/grad_norm": 0.9 - 0.3 * t + abs(noise(0.12)) + 5 * (step == 37), "rollout/length": 31 + 14 * t + noise(1.2),
-                   "train/kl_ref": 0.08 * t + abs(noise(0.004)), "train/lr": 6e-4, "train/entropy": 0.5 - 0.2 * t,
-                   "time/step": 0.66, "time/generate": 0.27 + noise(0.01), "time/grade": 0.01, "time/reflect": 0.0,
-                   "time/update": 0.3 + noise(0.01), "time/tokens_per_second": 32000 + noise(900)}
-            if reflections:
-                row |= {"train/ots_weight": 0.985 + noise(0.006), "time/reflect": 0.09, "time/step": 0.76,
-                        "reflect/eligible": round(14 + noise(2)), "reflect/candidates": round(39 + noise(4)),
-                        "reflect/parsed": min(1, 0.84 + 0.1 * t + noise(0.02)), "reflect/kept": round(31 + noise(3)),
-                        "reflect/verbatim": 0.96 + noise(0.01), "reflect/mixed_groups": abs(noise(0.04)),
-                        "reflect/correct": 0.97 + noise(0.01), "reflect/length": 47 + noise(1),
-                        "reflect/dropped_unparsable": round(abs(4 + noise(1))), "reflect/dropped_no_divergence": round(2 + noise(0.6)),
-                        "reflect/dropped_special_token": 0, "reflect/logprob_prefix": -0.42 + noise(0.03),
-                        "reflect/logprob_diagnosis": -1.6 + 0.7 * t + noise(0.1), "reflect/logprob_correction": -0.25 + noise(0.02),
-                        "reflect/ots_prefix": 1.01 + noise(0.01), "reflect/ots_diagnosis": 0.55 + 0.2 * t + noise(0.03),
-                        "reflect/ots_correction": 1.02 + noise(0.01), "reflect/ots_first_diagnosis": 0.06 + 0.1 * t + abs(noise(0.01))}
-            if step % 10 == 0:
-                row |= {"eval/pass1": 0.36 + reward_gain * t**0.6 + noise(0.01), "eval/length": 30 + 14 * t, "eval/truncated": 0.02}
-            file.write(json.dumps(row) + "\n")
-            if step % 2 == 0 or step == 1:
-                rollouts = [r for q in range(questions_per_step) for r in make_rollouts(rng, tokenizer, step, q, reflections, hostile)]
-                (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rollouts))
+    lines = []
+    for step in range(1, steps + 1):
+        lines.append(json.dumps(make_metrics(rng, step, step / steps, reflections, reward_gain)) + "\n")
+        if step % 2 == 0 or step == 1:
+            rollouts = [r for q in (0, 1) for r in make_rollouts(rng, tokenizer, step, q, reflections, hostile)]
+            (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rollouts))
+    (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
+def make_metrics(rng, step, t, reflections, reward_gain) -> dict:
+    def noise(scale):
+        return float(rng.normal(0, scale))
+
+    row = {
+        "step": step, "rollout/pass1": 0.34 + reward_gain * t**0.6 + noise(0.03), "train/loss": 0.01 + noise(0.02),
+        "train/grad_norm": 0.9 - 0.3 * t + abs(noise(0.12)), "rollout/length": 31 + 14 * t + noise(1.2),
+        "train/kl_ref": 0.08 * t + abs(noise(0.004)), "train/lr": 6e-4, "train/entropy": 0.5 - 0.2 * t,
+        "time/step": 0.66, "time/generate": 0.27 + noise(0.01), "time/grade": 0.01, "time/reflect": 0.0,
+        "time/update": 0.3 + noise(0.01), "time/tokens_per_second": 32000 + noise(900)}
+    if reflections:
+        row |= {
+            "train/ots_weight": 0.985 + noise(0.006), "time/reflect": 0.09, "time/step": 0.76,
+            "reflect/eligible": round(14 + noise(2)), "reflect/candidates": round(39 + noise(4)),
+            "reflect/parsed": min(1, 0.84 + 0.1 * t + noise(0.02)), "reflect/kept": round(31 + noise(3)),
+            "reflect/verbatim": 0.96 + noise(0.01), "reflect/mixed_groups": abs(noise(0.04)),
+            "reflect/correct": 0.97 + noise(0.01), "reflect/length": 47 + noise(1),
+            "reflect/dropped_unparsable": round(abs(4 + noise(1))), "reflect/dropped_special_token": 0,
+            "reflect/dropped_no_divergence": round(abs(2 + noise(0.6))),
+            "reflect/logprob_prefix": -0.42 + noise(0.03), "reflect/logprob_diagnosis": -1.6 + 0.7 * t + noise(0.1),
+            "reflect/logprob_correction": -0.25 + noise(0.02), "reflect/ots_prefix": 1.01 + noise(0.01),
+            "reflect/ots_diagnosis": 0.55 + 0.2 * t + noise(0.03), "reflect/ots_correction": 1.02 + noise(0.01),
+            "reflect/ots_first_diagnosis": 0.06 + 0.1 * t + abs(noise(0.01))}
+    if step % 10 == 0:
+        row |= {"eval/pass1": 0.36 + reward_gain * t**0.6 + noise(0.01), "eval/length": 30 + 14 * t}
+    return row
+
+
 def make_rollouts(rng, tokenizer, step, query, reflections, hostile) -> list[dict]:
+    """A wrong rollout, a right one and, with reflections, the construction that corrects the first."""
     question, x, wrong, fixed, right = findx(rng)
     if hostile:
         question, wrong = EVIL, [(EVIL + " café ≈ 3", 0)]
@@ -95,26 +103,257 @@ def make_rollouts(rng, tokenizer, step, query, reflections, hostile) -> list[dic
             weights[roles.index(1) + 1] = 0.3
         logprobs = [-abs(float(rng.normal(0, 0.4))) for _ in ids]
         text = "".join(text for text, _ in parts)
-        out.append(dict(uid=f"findx-{step}-{query}", group=f"{step}-{query}" + "_reflected" * is_reflection, query=query, step=step,
-                        prompt_ids=[1, 2], completion_ids=ids, roles=roles, finished=True, text=text, is_reflection=is_reflection,
-                        sample_logprobs=None if is_reflection else logprobs, reward=reward, grade="correct" if reward else "wrong",
-                        answer=text.split("{")[-1][:-1] if "{" in text else None, advantage=1.0 if reward else -0.58,
-                        logprobs=logprobs if is_reflection else None, ots_weights=weights if is_reflection else None,
-                        prompt=question, question=question, gold=str(x)))
+        out.append(dict(
+            uid=f"findx-{step}-{query}", group=f"{step}-{query}" + "_reflected" * is_reflection, query=query, step=step,
+            prompt_ids=[1, 2], completion_ids=ids, roles=roles, finished=True, text=text, is_reflection=is_reflection,
+            sample_logprobs=None if is_reflection else logprobs, logprobs=logprobs if is_reflection else None,
+            ots_weights=weights if is_reflection else None, reward=reward, grade="correct" if reward else "wrong",
+            advantage=1.0 if reward else -0.58, answer=text.split("{")[-1][:-1] if "{" in text else None,
+            prompt=question, question=question, gold=str(x)))
     return out
 
 
 def make_eval(path, rate, seed=0, n=120, samples=16):
+    """What eval.py writes: two sampling settings, n problems of different difficulty."""
     rng = np.random.default_rng(seed)
-    hard = np.random.default_rng(7).normal(0, 0.25, n)
-    c = [int(rng.binomial(samples, float(np.clip(rate + h, 0, 1)))) for h in hard]
+    easy = np.random.default_rng(7).normal(0, 0.25, n)
+    c = [int(rng.binomial(samples, float(np.clip(rate + e, 0, 1)))) for e in easy]
     settings = []
     for temperature, top_p, lift in ((1.0, 1.0, 0.0), (0.6, 0.9, 0.06)):
-        values = {k: float(min(1, lift + np.mean([1 - np.prod([(samples - ci - j) / (samples - j) for j in range(k)]) for ci in c])))
-                  for k in (1, 5)}
-        settings.append({"temperature": temperature, "top_p": top_p, "samples": samples, "max_new_tokens": 54,
-                         "pass@k": {str(k): {"value": v, "low": v - 0.03, "high": min(1, v + 0.03)} for k, v in values.items()},
-                         "truncated": 0.021, "no_answer": 0.004, "DSR": 0.351, "ERR": 0.487 if rate > 0.6 else None, "reflect_rate": 0.6,
-                         "per_problem": [{"uid": f"p{i}", "level": "1", "n": samples, "c": ci, "truncated": 0} for i, ci in enumerate(c)]})
+        passes = {}
+        for k in (1, 5):
+            miss = [np.prod([max(samples - ci - j, 0) / (samples - j) for j in range(k)]) for ci in c]
+            value = min(1.0, lift + 1 - float(np.mean(miss)))
+            passes[str(k)] = {"value": value, "low": value - 0.03, "high": min(1.0, value + 0.03)}
+        settings.append({
+            "set": "findx", "temperature": temperature, "top_p": top_p, "samples": samples, "max_new_tokens": 54,
+            "pass@k": passes, "truncated": 0.021, "no_answer": 0.004, "reflect_rate": 0.6, "DSR": 0.351,
+            "ERR": 0.487 if rate > 0.5 else None,
+            "per_problem": [{"uid": f"p{i}", "level": "1", "n": samples, "c": ci, "truncated": 0}
+                            for i, ci in enumerate(c)]})
     path.write_text(json.dumps({"config": {}, "model": "m", "settings": settings}))
     return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two TAPO seeds and one GRPO run with their evaluations, and the page made from them."""
+    folder = tmp_path_factory.mktemp("world")
+    runs = [make_run(folder / "tapo_s0", reflections=True), make_run(folder / "tapo_s1", reflections=True, seed=1),
+            make_run(folder / "grpo", reflections=False, seed=2, reward_gain=0.2)]
+    rates = {"grpo_s0": 0.6, "grpo_s1": 0.61, "tapo_s0": 0.66, "tapo_s1": 0.67, "start": 0.4}
+    evals = [make_eval(folder / f"{name}.json", rate, seed) for seed, (name, rate) in enumerate(rates.items())]
+    report.main([*map(str, runs), "--evals=" + ",".join(map(str, evals)), f"--out={folder / 'page.html'}",
+                 f"--png={folder / 'png'}"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(world):
+    return (world / "page.html").read_text()
+
+
+def page_of(folder, *runs, **options) -> str:
+    options = [f"--{key}={value}" for key, value in options.items()]
+    report.main([*map(str, runs), *options, f"--out={folder / 'page.html'}"])
+    return (folder / "page.html").read_text()
+
+
+def section(page: str, name: str) -> str:
+    return re.search(rf'<section id="{name}">.*?(?=<section id=|</main>)', page, re.S)[0]
+
+
+def test_page_asks_nothing_from_anyone(page):
+    assert not re.search(r"https?:|//\w|<script|<link|<img|<iframe|@import|url\(|\bsrc=|\bon\w+=", page)
+    assert set(re.findall(r'href="(.)', page)) == {"#"}
+    assert "default-src 'none'" in page
+
+
+def test_page_is_titled_readable_by_machines_and_well_nested(page):
+    from html.parser import HTMLParser
+
+    class Nesting(HTMLParser):
+        open_tags: list = []
+
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "br"):
+                self.open_tags.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            pass
+
+        def handle_endtag(self, tag):
+            assert self.open_tags.pop() == tag
+
+    parser = Nesting()
+    parser.feed(page)
+    assert not parser.open_tags
+    assert '<html lang="en">' in page and "<title>tapo · grpo" in page and page.count("<h1>") == 1
+    assert {a for a in re.findall(r'href="#([^"]*)"', page)} <= set(re.findall(r'id="([^"]*)"', page))
+
+
+def test_six_panels_of_figure_3_show_every_run(page):
+    figure = section(page, "training-dynamics")
+    assert re.findall(r"<h3[^>]*>(.*?)</h3>", figure) == list(report.FIGURE_3.values())
+    assert figure.count("<svg viewBox") == 6
+    assert figure.count("<polygon") == 6  # a band for the two seeds of tapo in each, none for the single grpo run
+    assert "step 7\ntapo 0." in figure    # hover
+
+
+def test_seeds_are_one_mean_line_with_their_standard_deviation(tmp_path):
+    for seed, value in enumerate((1.0, 3.0)):
+        folder = make_run(tmp_path / f"x_s{seed}", reflections=False, steps=3)
+        rows = [{"step": step, "k": value * step} for step in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (label, paths), = report.label_runs([tmp_path / "x_s0", tmp_path / "x_s1"]).items()
+    line = report.make_line([report.load_run(path) for path in paths], "k", label)
+    assert label == "x"
+    assert line.mean.tolist() == [2, 4, 6]
+    assert np.allclose(line.spread, np.sqrt(2) * np.array([1, 2, 3]))
+
+
+def test_smoothing_neither_lags_nor_bends_at_the_edges_nor_spreads_gaps():
+    assert np.allclose(report.smooth(np.full(9, 5.0), 3), 5)
+    assert np.allclose(report.smooth(np.arange(9.0), 3)[1:-1], np.arange(1, 8))
+    assert np.allclose(report.smooth(np.array([1, np.nan, 3, np.nan, np.nan, np.nan]), 3)[:4], [1, 2, 3, 3])
+    assert np.isnan(report.smooth(np.array([1, np.nan, np.nan]), 3)[2])
+
+
+def test_a_run_without_reflections_says_not_logged_and_shows_ordinary_rollouts(world, tmp_path):
+    page = page_of(tmp_path, world / "grpo")
+    assert "not logged" in section(page, "reflections")
+    assert "train/ots_weight" in re.search(r'not logged<br><code>(.*?)</code>', section(page, "training-dynamics"))[1]
+    assert section(page, "trajectories").count("<article") == report.N_TRAJECTORIES
+    assert "Ordinary rollout" in page and "no evaluation files" in page
+
+
+def test_an_empty_run_makes_a_page_without_a_single_number(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    page = page_of(tmp_path, tmp_path / "empty", png=tmp_path / "png")
+    assert page.count("not logged") == 6 + 1 + 1 + 1  # Fig. 3, reflections, time, trajectories
+    assert (tmp_path / "png" / "dynamics.png").is_file()
+
+
+def test_twenty_trajectories_in_every_role_spread_over_training(page):
+    cards = section(page, "trajectories").split("<article")[1:]
+    assert len(cards) == report.N_TRAJECTORIES
+    steps = [int(re.search(r"Step (\d+)", card)[1]) for card in cards]
+    assert steps == sorted(steps) and steps[0] <= 4 and steps[-1] >= 56 and len(set(steps)) == 20
+    for card in cards:
+        assert all(f'<span class="{role}">' in card for role in ("prefix", "diagnosis", "correction", "ordinary"))
+        assert "The wrong rollout it starts from" in card and "A right rollout of the group" in card
+        assert re.search(r"id \d+ · log-prob -?\d\.\d+ · OTS 0\.060 · no gradient", card)
+        assert "reward 1 · advantage +1" in card and "reward 0 · advantage −0.58" in card and "gold answer" in card
+    for role in ("prefix", "diagnosis", "correction"):
+        assert f".{role}{{--c:var(--{role})}}" in page and f"--{role}:#" in page
+
+
+def test_what_models_and_users_write_is_escaped_everywhere(tmp_path):
+    run = make_run(tmp_path / "a<b>&_s0", reflections=True, steps=4, hostile=True)
+    config = json.loads((run / "config.json").read_text()) | {"note": EVIL}
+    (run / "config.json").write_text(json.dumps(config))
+    page = page_of(tmp_path, run, evals=make_eval(tmp_path / "<i>.json", 0.5))
+    assert "<script" not in page and "<b>bold" not in page and "a<b>&" not in page and "<i>.json" not in page
+    assert "&lt;script&gt;" in section(page, "trajectories") and "a&lt;b&gt;&amp;" in page
+
+
+def test_partial_utf8_tokens_are_joined_and_no_text_is_lost(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    text = "café ≈ 3 \U0001f914 ok"
+    ids = tokenizer.encode(text)
+    found = report.pieces(tokenizer, ids)
+    assert "".join(piece for _, _, piece in found) == text
+    assert max(end - start for start, end, _ in found) == 4
+    assert [start for start, _, _ in found[1:]] == [end for _, end, _ in found[:-1]]
+    lone = report.pieces(tokenizer, tokenizer.encode("é")[:1] * 6)  # never completes a character: joined four at most
+    assert [end - start for start, end, _ in lone] == [4, 2]
+
+
+def test_without_a_tokenizer_the_text_is_still_shown(tmp_path):
+    run = make_run(tmp_path / "tapo", reflections=True, steps=2)
+    for file in (run / "tokenizer").iterdir():
+        file.unlink()
+    (run / "tokenizer").rmdir()
+    assert "Wait, " in page_of(tmp_path, run) and "No tokenizer" in page_of(tmp_path, run)
+
+
+def test_evaluations_show_seeds_as_mean_and_sd_with_a_paired_difference(page):
+    tables = re.findall(r"<table>.*?</table>", section(page, "evaluation"), re.S)
+    assert "findx, temperature 0.6, top-p 0.9: 16 samples of at most 54 tokens for each of 120 problems" in page
+    assert len(tables) == 2
+    grpo, tapo, start = re.findall(r'<tr><th scope="row">.*?</tr>', tables[0])
+    assert "<small>2 runs</small>" in tapo and re.search(r"<b>\d\d\.\d</b> <small>± \d\.\d</small>", tapo)
+    assert re.search(r"<b>\d\d\.\d</b> <small>\d\d\.\d–\d\d\.\d</small>", start)
+    assert re.search(r"<td>\+\d\.\d <small>[+−]\d+\.\d to \+\d+\.\d</small>", tapo)
+    assert re.search(r'<span title="[^"]*equally many seeds[^"]*">–</span>', start) and "title" not in grpo
+
+
+def test_evaluations_without_scores_or_on_other_problems_say_why_there_is_no_difference(world, tmp_path):
+    bare = tmp_path / "bare.json"
+    bare.write_text('{"settings": [{"temperature": 1.0}]}')
+    fewer = make_eval(tmp_path / "fewer.json", 0.4, n=100)
+    page = page_of(tmp_path, world / "grpo", evals=f"{fewer},{world / 'start.json'},{bare}")
+    assert re.search(r'<span title="[^"]*same problems[^"]*">–</span>', page)
+    assert re.search(r'<span title="[^"]*bare\.json is not a result[^"]*">–</span>', page)
+
+
+def test_settings_that_differ_are_listed_once_and_those_that_agree_only_in_full(page):
+    differ = re.findall(r"<table>.*?</table>", section(page, "runs"), re.S)[1]
+    assert re.findall(r'<th scope="row"><code>(.*?)</code>', differ) == ["method", "seed", "ref_advantage"]
+    assert "<code>0, 1</code>" in differ
+
+
+def test_model_size_comes_from_the_newest_checkpoint(tmp_path):
+    torch, save_file = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").save_file
+    run = make_run(tmp_path / "grpo", reflections=False, steps=2)
+    assert report.model_size(report.load_run(run)) == 0
+    for step, n in ((1, 5), (2, 250)):
+        (run / f"step_{step:06d}").mkdir()
+        weights = {"a": torch.zeros(n, 4), "b": torch.zeros(3)}
+        save_file(weights, run / f"step_{step:06d}" / "model.safetensors", metadata={"x": "y"})
+    assert report.model_size(report.load_run(run)) == 1003
+    assert "<td>1 k</td>" in page_of(tmp_path, run)
+
+
+def test_main_figures_are_written_as_png(world):
+    assert {p.name for p in (world / "png").iterdir()} == {"dynamics.png", "reflection.png"}
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (world / "png").iterdir())
+
+
+def test_torn_last_line_is_tolerated_and_a_repeated_step_counts_once(tmp_path):
+    run = make_run(tmp_path / "grpo", reflections=False, steps=5)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "train/loss": 9.0}\n{"step": 6, "train/lo')
+    rows = report.load_run(run).rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and rows[-1]["train/loss"] == 9.0
+    page_of(tmp_path, run)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n'), r"metrics\.jsonl:2: not JSON"),
+    (lambda run: (run / "metrics.jsonl").write_text('[1]\n{"step": 3}\n'), r"metrics\.jsonl:1: a JSON object expected"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"loss": 1}\n'), r"a row without an integer 'step'"),
+    (lambda run: (run / "metrics.jsonl").unlink(), r"grpo is not a run folder: no metrics\.jsonl in it$"),
+    (lambda run: [(run / name).unlink() for name in ("config.json", "metrics.jsonl")], r"no config\.json and no metri"),
+    (lambda run: (run / "config.json").write_text("{"), r"config\.json: not JSON"),
+])
+def test_bad_run_folders_are_one_line_errors(tmp_path, spoil, message):
+    run = make_run(tmp_path / "grpo", reflections=False, steps=2)
+    spoil(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        report.main([str(run)])
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_not_numbers_leave_a_gap_and_a_lone_spike_does_not_flatten_the_panel(tmp_path):
+    run = make_run(tmp_path / "grpo", reflections=False, steps=2)
+    losses = [float("nan"), None, "x", 0.5]
+    rows = [{"step": s, "train/grad_norm": 1 + s % 2 / 10, "train/loss": losses[s % 4]} for s in range(1, 61)]
+    rows[30]["train/grad_norm"] = 1e6
+    rows[40]["train/grad_norm"] = float("inf")
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path, run)
+    assert "peak 1,000,000 ↑" in page
+    assert not re.search(r"\bnan\b|\binf\b", page.split("</style>")[1])

@@ -1,0 +1,99 @@
+"""Many processes: explicit FSDP2, weights gathered once for sampling, work dealt evenly, one reduction of sums.
+
+torchrun starts the processes; without it there is one, no process group and no wrapping. Every rank owns a slice of each
+weight. Three rules keep ranks together (trap 21): sampling runs inside `unsharded`, where forwards need no collective, so
+ranks may decode for different lengths of time; outside it every rank runs the same number of forwards and backwards
+(`balance` fills up with rows of zero weight); whatever decides control flow is the same on every rank.
+
+Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for sampling.
+"""
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from metrics import add_up
+from rollout import Rollout, microbatches
+
+
+def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
+    """(rank, world size, device of this process). Joins torchrun's process group if there is one.
+
+    timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                            timeout=datetime.timedelta(minutes=timeout_minutes))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
+    """Wrap in place: every block is a unit that is gathered when it runs, embedding + final norm + head are the root's.
+
+    Masters, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered copies are bf16. replicas > 1 is
+    HSDP: shard within a group of world_size / replicas ranks (a node), replicate across the groups.
+    """
+    world = dist.get_world_size()
+    if world % replicas:
+        raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a divisor, e.g. the number of nodes")
+    mesh = (init_device_mesh(device, (world,)) if replicas == 1 else
+            init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard")))
+    options = {
+        "mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Gather every unit once and keep it: inside, forwards (under no_grad) use no collective. A plain model passes through."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield model
+    finally:
+        for i, unit in enumerate(units):
+            unit.reshard()
+            unit.set_reshard_after_forward(i > 0, recurse=False)  # the root stays gathered between forward and backward
+
+
+def gather(items: list) -> list:
+    """The lists of all ranks, one after the other, on every rank."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
+    """Sums of all ranks added up ("_max": the largest); ranks may know different names."""
+    total: dict[str, float] = {}
+    for part in gather([sums]):
+        add_up(total, part)
+    return total
+
+
+def balance(rollouts: list[Rollout], tokens_per_microbatch: int, rank: int, world: int) -> list[list[int]]:
+    """This rank's micro-batches, as indices into the rollouts of all ranks; the same number of them on every rank.
+
+    Micro-batches are cut from the whole step's rollouts sorted by length and dealt like cards, so that neighbours in length
+    go to different ranks. A rank that comes out short repeats a row at zero weight: index i stands there as -1 - i.
+    """
+    batches = microbatches(rollouts, tokens_per_microbatch)
+    mine = batches[rank::world]
+    while len(mine) < -(-len(batches) // world):
+        mine.append([-1 - batches[-1][-1]])
+    return mine

@@ -1,0 +1,539 @@
+r"""Is the final answer right? The only file that decides "correct"; training, evaluation and the cold start all ask here.
+
+The answer is the last balanced \boxed{...} outside a thinking block. It is right (reward 1) if
+1. its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
+2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not asked; or
+3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a tuple in its own.
+Step 3 runs in a child process that is killed at a time limit: LaTeX from a policy can keep sympy busy for ever, and an
+alarm in a thread is no limit. What could not be decided (timeout, error) or read (unparsable, no_answer) is counted apart
+from wrong. Every rule errs on the side of "not correct": a rejected right answer costs a sample, an accepted wrong one
+teaches it. Deliberately missing: answers in prose, one answer spread over several boxes, approximations, partial credit.
+"""
+import atexit
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+MAX_CHARS = 2000  # of an answer; the longest gold of the data sets we know has 92
+START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
+MEMORY_LIMIT = 2 << 30  # bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
+
+
+@dataclass
+class Grade:
+    reward: float  # 1.0 or 0.0
+    status: str  # 'correct' | 'wrong' | 'no_answer' | 'unparsable' | 'timeout' | 'error'
+    answer: str | None  # content of the box, as the model wrote it
+
+
+def grade(text: str, gold: str, *, timeout_s: float = 3.0) -> Grade:
+    """Grade one response; see grade_many."""
+    return grade_many([text], [gold], workers=1, timeout_s=timeout_s)[0]
+
+
+def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_s: float = 3.0) -> list[Grade]:
+    """Grade responses against their gold answers, in order.
+
+    Most pairs are settled here by text and fractions. The others go to `workers` processes (started on first use, then
+    kept), equal pairs once, each for at most timeout_s seconds of wall clock.
+    """
+    pairs = list(zip(map(extract_boxed, texts), golds, strict=True))
+    status = {pair: _settle(*pair) for pair in dict.fromkeys(pairs)}
+    hard = [pair for pair, known in status.items() if known is None]
+
+    def ask(pair):
+        answer, gold = (_core_and_unit(x)[0] for x in pair)
+        return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
+
+    if len(hard) > 1 and workers > 1:
+        with ThreadPoolExecutor(min(workers, len(hard))) as threads:
+            status.update(zip(hard, threads.map(ask, hard), strict=True))
+    else:
+        status.update((pair, ask(pair)) for pair in hard)
+    return [Grade(float(status[pair] == "correct"), status[pair], pair[0]) for pair in pairs]
+
+
+def check_gold(gold: str) -> None:
+    """Raise a one-line ValueError if `gold` cannot be read: no differently written response could be graded correct."""
+    shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
+    core = _core_and_unit(gold)[0]
+    if not core or len(gold) > MAX_CHARS:
+        raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or drop the problem")
+    if not _is_rational(core) and not core.isalpha():
+        reply = _ask({"gold": core}, 10.0)
+        if reply["status"] != "correct":
+            why = reply.get("why", reply["status"])
+            raise ValueError(f"gold answer {shown} cannot be read ({why}); correct it or drop the problem")
+
+
+# --- the answer in the text ---
+
+_BOX_TOKENS = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last balanced \boxed{...} or \fbox{...}, the outer one of a nested pair; None if there is none.
+
+    A box inside a thinking block is a draft: only what follows </think> counts, and nothing after an unclosed <think>.
+    Escaped braces do not count as braces. One pass, linear in the text.
+    """
+    if "think>" in text:
+        text = text.rpartition("</think>")[2].partition("<think>")[0]
+    starts = [i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0]
+    if not starts:
+        return None
+    opened, last = [], None  # of every open brace: where its content begins if it is a box's, else -1
+    for token in _BOX_TOKENS.finditer(text, min(starts)):
+        if token[0] == "}":
+            begin = opened.pop() if opened else -1
+            last = (begin, token.start()) if begin >= 0 else last
+        elif token[0] == "{":
+            opened.append(-1)
+        elif token[0] != "\\{" and token[0][-1] == "{":
+            opened.append(token.end())
+    return text[last[0]:last[1]].strip() if last else None
+
+
+# --- 1. canonical text ---
+# What keeps it safe: no rewriting changes the value, and where both sides name a unit it must be the same one.
+
+_UNICODE = str.maketrans({
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
+    "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "€": r"\$", "£": r"\$", "~": " "})
+_COMMANDS = {
+    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg".split(), ""),  # layout
+    **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),  # spaces, and the math delimiters \( \) \[ \]
+    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "degree": r"^\circ", "%": "%", "$": r"\dollar ",
+    **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
+    "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq", "gt": ">", "lt": "<"}
+_COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
+_FRACS = [(re.compile(r"\\frac\s*(\d|\\pi)\s*(\d)"), r"\\frac{\1}{\2}"),  # \frac12
+          (re.compile(r"\\frac\s*\{([^{}]*)\}\s*(\w)"), r"\\frac{\1}{\2}"),  # \frac{40}7
+          (re.compile(r"\\frac\s*(\w)\s*\{"), r"\\frac{\1}{")]  # \frac3{4}
+_AND = re.compile(r"(?:, *)?(?:\\text *\{ *(?:and|or) *\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))")
+_MATRIX = [(re.compile(r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}"), r"\\begin{pmatrix}"),
+           (re.compile(r"\\end\{(?:array|matrix)\} *[\])]|\\end\{bmatrix\}"), r"\\end{pmatrix}")]
+_SPACES = re.compile(r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ")  # kept: \pi r, and 2 3, which is not 23
+_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\frac) ?)?(?:\\frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise(answer: str) -> str:
+    r"""Canonical text of an answer: `core`, or `core [unit]`.
+
+    Rational numbers become reduced fractions, so that equal texts mean equal values: `\dfrac{2}{4}`, `.50`, `1/2` -> `1/2`;
+    `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left( 1, 2\right)` -> `(1,2)`; `5 \text{ meters}` -> `5 [m]`.
+    """
+    s = answer.strip()
+    if len(s) > MAX_CHARS:
+        return s
+    if s.isdecimal() and s.isascii():  # most answers of most data sets
+        return s.lstrip("0") or "0"
+    if "boxed" in s:  # some golds carry their box
+        s = extract_boxed(s) or s
+    s = s.translate(_UNICODE)
+    if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
+        s = s.replace("\\\\", "\\")
+    s = re.sub(r"\\!\s*", "", s)  # 11,\! 111: a comma that separates thousands, not answers
+    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
+    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s)  # 10{,}000
+    s = " ".join(s.split()).rstrip(" .,;")
+    if "\\frac" in s:
+        for pattern, by in _FRACS:
+            s = pattern.sub(by, s)
+    if "\\begin" in s:
+        for pattern, by in _MATRIX:
+            s = pattern.sub(by, s)
+    s = re.sub(r"\\sqrt *(\d)", r"\\sqrt{\1}", s)
+    s = _AND.sub(", ", s)
+    s = s.replace(" !=", r"\neq ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")  # 5!=120: factorial
+    s, unit = _take_unit(s)
+    s = re.sub(r"\\text *\{([^{}]*)\}", r"\1", s).strip(" .") if "\\text" in s else s
+    s = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", ""), s)  # 5 000 000
+    s = s.replace(",", "") if _THOUSANDS.fullmatch(s) else s  # 79,380, but neither 32, 349 nor (1,234)
+    s = _SPACES.sub(lambda m: m[1] or m[2] or "", s)
+    s = s.replace(",", ", ") if _THOUSANDS.fullmatch(s) else s  # 32, 349 stays two answers when read again
+    s = re.sub(r"([_^])\{(\w)\}", r"\1\2", s)
+    while s[:1] == "(" and _closing(s, 0) == len(s) - 1 and len(_split(s[1:-1], ",;")) == 1:  # (1/3), (A)
+        s = s[1:-1]
+    s = _rational(s)
+    return f"{s} [{unit}]" if unit else s
+
+
+def _core_and_unit(answer: str) -> tuple[str, str]:
+    core, _, unit = normalise(answer).partition(" [")
+    return core, unit.removesuffix("]")
+
+
+def _rational(s: str) -> str:
+    """A decimal, fraction or mixed number as a reduced fraction; any other text as it is."""
+    if _DECIMAL.fullmatch(s):
+        return str(Fraction(s.rstrip(".")))
+    m = _FRACTION.fullmatch(s)
+    if not m:
+        return s
+    whole, numerator, denominator = int(m[2] or 0), int(m[3] or m[5]), int(m[4] or m[6])
+    if denominator == 0 or (m[2] and (numerator < 0 or denominator < 0)):
+        return s
+    value = whole + Fraction(numerator, denominator)
+    return str(-value if m[1] == "-" else value)
+
+
+def _is_rational(core: str) -> bool:
+    return re.fullmatch(r"-?\d+(?:/[1-9]\d*)?", core) is not None
+
+
+_UNITS = {name: unit for unit, names in {
+    "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre", "km": "km kilometer kilometre",
+    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram", "kg": "kg kilogram",
+    "lb": "lb pound", "oz": "oz ounce", "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day",
+    "week": "week", "month": "month", "year": "year yr", "l": "l liter litre", "ml": "ml milliliter millilitre",
+    "gal": "gal gallon", "mi/h": "mph", "km/h": "km/h kph", "m/s": "m/s", "deg": "deg degree", "rad": "rad radian",
+    "%": "% percent pct percentage", "$": "dollar", "cent": "cent", "am": "am", "pm": "pm",
+    "": "unit st nd rd th"}.items() for name in names.split()}
+_THINGS = re.compile(  # apples, students: plural nouns that neither scale the number nor qualify it
+    r"(?!.*(?:th|dozen|hundred|thousand|million|billion|halve|quarter|third|les|plu|minu|time|doe|thi|thu|ye)s)[a-z]{3,}s")
+_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+)?))"
+                   r" *(?:\^ *\{?(?P<power>[23])\}?)?$")
+_DEGREES = re.compile(r"(.*?) *\^ *(?:\\circ|\{ *\\circ *\})")
+
+
+def _take_unit(s: str) -> tuple[str, str]:
+    r"""`72.6 \text{ m}` -> ('72.6', 'm'). A right answer may leave its unit out but not exchange it: m is not cm."""
+    if s.startswith("\\dollar "):
+        return s.removeprefix("\\dollar ").strip(), "$"
+    if s.endswith("%"):
+        return s[:-1].rstrip(), "%"
+    if m := _DEGREES.fullmatch(s):
+        return m[1], "deg"
+    m = _UNIT.search(s)
+    core = s[:m.start()] if m else ""
+    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":
+        words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
+        power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
+        name = " ".join(words[1:] if power else words)
+        unit = _UNITS.get(name, _UNITS.get(name.removesuffix("s"))) if name else ""
+        if unit is None and m["text"] and _THINGS.fullmatch(name):
+            unit = name[:-1]
+        if unit is not None:
+            power = m["power"] or power
+            return core, unit + ("^" + power if unit and power else "")
+    return s, ""
+
+
+# --- 2. what text and exact fractions settle ---
+
+def _settle(answer: str | None, gold: str) -> str | None:
+    """The status of a pair; None if only a computer algebra system can tell."""
+    if answer is None:
+        return "no_answer"
+    if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
+        return "correct" if answer.strip() == gold.strip() else "unparsable"
+    (a, unit_a), (g, unit_g) = _core_and_unit(answer), _core_and_unit(gold)
+    if not a:
+        return "unparsable"
+    if unit_a and unit_g and unit_a != unit_g:
+        return "wrong"
+    if a == g:  # 28% and 28: the question asked for per cent
+        return "correct"
+    if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):  # 1000,99 where the gold says 1000.99
+        return "correct"
+    if _is_rational(a) and _is_rational(g):  # 28% and 0.28
+        percent = "%" in (unit_a, unit_g)
+        x, y = (Fraction(v) / (100 if unit == "%" else 1) for v, unit in ((a, unit_a), (g, unit_g)))
+        return "correct" if percent and x == y else "wrong"
+    if _is_word(a) or _is_word(g) or (len(a) == len(g) == 1 and (a + g).isalpha()):
+        return "correct" if len(a) > 1 and a.casefold() == g.casefold() else "wrong"
+    return None
+
+
+def _is_word(s: str) -> bool:
+    """Even, YYZ: text, whose letters have an order; `xy` and `abc` are products."""
+    return s.isalpha() and len(s) > 1 and (len(s) > 3 or not s.islower())
+
+
+# --- 3. structure, and math-verify for its parts: everything below runs in the worker ---
+
+class _Unparsable(Exception):
+    pass
+
+
+def _same(answer: str, gold: str) -> bool:
+    """Whether two answers are the same. _Unparsable: the answer cannot be read; any other exception is our failure."""
+    settled = _settle(answer, gold)
+    if settled is not None:
+        return settled == "correct"
+    a, g = _core_and_unit(answer)[0], _core_and_unit(gold)[0]
+    (label_a, value_a), (label_g, value_g) = _label(a), _label(g)
+    if (value_a, value_g) != (a, g):
+        if label_a == label_g or (not label_a and _is_name(label_g)):
+            return _same(value_a, value_g)
+        if label_a and label_g:  # two equations
+            return _verify(a, g)
+        letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", label_a)))
+        return bool(label_a) and (_is_name(label_a) or len(letters) != 1) and _same(value_a, g)  # m+n=5, not x^2=5
+    (kind_a, items_a), (kind_g, items_g) = _items(a), _items(g)
+    named = _names_items(items_a)
+    if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
+        return {kind_a, kind_g} <= {"list", "()"} and _same_in_order(items_a, items_g)
+    if kind_a == kind_g == "list":
+        return all(any(_same(x, y) for x in items_a) for y in items_g) and \
+            all(any(_same(x, y) for y in items_g) for x in items_a)
+    if kind_a == kind_g != "":
+        return _same_in_order(items_a, items_g)
+    if {kind_a, kind_g} == {"", "list"} and len(items_a) == len(items_g) == 1:  # \{2\} and 2
+        return _same(items_a[0], items_g[0])
+    if kind_g == ":" and not kind_a and len(items_g) == 2:  # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
+        return _same(a, f"\\frac{{{items_g[0]}}}{{{items_g[1]}}}")
+    if (kind_a or kind_g) and not re.search(r"[<>]|\\(?:le|ge|neq|cup|mathbb)(?![a-zA-Z])", a + g):
+        return False
+    return _verify(a, g)  # also 0<x<1 against (0,1)
+
+
+def _same_in_order(items_a: list[str], items_g: list[str]) -> bool:
+    return len(items_a) == len(items_g) and all(map(_same, items_a, items_g))
+
+
+def _closing(s: str, start: int) -> int:
+    """Index of the bracket that closes the one at `start`, of any kind ([0,1) is an interval); -1 if none does."""
+    depth = 0
+    for i in range(start, len(s)):
+        depth += (s[i] in "([{") - (s[i] in ")]}")
+        if depth == 0:
+            return i
+    return -1
+
+
+def _split(s: str, separators: str) -> list[str]:
+    """Split at separators outside brackets; empty parts are dropped."""
+    parts, depth, begin = [], 0, 0
+    for i, c in enumerate(s):
+        depth += (c in "([{") - (c in ")]}")
+        if depth == 0 and c in separators:
+            parts.append(s[begin:i])
+            begin = i + 1
+    return [part for part in (*parts, s[begin:]) if part.strip()]
+
+
+def _label(s: str) -> tuple[str, str]:
+    r"""What an equation or membership is about, and its last value: `x=1+1=2` -> ('x', '2'), `x\in S` -> ('x', 'S'),
+    `5` -> ('', '5'). Approximations are dropped: `\sqrt2\approx1.41` -> ('', '\sqrt2')."""
+    s = re.sub(r"\\approx.*", "", re.sub(r"^([A-Za-z]\w*)\\approx", r"\1=", s))
+    sides = _split(re.sub(r"\\in(?![a-zA-Z])", "=", s), "=")
+    if len(sides) < 2 or len(_split(s, ",;")) > 1 or re.search(r"[<>]|\\(?:le|ge|neq|equiv)(?![a-zA-Z])", s):
+        return "", s
+    return sides[0] if len(sides) == 2 or _is_name(sides[0]) else "", sides[-1]
+
+
+def _is_name(label: str) -> bool:
+    r"""x, x_1, f(x), (p,q), A:B, \angle ABC: such a left-hand side may be left out."""
+    return re.fullmatch(r"[A-Za-z\\(][A-Za-z\\_{}(),:'0-9]*", label) is not None and not re.search(r"\\(sqrt|frac)", label)
+
+
+def _names_items(items: list[str]) -> bool:
+    return len({_label(item)[0] for item in items} - {""}) > 1
+
+
+def _items(s: str) -> tuple[str, list[str]]:
+    r"""Kind and items: 'list' for `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... for tuples and intervals; ':' for ratios."""
+    if s.startswith("{") and _closing(s, 0) == len(s) - 1:
+        return _items(s[1:-1])
+    is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
+    items = [sign for item in _split(s[2:-2] if is_set else s, ";" if ";" in s else ",") for sign in _signs(item)]
+    if is_set or len(items) > 1:
+        return "list", items
+    if s[:1] in ("(", "[") and _closing(s, 0) == len(s) - 1 and len(items := _split(s[1:-1], ",;")) > 1:
+        return s[0] + s[-1], items
+    items = _split(s, ":")
+    return ":" if len(items) > 1 else "", items
+
+
+def _signs(s: str) -> list[str]:
+    r"""`1\pm\sqrt2` is two answers. Two \pm may mean two or four: left alone, and math-verify does not read them."""
+    if s.count("\\pm") != 1 or s.count("\\mp") > 1:
+        return [s]
+    return [re.sub(r"(?:^|(?<=[(={]))\+", "", s.replace("\\pm", x).replace("\\mp", y)) for x, y in ("+-", "-+")]
+
+
+@lru_cache(maxsize=1024)
+def _parse(s: str, is_real: bool):
+    """sympy object of a canonical core: decimals exact, letters with their case, 2\\frac12 in a product still 5/2."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from sympy import Float, Rational
+    if re.search(r"\d \d", s):
+        raise ValueError("two numbers side by side")
+    s = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", s)
+    expr = latex2sympy(
+        s, is_real=is_real, conversion_config=ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False),
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
+    return expr.xreplace({x: Rational(str(x)) for x in expr.atoms(Float)})
+
+
+def _verify(answer: str, gold: str) -> bool:
+    """math-verify on two expressions, and a second look where it is known to be too generous."""
+    from math_verify import verify
+    from math_verify.grader import should_treat_as_complex
+    from sympy import Eq, Expr, simplify
+    if re.match(r"-?\d+_", answer) or re.match(r"-?\d+_", gold):  # 204_5: the parser drops the base; the text decided
+        return False
+    is_real = not should_treat_as_complex(answer + " " + gold)
+    g = _parse(gold, is_real)
+    try:
+        a = _parse(answer, is_real)
+    except Exception as problem:
+        raise _Unparsable from problem
+    if isinstance(g, Eq) and isinstance(a, Eq):  # to math-verify any two equations without a solution are the same
+        return g == a or bool(simplify((g.lhs - g.rhs) / (a.lhs - a.rhs)).is_number)
+    if not verify(g, a, timeout_seconds=None, raise_on_error=True):  # no alarms: the process is the limit
+        return False
+    if isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite and not (g.free_symbols or a.free_symbols):
+        return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)  # it looks at 15 digits
+    return True
+
+
+def _read(gold: str) -> None:
+    """Raise if a part of a gold answer cannot be parsed."""
+    s = _label(_core_and_unit(gold)[0])[1]
+    kind, items = _items(s)
+    for item in items if kind else []:
+        _read(item)
+    if not kind and not _is_word(s) and not re.match(r"-?\d+_", s):
+        _parse(s, True)
+
+
+def _serve() -> None:
+    """The worker: one line of JSON in, one out, until its input ends."""
+    import logging
+    import resource
+    import signal
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is not a reply
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; we end with our input
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    logging.disable(logging.CRITICAL)
+    try:
+        _same("x+1", "1+x")  # imports, and fills the parser's tables
+        reply = {"status": "ready"}
+    except Exception as problem:
+        reply = {"status": f"{type(problem).__name__}: {problem}"}
+    print(json.dumps(reply), file=replies, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        # Should the parent be gone nobody kills us: the alarm, which has no handler, does. It also stops C code.
+        signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
+        try:
+            if "answer" in request:
+                reply = {"status": "correct" if _same(request["answer"], request["gold"]) else "wrong"}
+            else:
+                _read(request["gold"])
+                reply = {"status": "correct"}
+        except _Unparsable:
+            reply = {"status": "unparsable"}
+        except MemoryError:
+            reply = {"status": "timeout"}
+        except Exception as problem:
+            reply = {"status": "error", "why": f"{type(problem).__name__}: {problem}".split("\n")[0][:200]}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+# --- the parent's side of the workers ---
+
+_lock = threading.Lock()
+_idle: list[subprocess.Popen] = []
+_alive: set[subprocess.Popen] = set()
+
+
+def _ask(request: dict, timeout_s: float) -> dict:
+    """One request to an idle worker, else to a new one. A worker that is late is killed ('timeout'). One that dies gives
+    'error'; but if it had served before, it may have died of something else, and a new one is asked."""
+    while True:
+        with _lock:
+            worker = _idle.pop() if _idle else None
+        first_time = worker is None
+        worker = worker or _start()
+        try:
+            worker.stdin.write(json.dumps(request | {"limit": timeout_s}).encode() + b"\n")
+            reply = _receive(worker, timeout_s)
+        except BrokenPipeError:
+            reply = None
+        except BaseException:  # Ctrl-C: the reply under way would be taken for that of the next request
+            _kill(worker)
+            raise
+        if reply and reply["status"] != "late":
+            with _lock:
+                _idle.append(worker)
+            return reply
+        _kill(worker)
+        if reply or first_time:
+            return {"status": "timeout"} if reply else {"status": "error", "why": "the worker died"}
+
+
+def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
+    """The worker's reply, {'status': 'late'}, or None if it died."""
+    deadline, line, poll = time.monotonic() + timeout_s, b"", select.poll()
+    poll.register(worker.stdout, select.POLLIN)
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return {"status": "late"}
+        chunk = os.read(worker.stdout.fileno(), 65536)
+        if not chunk:
+            return None
+        line += chunk
+    return json.loads(line)
+
+
+def _start() -> subprocess.Popen:
+    worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with _lock:
+        _alive.add(worker)
+    reply = _receive(worker, START_LIMIT_S)
+    if not reply or reply["status"] != "ready":
+        _kill(worker)
+        why = reply["status"] if reply else "it died"
+        raise RuntimeError(f"the grader's worker did not start ({why}); is math-verify installed?")
+    return worker
+
+
+def _kill(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.wait()
+    worker.stdin.close()
+    worker.stdout.close()
+    with _lock:
+        _alive.discard(worker)
+
+
+def _forget() -> None:
+    """In a forked child, to whom the workers do not belong. With a copy of their pipes open they would outlive the parent."""
+    global _lock
+    _lock = threading.Lock()
+    for worker in _alive:
+        worker.stdin.close()
+        worker.stdout.close()
+        worker.returncode = 0  # or Popen would wait for a process that is not its child
+    _alive.clear()
+    _idle.clear()
+
+
+atexit.register(lambda: [_kill(worker) for worker in list(_alive)])
+os.register_at_fork(after_in_child=_forget)
+
+if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
+    _serve()

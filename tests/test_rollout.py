@@ -1,0 +1,502 @@
+"""The sampler against the trainer, and the road from rollouts to one gradient, on models of 7,000 parameters."""
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import rollout
+import toy
+from advantage import loss_scales, loss_totals, policy_loss, token_weights, train_mask
+from model import CausalLM, ModelConfig, load_hf, save_hf
+from rollout import (
+    CORRECTION,
+    DIAGNOSIS,
+    PREFIX,
+    Completion,
+    Rollout,
+    collate,
+    generate,
+    microbatches,
+    row_noise,
+    sample,
+)
+
+EDGES = (0.0, 1 - 2**-53)  # the smallest and the largest uniform that a generator of doubles returns
+RAGGED = [[5, 1, 2], [4], [0, 0, 3, 7, 1, 6], [0, 2], [8, 8, 8, 8]]  # prompts; two begin with the id that also pads
+
+
+def tiny_model(*, vocab_size: int = 9, num_tokens: int = 0, tied: bool = True, std: float = 0.3) -> CausalLM:
+    """Two layers of width 16, weights large enough that its distributions are far from uniform."""
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(
+        vocab_size=vocab_size, num_tokens=num_tokens, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied))
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def draw(model, prompts=RAGGED, n=3, *, max_new_tokens=20, stop_ids=(3,), keys=None, **knobs) -> list[list[Completion]]:
+    keys = [(0, 0, 0, i) for i in range(len(prompts))] if keys is None else keys
+    return generate(model, prompts, n, max_new_tokens=max_new_tokens, stop_ids=stop_ids, keys=keys, **knobs)
+
+
+def rollout_of(prompt: list[int], ids: list[int], **fields) -> Rollout:
+    fields = {"roles": [PREFIX] * len(ids)} | fields
+    return Rollout(uid="u", group="0", prompt_ids=prompt, completion_ids=ids, finished=True, text="", **fields)
+
+
+def as_rollout(prompt: list[int], completion: Completion, **fields) -> Rollout:
+    return rollout_of(prompt, completion.ids, sample_logprobs=completion.logprobs, **fields)
+
+
+def trainer_logprobs(model, prompt: list[int], ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """log p of a completion, all alone in its batch: what the sampler has to agree with."""
+    with torch.no_grad():
+        inputs, targets = torch.tensor([prompt + ids[:-1]]), torch.tensor([prompt[1:] + ids])
+        return model(inputs, targets, temperature=temperature)[0][0, len(prompt) - 1:]
+
+
+def same(a: list[list[Completion]], b: list[list[Completion]]) -> bool:
+    """Equal ids and flags, log-probs up to float noise."""
+    return all(
+        x.ids == y.ids and x.finished == y.finished and x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
+        for group_a, group_b in zip(a, b, strict=True) for x, y in zip(group_a, group_b, strict=True))
+
+
+@pytest.fixture
+def calls():
+    """A list that collects the shape of the inputs of every forward pass of `calls.of(model)`."""
+    class Calls(list):
+        def of(self, model):
+            model.register_forward_pre_hook(lambda _, inputs: self.append(tuple(inputs[0].shape)))
+            return model
+    return Calls()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the distribution that is drawn from
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampler_draws_from_the_density_the_trainer_scores(temperature):
+    """Guards trap 2: a temperature that divides the logits on one side only. Chi-square over all completions of up to
+    two tokens, a fixed seed, the 99.9 % point of 20 degrees of freedom."""
+    model, n = tiny_model(vocab_size=5, std=0.1), 4000
+    (completions,) = draw(model, [[2, 1]], n, max_new_tokens=2, stop_ids=(4,), temperature=temperature, max_rows=n)
+    cells = [(4,), *itertools.product(range(4), range(5))]
+    expected = [n * trainer_logprobs(model, [2, 1], list(ids), temperature).sum().exp().item() for ids in cells]
+    counts = {ids: 0 for ids in cells}
+    for completion in completions:
+        counts[tuple(completion.ids)] += 1
+    assert sum(expected) == pytest.approx(n, rel=1e-5) and min(expected) > 5
+    assert sum((counts[ids] - e) ** 2 / e for ids, e in zip(cells, expected)) < 45.3
+    # ... and the test has the power to tell: the other temperature is refused by a wide margin
+    other = [n * trainer_logprobs(model, [2, 1], list(ids), 1.7 - temperature).sum().exp().item() for ids in cells]
+    assert sum((counts[ids] - e) ** 2 / e for ids, e in zip(cells, other)) > 200
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_returned_logprobs_are_the_trainers(tied, temperature):
+    """Guards trap 8: stale caches, positions off by one after left padding or after rows were dropped."""
+    model = tiny_model(tied=tied)
+    for prompt, group in zip(RAGGED, draw(model, temperature=temperature)):
+        for c in group:
+            expected = trainer_logprobs(model, prompt, c.ids, temperature)
+            assert len(c.logprobs) == len(c.ids)
+            torch.testing.assert_close(torch.tensor(c.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def grid(n: int) -> torch.Tensor:
+    """n uniforms, evenly spaced: by inverse CDF the share of a token is its probability to 1 / n."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+@pytest.mark.parametrize("top_p,nucleus", [
+    (1.0, {0, 1, 2, 3, 4}), (0.94, {0, 1, 2, 4}), (0.9, {1, 2, 4}), (0.72, {1, 2, 4}), (0.7, {2, 4}), (0.01, {4})])
+def test_top_p_draws_from_the_smallest_nucleus_renormalised(top_p, nucleus):
+    """Guards: the token that crosses top_p left out or one too many kept; ranks not scattered back; and a log-prob of
+    the full softmax reported for a truncated draw."""
+    p, n = [0.05, 0.2, 0.21, 0.04, 0.5], 20000
+    expected = [x * (i in nucleus) / sum(p[j] for j in nucleus) for i, x in enumerate(p)]
+    tokens, logprobs = sample(torch.tensor(p).log().expand(n, -1), grid(n), 1.0, top_p)
+    assert (torch.bincount(tokens, minlength=5) / n).tolist() == pytest.approx(expected, abs=1e-4)
+    torch.testing.assert_close(logprobs.exp(), torch.tensor(expected)[tokens], atol=1e-6, rtol=0)
+
+
+def test_each_row_has_its_own_nucleus():
+    """Guards: ranks of one row scattered into another."""
+    logits = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.05, 0.9]]).log()
+    for u in grid(50):
+        assert sample(logits, u.expand(2), 1.0, 0.8)[0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("u", EDGES)
+def test_a_token_of_probability_zero_is_never_drawn(u, top_p):
+    """Guards: searchsorted from the left at u = 0, and u * total rounding up to the total at the other edge."""
+    logits = torch.full((200, 12), -math.inf)
+    logits[:, 2:9] = torch.randn(200, 7, generator=torch.Generator().manual_seed(0))
+    logits[:, 5] = -math.inf
+    tokens, logprobs = sample(logits, torch.full((200,), u, dtype=torch.float64), 1.0, top_p)
+    assert logits.gather(1, tokens[:, None]).isfinite().all() and logprobs.isfinite().all()
+    if top_p == 1:
+        assert (tokens == (2 if u == 0 else 8)).all()
+
+
+def test_the_tail_of_a_large_vocabulary_can_be_drawn():
+    """Guards: a CDF in fp32, where adding 1e-10 to 0.9999999 changes nothing and rare tokens do not exist."""
+    logits = torch.full((1, 1001), math.log(1e-10))
+    logits[0, 0] = 0.0
+    u = 1 - 1e-7 * grid(3000)
+    assert len(sample(logits.expand(3000, -1), u, 1.0, 1.0)[0].unique()) > 900
+
+
+def test_temperature_zero_is_greedy_and_every_sample_the_same():
+    """Guards: a division by zero, and an argmax of something else than the trainer's distribution."""
+    model = tiny_model()
+    for prompt, group in zip(RAGGED, draw(model, temperature=0.0)):
+        assert all(c == group[0] for c in group) and group[0].logprobs == [0.0] * len(group[0].ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + group[0].ids[:-1]])) @ model.head_weight.T
+        assert group[0].ids == logits[0, len(prompt) - 1:].argmax(-1).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# noise
+
+
+def test_a_rows_noise_is_a_function_of_its_counters():
+    """Guards trap 7: state shared between rows; a longer cap that changes the first tokens; counters that commute."""
+    keys = list(itertools.product((0, 1), (0, 1, 2), (0, 1), (0, 5), (0, 1)))
+    noise = {key: row_noise(key, 6) for key in keys}
+    assert all((row_noise(key, 6) == x).all() and (row_noise(key, 40)[:6] == x).all() for key, x in noise.items())
+    assert len({x.tobytes() for x in noise.values()}) == len(keys)
+    assert len({u for x in noise.values() for u in x}) == 6 * len(keys)
+    many = row_noise((0,), 10000)
+    assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.02
+
+
+def test_streams_are_told_apart():
+    assert len({rollout.ROLLOUT, rollout.REFLECTION, rollout.EVALUATION, rollout.PAIRING}) == 4
+
+
+def test_a_sample_does_not_depend_on_who_shares_its_batch():
+    """Guards trap 7: noise drawn per batch; left padding that leaks into attention or positions; rows returned out of
+    order, or to another prompt; a prompt that begins with the padding id."""
+    model = tiny_model()
+    together = draw(model)
+    assert len({tuple(c.ids) for group in together for c in group}) > 10
+    assert same(together, [draw(model, [p], keys=[(0, 0, 0, i)])[0] for i, p in enumerate(RAGGED)])
+    order = [3, 0, 4, 2, 1]
+    shuffled = draw(model, [RAGGED[i] for i in order], keys=[(0, 0, 0, i) for i in order])
+    assert same(shuffled, [together[i] for i in order])
+
+
+@pytest.mark.parametrize("max_rows", [1, 3, 7])
+def test_max_rows_changes_nothing_but_the_width(max_rows, calls):
+    """Guards: a prompt with more samples than max_rows whose second part starts again at sample 0, or is lost."""
+    model = tiny_model()
+    expected = draw(model, n=5, max_new_tokens=8, max_rows=256)
+    assert same(draw(calls.of(model), n=5, max_new_tokens=8, max_rows=max_rows), expected)
+    assert max(rows for rows, _ in calls) <= max_rows
+    assert all(len({tuple(c.ids) for c in group}) > 2 for group in expected)
+
+
+def test_more_samples_leave_the_first_ones_as_they_were():
+    model = tiny_model()
+    six = draw(model, n=6)
+    assert same(draw(model, n=1), [group[:1] for group in six]) and same(draw(model, n=4), [group[:4] for group in six])
+
+
+def test_other_counters_give_other_samples():
+    """Guards: a counter left out of the key, so that two steps or two ranks sample the same."""
+    model, keys = tiny_model(), [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    groups = draw(model, [[5, 1, 2]] * 5, n=4, keys=keys, max_new_tokens=12, stop_ids=())
+    assert len({tuple(c.ids) for group in groups for c in group}) == 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where a completion ends
+
+
+@pytest.mark.parametrize("stop_ids", [(3,), (3, 7), (0,), (0, 5, 8)])
+def test_a_completion_ends_with_its_first_stop_token_and_nothing_follows(stop_ids):
+    """Guards trap 5: the stop token cut off or followed by what was decoded after it; only the first of several stop
+    ids known; a stop id 0 taken for padding; `finished` set by something else than a stop token."""
+    groups = draw(tiny_model(), n=16, max_new_tokens=12, stop_ids=stop_ids)
+    completions = [c for group in groups for c in group]
+    for c in completions:
+        assert len(c.ids) == len(c.logprobs) and 1 <= len(c.ids) <= 12
+        assert not set(c.ids[:-1]) & set(stop_ids)
+        assert c.finished == (c.ids[-1] in stop_ids) and (c.finished or len(c.ids) == 12)
+        assert all(0 <= i < 9 for i in c.ids) and all(lp < 0 for lp in c.logprobs)
+    assert {c.finished for c in completions} == {True, False} or len(stop_ids) == 3
+    assert {c.ids[-1] for c in completions if c.finished} == set(stop_ids)
+
+
+def test_a_stop_token_in_the_last_column_counts_as_finished():
+    """Guards: `finished` read off the length."""
+    model = tiny_model()
+    long = [c for group in draw(model, n=16) for c in group if c.finished and len(c.ids) > 3]
+    cap = len(long[0].ids)
+    again = [c for group in draw(model, n=16, max_new_tokens=cap) for c in group]
+    assert any(c.finished and len(c.ids) == cap for c in again)
+    assert all(c.finished == (c.ids[-1] == 3) for c in again)
+
+
+def test_max_new_tokens_cuts_and_is_no_reason_to_stop():
+    model = tiny_model()
+    whole = draw(model, max_new_tokens=30, stop_ids=())
+    assert all(len(c.ids) == 30 and not c.finished for group in whole for c in group)
+    for cap in (1, 2, 9):
+        cut = draw(model, max_new_tokens=cap, stop_ids=())
+        expected = [[Completion(c.ids[:cap], c.logprobs[:cap], False) for c in group] for group in whole]
+        assert same(cut, expected)
+
+
+def test_the_padding_id_in_the_middle_is_a_token_like_any_other():
+    """Guards trap 5: padding found by value. Completions keep an id 0 inside, and its log-prob is the trainer's."""
+    model = tiny_model()
+    inside = [(p, c) for p, group in zip(RAGGED, draw(model, n=8)) for c in group if 0 in c.ids[:-2]]
+    assert len(inside) > 5
+    for prompt, c in inside:
+        torch.testing.assert_close(torch.tensor(c.logprobs), trainer_logprobs(model, prompt, c.ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("drop_every", [1, 3, 10**9])
+def test_dropping_finished_rows_changes_nothing(drop_every, monkeypatch):
+    """Guards: cache, lengths, noise or output rows that lose their alignment when rows leave the batch."""
+    model = tiny_model()
+    expected = draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7))
+    monkeypatch.setattr(rollout, "DROP_EVERY", drop_every)
+    assert same(draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7)), expected)
+
+
+def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, calls):
+    """Guards: K prefills of one prompt, rows decoded on to the cap, a last forward pass whose logits nobody reads."""
+    monkeypatch.setattr(rollout, "DROP_EVERY", 1)
+    groups = draw(calls.of(tiny_model()), n=4, max_new_tokens=50, stop_ids=(3, 7))
+    lengths = [len(c.ids) for group in groups for c in group]
+    assert calls[0] == (5, 6) and len(calls) == max(lengths) < 50
+    assert [rows for rows, _ in calls[1:]] == [sum(n > t for n in lengths) for t in range(1, max(lengths))]
+    calls.clear()
+    draw(calls.of(tiny_model()), n=2, max_new_tokens=7, stop_ids=())
+    assert len(calls) == 7
+
+
+def test_generate_leaves_the_model_in_the_mode_it_found():
+    model = tiny_model()
+    assert model.training and draw(model) and model.training
+    model.eval()
+    assert draw(model) and not model.training
+
+
+def test_no_prompts_or_a_progress_bar_are_no_special_case():
+    """A step without candidates synthesises nothing; a bar must not change what is sampled."""
+    model = tiny_model()
+    assert draw(model, []) == []
+    assert same(draw(model, progress="step 1"), draw(model))
+
+
+@pytest.mark.parametrize("knobs,message", [
+    (dict(top_p=0.0), "top_p must be in"), (dict(top_p=1.1), "top_p must be in"),
+    (dict(temperature=-0.5), "temperature >= 0"), (dict(prompts=[[1], []]), "a prompt of 0 tokens"),
+    (dict(prompts=[[1], [1] * 45]), "a prompt of 45 tokens"), (dict(max_new_tokens=64), "the context of 64")])
+def test_bad_input_is_refused_with_one_line(knobs, message):
+    """Guards: positions beyond the context, where the model silently talks nonsense."""
+    with pytest.raises(ValueError, match=message) as error:
+        draw(tiny_model(), **knobs)
+    assert "\n" not in str(error.value)
+    assert draw(tiny_model(), [[1] * 44], 1)  # 44 + 20 fit exactly
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the model that is sampled from
+
+
+def test_a_checkpoints_generation_config_changes_nothing(tmp_path):
+    """Guards trap 3: repetition penalty, top-k or a temperature that ride along in the folder."""
+    model = tiny_model()
+    save_hf(model, None, tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({
+        "do_sample": False, "repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.1}))
+    assert same(draw(load_hf(tmp_path)), draw(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_rows_without_a_token_exist_neither_for_the_sampler_nor_for_the_trainer(tied):
+    """Guards trap 4: Qwen3's 267 spare rows, here with huge logits of either sign, drawn or part of a softmax."""
+    model, plain = tiny_model(vocab_size=14, num_tokens=9, tied=tied), tiny_model(tied=tied)
+    plain.load_state_dict({name: p[:9] if len(p) == 14 else p for name, p in model.state_dict().items()})
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.output_weight[9:] = 1e3 * torch.tensor([1.0, -1, 1, -1, 1])[:, None] * direction
+    groups = draw(model, n=8)
+    assert max(i for group in groups for c in group for i in c.ids) == 8
+    assert same(groups, draw(plain, n=8))
+    ids = groups[0][0].ids
+    assert torch.equal(trainer_logprobs(model, RAGGED[0], ids), trainer_logprobs(plain, RAGGED[0], ids))
+    assert sum(trainer_logprobs(model, [5], [v]).exp().item() for v in range(9)) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_sampler_has_the_new_weights_after_an_optimiser_step(tied):
+    """Guards trap 10: a head or a cache that outlives the update; a tied embedding whose two uses part."""
+    model = tiny_model(tied=tied)
+    before = draw(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.tensor([[5, 1, 2]]), torch.tensor([[1, 2, 6]]))[0].sum().neg().backward()
+    optimizer.step()
+    after = draw(model)
+    assert not same(after, before)
+    for prompt, group in zip(RAGGED, after):
+        for c in group:
+            expected = trainer_logprobs(model, prompt, c.ids)
+            torch.testing.assert_close(torch.tensor(c.logprobs), expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+def test_the_docstring_example_of_collate_is_literal():
+    batch = collate([rollout_of([5, 6], [7, 8, 2]), rollout_of([5], [9, 2])], [0.5, 0.25])
+    assert batch.inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert batch.targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
+    assert batch.completion_mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.loss_scale.tolist() == [0.5, 0.25]
+
+
+def test_every_field_of_a_batch_speaks_of_the_same_target():
+    """Guards: roles or sampler log-probs aligned with inputs, one column from the token they describe."""
+    roles = [PREFIX, DIAGNOSIS, CORRECTION, CORRECTION]
+    reflection = rollout_of([5, 6], [10, 11, 12, 13], roles=roles, is_reflection=True, advantage=1.5)
+    ordinary = rollout_of([5, 6, 7, 4, 3], [20, 2], sample_logprobs=[-0.5, -0.25], advantage=-2.0)
+    batch = collate([reflection, ordinary], [1.0, 2.0])
+    assert batch.targets[0].tolist() == [6, 10, 11, 12, 13, 0]
+    assert batch.roles[0].tolist() == [PREFIX, PREFIX, DIAGNOSIS, CORRECTION, CORRECTION, PREFIX]
+    assert batch.completion_mask[0].tolist() == [0, 1, 1, 1, 1, 0]
+    assert batch.sample_logprobs.tolist() == [[0] * 6, [0, 0, 0, 0, -0.5, -0.25]]
+    assert batch.targets[1].tolist() == [6, 7, 4, 3, 20, 2]
+    assert batch.advantages.tolist() == [1.5, -2.0] and batch.is_reflection.tolist() == [1, 0]
+    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
+    assert all(x.dtype == torch.float32 for x in (batch.completion_mask, batch.sample_logprobs, batch.advantages,
+                                                  batch.is_reflection, batch.loss_scale))
+    moved = batch.to("cpu")
+    assert all(torch.equal(x, y) for x, y in zip(vars(batch).values(), vars(moved).values(), strict=True))
+
+
+def test_a_batch_masks_by_length_not_by_value():
+    """Guards trap 5: a prompt that ends, or a completion that has its middle or its stop token, in the padding id 0."""
+    batch = collate([rollout_of([5, 0], [0, 7, 0, 0]), rollout_of([0, 0, 5], [1, 2, 3, 4, 5])], [1.0, 1.0])
+    assert batch.completion_mask.tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert batch.targets.tolist() == [[0, 0, 7, 0, 0, 0, 0], [0, 5, 1, 2, 3, 4, 5]]
+
+
+def test_a_rows_logprobs_do_not_depend_on_its_padding():
+    """Guards trap 17: the last label of a row taken from elsewhere, attention that sees the padding."""
+    model = tiny_model()
+    rollouts = [as_rollout(p, c) for p, group in zip(RAGGED, draw(model)) for c in group]
+    batch = collate(rollouts, [1.0] * len(rollouts))
+    with torch.no_grad():
+        together, _ = model(batch.inputs, batch.targets)
+    for r, row, mask in zip(rollouts, together, batch.completion_mask):
+        alone = trainer_logprobs(model, r.prompt_ids, r.completion_ids)
+        torch.testing.assert_close(row[mask > 0], alone, atol=1e-5, rtol=0)
+    # the sampler's log-probs lie in the same columns: this difference is the parity metric of every step (trap 8)
+    assert ((together - batch.sample_logprobs) * batch.completion_mask).abs().max() < 1e-4
+
+
+def test_the_docstring_example_of_microbatches_is_literal():
+    rollouts = [rollout_of([1] * (n - 1), [2]) for n in (9, 3, 8, 4)]
+    assert microbatches(rollouts, 18) == [[0, 2], [3, 1]]
+
+
+@pytest.mark.parametrize("budget", [1, 10, 40, 100, 10**6])
+def test_microbatches_keep_the_budget_and_hold_every_row_once(budget):
+    """Guards: the budget compared with the sum of lengths instead of the padded rectangle; the last batch forgotten."""
+    g = torch.Generator().manual_seed(0)
+    rollouts = [rollout_of([1] * int(a), [2] * int(b)) for a, b in torch.randint(1, 15, (40, 2), generator=g)]
+    batches = microbatches(rollouts, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(40))
+    for batch in batches:
+        inputs = collate([rollouts[i] for i in batch], [1.0] * len(batch)).inputs
+        assert inputs.shape[0] * (inputs.shape[1] + 1) <= budget or len(batch) == 1
+    assert len(batches) == {1: 40, 10**6: 1}.get(budget, len(batches))
+    assert microbatches([], budget) == []
+
+
+def a_step(model) -> list[Rollout]:
+    """Six ordinary rollouts and three reflections of very unequal lengths, with advantages."""
+    g = torch.Generator().manual_seed(1)
+    rollouts = [as_rollout(p, c, advantage=float(torch.randn((), generator=g)))
+                for p, group in zip(RAGGED[:3], draw(model, RAGGED[:3], 2)) for c in group]
+    for n, (first, last) in ((4, (1, 3)), (11, (5, 9)), (17, (2, 4))):
+        ids = torch.randint(9, (n,), generator=g).tolist()
+        roles = [PREFIX] * first + [DIAGNOSIS] * (last - first) + [CORRECTION] * (n - last)
+        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True, advantage=1.0 - n % 2 * 2))
+    return rollouts
+
+
+def gradient_of_a_step(model, rollouts, batches, loss_agg, loss_norm) -> tuple[float, dict[str, torch.Tensor]]:
+    """The update of train.py without its optimiser: micro-batches of these indices, one denominator."""
+    is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
+    trained = torch.tensor([len(r.roles) - r.roles.count(DIAGNOSIS) for r in rollouts])
+    totals = loss_totals(trained, is_reflection)
+    scale = loss_scales(trained, is_reflection, totals, lam=1.0, loss_agg=loss_agg, loss_norm=loss_norm)
+    model.zero_grad()
+    total = 0.0
+    for index in batches:
+        batch = collate([rollouts[i] for i in index], [float(scale[i]) for i in index])
+        logprobs, entropy = model(batch.inputs, batch.targets)
+        mask = train_mask(batch.completion_mask, batch.roles, batch.is_reflection, diagnosis="mask", train_prefix=True)
+        weights = token_weights(logprobs, entropy, batch.roles, batch.is_reflection)
+        old, advantage = logprobs.detach(), batch.advantages[:, None]
+        loss, _ = policy_loss(logprobs, old, advantage, mask, weights, batch.loss_scale, 0.2)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss_norm", ["separate", "merged"])
+@pytest.mark.parametrize("loss_agg", ["sequence", "token"])
+def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(loss_agg, loss_norm):
+    """Guards trap 12 end to end, model + collate + loss, and trap 20: every tensor gets a gradient."""
+    model = tiny_model()
+    rollouts = a_step(model)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(2)).tolist()
+    partitions = [[rows[i:i + k] for i in range(0, 9, k)] for rows in (list(range(9)), order) for k in (1, 2, 8)]
+    partitions += [microbatches(rollouts, budget) for budget in (1, 30, 10**6)]
+    loss, gradients = gradient_of_a_step(model, rollouts, partitions[0], loss_agg, loss_norm)
+    assert all(g.abs().max() > 0 for g in gradients.values())
+    for batches in partitions[1:]:
+        other_loss, others = gradient_of_a_step(model, rollouts, batches, loss_agg, loss_norm)
+        assert other_loss == pytest.approx(loss, abs=1e-6)
+        for name, g in gradients.items():
+            torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is kept
+
+
+def test_text_leaves_out_the_stop_token_and_nothing_else():
+    """Guards: an unfinished completion that loses its last token; special tokens that the grader never sees."""
+    tokenizer = toy.make_tokenizer()
+    ids = tokenizer("Try 6: <analysis>", add_special_tokens=False)["input_ids"]
+    stop = tokenizer.eos_token_id
+    assert rollout.completion_text(tokenizer, Completion([*ids, stop], [], True)) == "Try 6: <analysis>"
+    assert rollout.completion_text(tokenizer, Completion(ids, [], False)) == "Try 6: <analysis>"
+    inside = [ids[0], tokenizer.pad_token_id, ids[1]]
+    assert rollout.completion_text(tokenizer, Completion(inside, [], False)) == f"Try {tokenizer.pad_token}6"
+
+
+def test_a_rollout_is_one_json_line():
+    r = rollout_of([5, 6], [7, 2], sample_logprobs=[-0.1, -0.2], reward=1.0, answer="8")
+    assert Rollout(**json.loads(json.dumps(dataclasses.asdict(r)))) == r
