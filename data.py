@@ -260,7 +260,7 @@ def read_rows(path: str | Path) -> list[dict]:
 def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str, int]]:
     """Rows of any of the known layouts -> problems without duplicates, and what was dropped, counted by reason.
 
-    A row without an id that is text and unique is called after its place in the source: uids survive a change of filters.
+    A row without a text id of its own is called after its place in the source, so that uids survive another filter.
     Copies of a question that agree on the answer become one problem; if they disagree nobody knows which is right and
     all of them go (DeepScaleR holds such pairs).
     """

@@ -429,7 +429,7 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The policy, the reference and the teacher. `checkpoint_activations` (set by train.py): recompute each block in the
+    """The policy, the reference and the teacher. checkpoint_activations (set by train.py): recompute each block in the
     backward pass, a third more work for the memory of one block."""
 
     def __init__(self, config: ModelConfig):

@@ -98,9 +98,10 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     # the update: one micro-batch, whose longest row may exceed the budget
     tokens = max(tokens_per_microbatch, longest_prompt + max_new_tokens)
     of_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded, device=device)
-    working = tokens * (3 * config.intermediate_size * c + 4 * of_input)  # one block's temporaries, forward or backward
+    forward = tokens * (3 * config.intermediate_size * c + 4 * of_input)               # a block's temporaries, no gradient
+    backward = tokens * (2 * config.intermediate_size * c + of_input - of_ends)        # the head's states are gone by then
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK.get(device, 2**24) // V))
-    logits = chunk * V * (12 if chunk < tokens else 8 if c == 4 else 10) + (chunk * V * 4 if device == "cpu" and c == 2 else 0)
+    copies = (8 if c == 4 else 10) if chunk == tokens else 16 if device == "cpu" and c == 2 else 12  # of one chunk's logits
     dhead = 4 * head if not sharded else c * head            # its gradient waits: for the embedding's if tied, for FSDP's root
     gathered = c * (root + 2 * block) if sharded else 0
     parts |= {
@@ -108,9 +109,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         "compute copies": (1 + reference_model) * gathered + (2 * sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
                                                               if autocast else 0),
         "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else of_block)),
-        "head": logits + 4 * head + (2 * head if autocast else 0) + tokens * of_input,
-        "block": working + dhead * (config.tie_word_embeddings or sharded) + (2 * (c + 4) * block if sharded else 0)
-        + (tokens * of_block if checkpoint_activations else 0),
+        "head": copies * chunk * V + 4 * head + (2 * head if autocast else 0) + tokens * of_input,
+        "block": max(forward * reference_model, backward + (tokens * of_block if checkpoint_activations else 0)
+                     + dhead * (config.tie_word_embeddings or sharded) + (2 * (c + 4) * block if sharded else 0)),
         "reduction": (c + 4) * root if sharded else 0}       # of the root's gradient, when the activations are gone
     update = parts["gradients"] + parts["compute copies"] + max(
         parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])

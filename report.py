@@ -15,6 +15,7 @@ import math
 import re
 from datetime import datetime, timezone
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ SETTING = ("set", "temperature", "top_p", "max_new_tokens")  # evaluations that 
 PHASES = ("generate", "reflect", "grade", "update")
 ROLES = ("prefix", "diagnosis", "correction")  # indexed by the role ids of a rollout file
 N_TRAJECTORIES = 20
-MAX_SIBLING_TOKENS = 1500  # a construction is shown whole; the ordinary rollouts beside it are cut here
+FOLD = 150  # of a longer stretch in one role so many pieces stay visible at either end, the middle folds away
 ROLLOUT = dict(  # what a line of a rollout file may leave out
     step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="", is_reflection=False,
     answer=None, reward=math.nan, advantage=math.nan, logprobs=None, sample_logprobs=None, ots_weights=None)
@@ -354,8 +355,8 @@ def evals_section(evals: dict[str, list[Path]], methods: dict) -> str:
     return out + (
         '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. '
         "Δ: paired by problem, with its 95 % interval over problems, or over training seeds where there are several. "
-        "DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their error "
-        "and end right. Both over problems solved sometimes but not always.</p>"
+        "DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their "
+        "error and end right. Both over problems solved sometimes but not always.</p>"
         if out else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
 
 
@@ -434,28 +435,37 @@ def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
     return out
 
 
-def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", limit: int = 0) -> str:
-    """A <span class=role> per stretch of a role, in it a <span> per token; hover: id, log-prob, OTS weight."""
+def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", detailed: bool = True) -> str:
+    """A <span class=role> per stretch of a role, in it a <span> per token; hover: id, log-prob, OTS weight.
+
+    roles (C,) are class names; `masked` is the one without gradient. What is folded away is plain text unless `detailed`.
+    """
     if tokenizer is None:
         return escape(rollout["text"])
-    ids = rollout["completion_ids"]
-    logprobs, weights = rollout["logprobs"] or rollout["sample_logprobs"] or [], rollout["ots_weights"] or []
-    html, role = [], None
-    for start, end, text in pieces(tokenizer, ids[:limit or None]):
-        if roles[start] != role:
-            html.append(("</span>" if role else "") + f'<span class="{roles[start]}">')
-            role = roles[start]
+    ids, weights = rollout["completion_ids"], rollout["ots_weights"] or []
+    logprobs = rollout["logprobs"] or rollout["sample_logprobs"] or []
+
+    def span(start, end, text):
         said = []
         for i in range(start, end):
             said.append(f"id {ids[i]}" + (f" · log-prob {number(logprobs[i]):.3f}" if i < len(logprobs) else "")
                         + (f" · OTS {number(weights[i]):.3f}" if i < len(weights) else "")
-                        + (" · no gradient" if role == masked else ""))
+                        + (" · no gradient" if roles[i] == masked else ""))
         weight = min((number(w) for w in weights[start:end]), default=math.nan)
         mark = ' class="w1"' if weight < 0.1 else ' class="w2"' if weight < 0.5 else ""
         text = escape(text).replace("\n", "<i>↵</i>\n")
-        html.append(f'<span{mark} title="{escape(chr(10).join(said))}">{text}</span>')
-    rest = f"<i> … {len(ids) - limit:,} more tokens</i>" if 0 < limit < len(ids) else ""
-    return "".join(html) + ("</span>" if role else "") + rest
+        return f'<span{mark} title="{escape(chr(10).join(said))}">{text}</span>'
+
+    html = ""
+    for role, stretch in groupby(pieces(tokenizer, ids), key=lambda piece: roles[piece[0]]):
+        stretch = list(stretch)
+        cut = FOLD if len(stretch) > 3 * FOLD else len(stretch)
+        html += f'<span class="{role}">' + "".join(span(*piece) for piece in stretch[:cut]) + "</span>"
+        if hidden := stretch[cut:-cut]:
+            inside = "".join(span(*piece) if detailed else escape(piece[2]) for piece in hidden)
+            html += f'<details><summary>{len(hidden):,} more tokens</summary><span class="{role}">{inside}</span></details>'
+            html += f'<span class="{role}">' + "".join(span(*piece) for piece in stretch[-cut:]) + "</span>"
+    return html
 
 
 def column(title: str, rollout: dict, tokens: str, count: str) -> str:
@@ -474,7 +484,7 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
     def ordinary(title, r, kept=0):
         n = len(r["completion_ids"])
         roles = ["prefix"] * kept + ["ordinary"] * (n - kept)
-        columns.append(column(title, r, tokens_html(r, roles, tokenizer, limit=MAX_SIBLING_TOKENS), f"{n:,} tokens"))
+        columns.append(column(title, r, tokens_html(r, roles, tokenizer, detailed=False), f"{n:,} tokens"))
 
     if rollout["is_reflection"]:
         roles = [ROLES[i] if i in (0, 1, 2) else "ordinary" for i in rollout["roles"]]
@@ -601,7 +611,7 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
   font-size:13px;color:var(--soft)}
 .legend b{color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
 .legend li::before{height:3px;width:14px;vertical-align:middle}
-.panel>svg{display:block;width:100%;height:auto;margin-top:auto}
+.panel>svg{display:block;width:100%;height:auto;margin-top:auto;overflow:visible}
 .grid path{stroke:var(--grid)}
 .grid text,.peak{fill:var(--soft);font-size:11px;text-anchor:end;font-variant-numeric:tabular-nums}
 .grid .x{text-anchor:middle}
@@ -634,6 +644,7 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .wrong{color:var(--wrong)}
 .tokens{font-size:14px;line-height:1.85;white-space:pre-wrap;overflow-wrap:anywhere;max-height:26em;overflow-y:auto;
   padding:8px 12px;background:var(--page);border:1px solid var(--rule);border-radius:7px}
+.tokens summary{font:13px/1.6 system-ui,sans-serif;margin:4px 0}
 .tokens i{color:var(--soft);font-style:normal;opacity:.55}
 .tokens span>span:hover{background:var(--ink);color:var(--page)}
 @media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}.whisker{display:none}}

@@ -1,13 +1,13 @@
-r"""Is the final answer right? The only file that decides "correct"; training, evaluation and the cold start all ask here.
+r"""Is the final answer right? The only file that decides "correct"; training, evaluation and cold start ask here.
 
 The answer is the last balanced \boxed{...} outside a thinking block. It is right (reward 1) if
 1. its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
 2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not asked; or
 3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a tuple in its own.
 Step 3 runs in a child process that is killed at a time limit: LaTeX from a policy can keep sympy busy for ever, and an
-alarm in a thread is no limit. What could not be decided (timeout, error) or read (unparsable, no_answer) is counted apart
-from wrong. Every rule errs on the side of "not correct": a rejected right answer costs a sample, an accepted wrong one
-teaches it. Deliberately missing: answers in prose, one answer spread over several boxes, approximations, partial credit.
+alarm in a thread is no limit. What could not be decided (timeout, error) or read (unparsable, no_answer) is counted
+apart from wrong. Rules err on the side of "not correct": a right answer refused costs a sample, a wrong one accepted
+teaches it. Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
 """
 import atexit
 import contextlib
@@ -112,61 +112,69 @@ _UNICODE = str.maketrans({
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
     "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "€": r"\$", "£": r"\$", "~": " "})
 _COMMANDS = {
-    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg".split(), ""),  # layout
+    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg".split(), ""),
     **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),  # spaces, and the math delimiters \( \) \[ \]
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "degree": r"^\circ", "%": "%", "$": r"\dollar ",
     **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
     "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq", "gt": ">", "lt": "<"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
-_FRACS = [(re.compile(r"\\frac\s*(\d|\\pi)\s*(\d)"), r"\\frac{\1}{\2}"),  # \frac12
-          (re.compile(r"\\frac\s*\{([^{}]*)\}\s*(\w)"), r"\\frac{\1}{\2}"),  # \frac{40}7
-          (re.compile(r"\\frac\s*(\w)\s*\{"), r"\\frac{\1}{")]  # \frac3{4}
-_AND = re.compile(r"(?:, *)?(?:\\text *\{ *(?:and|or) *\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))")
-_MATRIX = [(re.compile(r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}"), r"\\begin{pmatrix}"),
-           (re.compile(r"\\end\{(?:array|matrix)\} *[\])]|\\end\{bmatrix\}"), r"\\end{pmatrix}")]
-_SPACES = re.compile(r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ")  # kept: \pi r, and 2 3, which is not 23
+
+
+def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, replacement)
+    return [(key, re.compile(pattern), by) for key, pattern, by in rules]
+
+
+_SPELLINGS = _rules(
+    ("\\frac", r"\\frac *(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),  # \frac12
+    ("\\frac", r"\\frac *\{([^{}]*)\} *(\w)", r"\\frac{\1}{\2}"),  # \frac{40}7
+    ("\\frac", r"\\frac *(\w) *\{", r"\\frac{\1}{"),  # \frac3{4}
+    ("\\sqrt", r"\\sqrt *(\d)", r"\\sqrt{\1}"),
+    ("\\begin", r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
+    ("\\end", r"\\end\{(?:array|matrix)\} *[\])]|\\end\{bmatrix\}", r"\\end{pmatrix}"),
+    *((word, rf"(?:, *)?(?:\\text *\{{ *{word} *\}}|(?<![a-zA-Z\\]){word}(?![a-zA-Z]))", ", ")
+      for word in ("and", "or")),
+    (" !=", " !=", r"\\neq "),  # but 5!=120 is a factorial
+    ("<=", "<=", r"\\le "), (">=", ">=", r"\\ge "), ("**", r"\*\*", "^"))
+_SPACING = _rules(
+    ("\\text", r"\\text *\{([^{}]*)\}", r"\1"),
+    (" ", r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", "")),  # 5 000 000
+    ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
+    (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))  # not in \pi r, nor in 2 3
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\frac) ?)?(?:\\frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?(?:\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
 
 
 @lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
     r"""Canonical text of an answer: `core`, or `core [unit]`.
 
-    Rational numbers become reduced fractions, so that equal texts mean equal values: `\dfrac{2}{4}`, `.50`, `1/2` -> `1/2`;
-    `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left( 1, 2\right)` -> `(1,2)`; `5 \text{ meters}` -> `5 [m]`.
+    Rational numbers become reduced fractions, so that equal texts mean equal values: `\dfrac{2}{4}`, `.50` -> `1/2`;
+    `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1, 2\right)` -> `(1,2)`; `5\text{ meters}` -> `5 [m]`.
     """
     s = answer.strip()
     if len(s) > MAX_CHARS:
         return s
     if s.isdecimal() and s.isascii():  # most answers of most data sets
         return s.lstrip("0") or "0"
+    if _DECIMAL.fullmatch(s) or _FRACTION.fullmatch(s):
+        return _rational(s)
     if "boxed" in s:  # some golds carry their box
         s = extract_boxed(s) or s
     s = s.translate(_UNICODE)
     if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
         s = s.replace("\\\\", "\\")
-    s = re.sub(r"\\!\s*", "", s)  # 11,\! 111: a comma that separates thousands, not answers
-    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
-    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s)  # 10{,}000
-    s = " ".join(s.split()).rstrip(" .,;")
-    if "\\frac" in s:
-        for pattern, by in _FRACS:
-            s = pattern.sub(by, s)
-    if "\\begin" in s:
-        for pattern, by in _MATRIX:
-            s = pattern.sub(by, s)
-    s = re.sub(r"\\sqrt *(\d)", r"\\sqrt{\1}", s)
-    s = _AND.sub(", ", s)
-    s = s.replace(" !=", r"\neq ").replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")  # 5!=120: factorial
+    s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s  # 11,\! 111: a comma that separates thousands, not answers
+    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
+    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
+    s = " ".join(s.split()).rstrip(" ,;").removesuffix(".").rstrip()  # one full stop: 0.333... is not 0.333
+    for key, pattern, by in _SPELLINGS:
+        s = pattern.sub(by, s) if key in s else s
     s, unit = _take_unit(s)
-    s = re.sub(r"\\text *\{([^{}]*)\}", r"\1", s).strip(" .") if "\\text" in s else s
-    s = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", ""), s)  # 5 000 000
     s = s.replace(",", "") if _THOUSANDS.fullmatch(s) else s  # 79,380, but neither 32, 349 nor (1,234)
-    s = _SPACES.sub(lambda m: m[1] or m[2] or "", s)
-    s = s.replace(",", ", ") if _THOUSANDS.fullmatch(s) else s  # 32, 349 stays two answers when read again
-    s = re.sub(r"([_^])\{(\w)\}", r"\1\2", s)
+    for key, pattern, by in _SPACING:
+        s = pattern.sub(by, s) if key in s else s
+    s = s.strip().replace(",", ", ") if _THOUSANDS.fullmatch(s) else s.strip()  # two answers stay two when read again
     while s[:1] == "(" and _closing(s, 0) == len(s) - 1 and len(_split(s[1:-1], ",;")) == 1:  # (1/3), (A)
         s = s[1:-1]
     s = _rational(s)
@@ -196,14 +204,12 @@ def _is_rational(core: str) -> bool:
     return re.fullmatch(r"-?\d+(?:/[1-9]\d*)?", core) is not None
 
 
-_UNITS = {name: unit for unit, names in {
-    "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre", "km": "km kilometer kilometre",
-    "in": "in inch inche", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram", "kg": "kg kilogram",
-    "lb": "lb pound", "oz": "oz ounce", "s": "s sec second", "min": "min minute", "h": "h hr hour", "day": "day",
-    "week": "week", "month": "month", "year": "year yr", "l": "l liter litre", "ml": "ml milliliter millilitre",
-    "gal": "gal gallon", "mi/h": "mph", "km/h": "km/h kph", "m/s": "m/s", "deg": "deg degree", "rad": "rad radian",
-    "%": "% percent pct percentage", "$": "dollar", "cent": "cent", "am": "am", "pm": "pm",
-    "": "unit st nd rd th"}.items() for name in names.split()}
+_UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a unit -> the first
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "in inch inche",
+    "ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "lb pound", "oz ounce", "s sec second", "min minute",
+    "h hr hour", "day", "week", "month", "year yr", "l liter litre", "ml milliliter millilitre", "gal gallon", "mph",
+    "km/h kph", "m/s", "deg degree", "rad radian", "% percent pct percentage", "$ dollar", "cent", "am", "pm",
+    "- unit st nd rd th") for name in names.split()}  # `square units`, `5th`: no unit
 _THINGS = re.compile(  # apples, students: plural nouns that neither scale the number nor qualify it
     r"(?!.*(?:th|dozen|hundred|thousand|million|billion|halve|quarter|third|les|plu|minu|time|doe|thi|thu|ye)s)[a-z]{3,}s")
 _UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+)?))"
@@ -293,7 +299,8 @@ def _same(answer: str, gold: str) -> bool:
         return all(any(_same(x, y) for x in items_a) for y in items_g) and \
             all(any(_same(x, y) for y in items_g) for x in items_a)
     if kind_a == kind_g != "":
-        return _same_in_order(items_a, items_g)
+        clock = kind_g == ":" and re.search(r":0\d", a + g)  # 12:05 is not 12:5
+        return not clock and _same_in_order(items_a, items_g)
     if {kind_a, kind_g} == {"", "list"} and len(items_a) == len(items_g) == 1:  # \{2\} and 2
         return _same(items_a[0], items_g[0])
     if kind_g == ":" and not kind_a and len(items_g) == 2:  # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
@@ -340,7 +347,7 @@ def _label(s: str) -> tuple[str, str]:
 
 def _is_name(label: str) -> bool:
     r"""x, x_1, f(x), (p,q), A:B, \angle ABC: such a left-hand side may be left out."""
-    return re.fullmatch(r"[A-Za-z\\(][A-Za-z\\_{}(),:'0-9]*", label) is not None and not re.search(r"\\(sqrt|frac)", label)
+    return bool(re.fullmatch(r"(?!.*\\(?:sqrt|frac))[A-Za-z\\(][A-Za-z\\_{}(),:'0-9]*", label))
 
 
 def _names_items(items: list[str]) -> bool:
@@ -348,7 +355,7 @@ def _names_items(items: list[str]) -> bool:
 
 
 def _items(s: str) -> tuple[str, list[str]]:
-    r"""Kind and items: 'list' for `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... for tuples and intervals; ':' for ratios."""
+    r"""Kind and items: 'list' of `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... of tuples and intervals; ':' of a ratio."""
     if s.startswith("{") and _closing(s, 0) == len(s) - 1:
         return _items(s[1:-1])
     is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
@@ -374,11 +381,14 @@ def _parse(s: str, is_real: bool):
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, Rational
-    if re.search(r"\d \d", s):
-        raise ValueError("two numbers side by side")
+    if re.search(r"\d \d|\\l?dots|(?:^|[^\\a-zA-Z\]{}^_])\{|[\d)}]\\\{", s):
+        raise ValueError("numbers or groups side by side, or dots")
+    # The parser adds neighbours, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every product gets its dot.
     s = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", s)
+    s = re.sub(r"(?:(?<=\d)(?<![_^]\d)|(?<=\)))(?=\(|\\binom)|(?<=\))(?=\d|\\frac)", r"\\cdot ", s)
+    s = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})(?=[\d(]|\\frac|\\binom)", r"\1\\cdot ", s)
     expr = latex2sympy(
-        s, is_real=is_real, conversion_config=ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False),
+        s, is_real=is_real, conversion_config=ConversionConfig(lowercase_symbols=False),
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
     return expr.xreplace({x: Rational(str(x)) for x in expr.atoms(Float)})
 
@@ -427,7 +437,8 @@ def _serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     logging.disable(logging.CRITICAL)
     try:
-        _same("x+1", "1+x")  # imports, and fills the parser's tables
+        for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):  # import, fill tables
+            _same(answer, gold)
         reply = {"status": "ready"}
     except Exception as problem:
         reply = {"status": f"{type(problem).__name__}: {problem}"}
@@ -460,8 +471,8 @@ _alive: set[subprocess.Popen] = set()
 
 
 def _ask(request: dict, timeout_s: float) -> dict:
-    """One request to an idle worker, else to a new one. A worker that is late is killed ('timeout'). One that dies gives
-    'error'; but if it had served before, it may have died of something else, and a new one is asked."""
+    """One request to an idle worker, else to a new one. A worker that is late is killed: 'timeout'. One that dies is an
+    'error', unless it had served before: then it may have died of something else, and a new one is asked."""
     while True:
         with _lock:
             worker = _idle.pop() if _idle else None
@@ -521,7 +532,7 @@ def _kill(worker: subprocess.Popen) -> None:
 
 
 def _forget() -> None:
-    """In a forked child, to whom the workers do not belong. With a copy of their pipes open they would outlive the parent."""
+    """In a forked child, whose workers these are not. Its copies of their pipes would let them outlive the parent."""
     global _lock
     _lock = threading.Lock()
     for worker in _alive:

@@ -2,10 +2,11 @@
 # Held-out problems of the toy world: at the training temperature, and as the paper evaluates (§4.1).
 world = "findx"
 split = "test"
-n_problems = 400               # 3 minutes on one core
+n_problems = 400               # of 1,218
 instruction = ""               # the toy prompt is the bare question
 samples = 16
 temperatures = (1.0, 0.6)
 top_ps = (1.0, 0.9)
 pass_k = (1, 5)
 max_new_tokens = 54
+threads = 1

@@ -56,14 +56,14 @@ def step_loss(s, logprobs, entropy, *, old=None, rows=None, diagnosis="mask", tr
               loss_agg="sequence", loss_norm="separate", clip_eps=0.2):
     """The loss as train.py puts it together, of some rows of the step. Denominators are always the whole step's."""
     mask = train_mask(s.completion_mask, s.roles, s.is_reflection, diagnosis=diagnosis, train_prefix=train_prefix)
-    lengths = mask.sum(1)
-    scale = loss_scales(lengths, s.is_reflection, loss_totals(lengths, s.is_reflection), lam=lam, loss_agg=loss_agg,
-                        loss_norm=loss_norm)
-    weights = token_weights(logprobs, entropy, s.roles, s.is_reflection, diagnosis=diagnosis, ots=ots)
+    totals = loss_totals(mask.sum(1), s.is_reflection)
     rows = torch.arange(len(mask)) if rows is None else torch.tensor(rows)
     old = s.old if old is None else old
-    return policy_loss(logprobs[rows], old[rows], s.advantages[rows, None], mask[rows], weights[rows], scale[rows],
-                       clip_eps)
+    logprobs, entropy, old, mask, roles, advantages, is_reflection = (
+        x[rows] for x in (logprobs, entropy, old, mask, s.roles, s.advantages[:, None], s.is_reflection))
+    scale = loss_scales(mask.sum(1), is_reflection, totals, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
+    weights = token_weights(logprobs, entropy, roles, is_reflection, diagnosis=diagnosis, ots=ots)
+    return policy_loss(logprobs, old, advantages, mask, weights, scale, clip_eps)
 
 
 def trained_columns(s, diagnosis="mask", train_prefix=True) -> list[list[int]]:

@@ -271,6 +271,17 @@ def test_partial_utf8_tokens_are_joined_and_no_text_is_lost(tmp_path):
     assert [end - start for start, end, _ in lone] == [4, 2]
 
 
+def test_the_middle_of_a_long_stretch_folds_away_so_that_the_diagnosis_is_seen(tmp_path):
+    tokenizer = save_tokenizer(tmp_path)
+    n = 3 * report.FOLD + 50
+    rollout = report.ROLLOUT | {"completion_ids": [5] * n + [6, 7], "ots_weights": [1.0] * (n + 2)}
+    html = report.tokens_html(rollout, ["prefix"] * n + ["diagnosis", "correction"], tokenizer)
+    assert f"<summary>{n - 2 * report.FOLD} more tokens</summary>" in html and html.count("title=") == n + 2
+    assert html.index("</details>") < html.index('"diagnosis"')
+    plain = report.tokens_html(rollout, ["prefix"] * n + ["diagnosis", "correction"], tokenizer, detailed=False)
+    assert plain.count("title=") == 2 * report.FOLD + 2 and len(plain) < len(html)
+
+
 def test_without_a_tokenizer_the_text_is_still_shown(tmp_path):
     run = make_run(tmp_path / "tapo", reflections=True, steps=2)
     for file in (run / "tokenizer").iterdir():

@@ -1,0 +1,412 @@
+"""The cold start (§3.2): supervised training on two formats at once, so that RL begins with a policy that can reflect.
+
+    python coldstart.py config/coldstart_toy.py                          # from nothing on one CPU thread, minutes
+    python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl --from_rollouts=True   # the paper's way
+    python coldstart.py --init_from=out/small --problems=solved.jsonl --out_dir=out/taught    # lines with a "solution" key
+
+SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One masked cross-entropy over
+both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling, cached in
+out_dir/examples.jsonl, so that an interrupted sampling phase goes on), or from solutions that somebody wrote.
+The result is out_dir/final, a Hugging Face folder; a toy world also leaves its problem files in out_dir/problems.
+Deliberately missing: several processes; pages of examples packed into one row.
+"""
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import reflect
+import toy
+from checkpoint import find_start, keep_log, save_checkpoint
+from configurator import configure, print_config, run_script, save_config
+from data import (
+    BOXED_INSTRUCTION,
+    Problem,
+    check_prompt_fits,
+    load_problems,
+    load_tokenizer,
+    problems_for_step,
+    render_prompt,
+    save_problems,
+    stop_ids_of,
+)
+from model import CausalLM, ModelConfig, load_hf, num_params
+from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate, microbatches
+from train import evaluate, learning_rate_at, sample_rollouts, score
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
+world = ""                     # 'findx' | 'chain': examples from toy.py; '' = from `problems`
+problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
+from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
+eval_problems = ""             # held-out jsonl; a toy world has its own
+instruction = BOXED_INSTRUCTION  # appended to every question, as in RL; '' for the toy worlds
+out_dir = "out/coldstart"
+resume = False
+seed = 0
+# --- the set (from_rollouts) -------------------------------------------------------------------------------------------
+n_sft = 30000                  # question -> trajectory
+n_ift = 15000                  # synthesis prompt -> analysis + reconstruction
+queries_per_round = 64         # sampled between two writes to examples.jsonl
+samples_per_prompt = 8
+template = "long"              # synthesis prompt (reflect.TEMPLATES)
+max_synthesis_tokens = 0       # cap of an IFT answer; 0 = 2 * max_new_tokens
+train_prefix = False           # True also trains the preserved wrong reasoning of an SFT trajectory: it teaches mistakes
+# --- sampling, here and in the evaluation --------------------------------------------------------------------------------
+max_new_tokens = 8192
+temperature = 1.0
+max_rows = 256                 # rows that decode at once
+# --- the optimiser -------------------------------------------------------------------------------------------------------
+epochs = 3                     # over a fixed set; sets max_steps
+max_steps = 0                  # of a toy world, whose examples never repeat
+batch_size = 32                # examples a step
+learning_rate = 5e-6
+warmup_steps = 50
+min_lr = 0.0                   # the cosine's floor, as a share of learning_rate
+weight_decay = 0.0
+beta1 = 0.9
+beta2 = 0.999
+grad_clip = 1.0
+tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
+# --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------------
+eval_interval = 200            # steps; 0 = only at the end
+eval_samples = 4               # per held-out problem
+n_eval = 150                   # held-out problems of a toy world
+stop_at_pass1 = 0.0            # end at this held-out Pass@1: RL needs room to improve; 0 = run to the end
+n_problems = (8000, 500, 1000)  # train, validation, test problems that a toy world writes for train.py and eval.py
+save_interval = 200
+keep_last = 1
+device = "auto"                # 'auto' | 'cpu' | 'cuda'
+dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
+threads = 0                    # CPU threads; 0 = torch's choice
+# --- the new model of init_from = 'scratch' -----------------------------------------------------------------------------------
+hidden_size = 64
+intermediate_size = 160
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+head_dim = 16
+context = 1024
+init_std = 0.08                # of the matrices; the usual 0.02 is meant for widths of 1000 and learns far slower here
+
+EXAMPLES = 10                  # noise stream of the toy examples, apart from rollout.py's
+
+
+def check_config(c: SimpleNamespace) -> None:
+    """Refuse at start what would fail later. One line each: value, rule, fix."""
+    if not c.init_from:
+        raise ValueError("init_from is not set; pass a Hugging Face folder or hub id, or 'scratch' with a toy world")
+    if bool(c.world) == bool(c.problems):
+        raise ValueError(f"world = {c.world!r}, problems = {c.problems!r}: exactly one says where the examples come from")
+    if c.world and c.world not in toy.WORLDS:
+        raise ValueError(f"world = {c.world!r} is unknown; use one of {', '.join(map(repr, toy.WORLDS))}")
+    if c.world and c.max_steps < 1:
+        raise ValueError(f"max_steps = {c.max_steps}: toy examples have no epochs; set max_steps")
+    if c.from_rollouts and not c.problems:
+        raise ValueError("from_rollouts = True needs problems to sample on; set problems")
+    if c.init_from == "scratch" and not c.world:
+        raise ValueError("init_from = 'scratch' knows no language; pass a pretrained model, or set world")
+    if c.stop_at_pass1 and not (c.world or c.eval_problems):
+        raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set eval_problems")
+    if c.template not in reflect.TEMPLATES:
+        raise ValueError(f"template = {c.template!r} is unknown; use one of {', '.join(map(repr, reflect.TEMPLATES))}")
+    for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch", "keep_last"):
+        if getattr(c, key) < 1:
+            raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
+    if c.from_rollouts and c.samples_per_prompt < 2:
+        raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} leaves no right and wrong pair; use at least 2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# examples as token ids
+
+
+@dataclass
+class Row:
+    """One training row; its names are those that rollout.microbatches looks for."""
+    prompt_ids: list[int]
+    completion_ids: list[int]  # ends with the stop token
+    loss_mask: list[float]     # one per completion id
+
+
+def encode(tokenizer, prompt: str, completion: str, no_loss=(), instruction: str = "") -> Row:
+    """Text to ids; a token that touches one of the no_loss (start, end) character spans of the completion carries no loss."""
+    encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [float(all(high <= start or low >= end for start, end in no_loss)) for low, high in encoded["offset_mapping"]]
+    return Row(render_prompt(tokenizer, prompt, instruction), [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, 1.0])
+
+
+def collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """inputs, targets (B, T) int64 and loss mask (B, T) fp32, right-padded and shifted once.
+
+    prompt [5, 6], completion [7, 8, 2] with mask [0, 1, 1]:  inputs 5 6 7 8   targets 6 7 8 2   mask 0 0 1 1
+    """
+    width = max(len(r.prompt_ids) + len(r.completion_ids) for r in rows) - 1
+    inputs, targets = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+    mask = torch.zeros(len(rows), width)
+    for b, r in enumerate(rows):
+        ids = torch.tensor(r.prompt_ids + r.completion_ids)
+        end = len(ids) - 1
+        inputs[b, :end], targets[b, :end] = ids[:-1], ids[1:]
+        mask[b, len(r.prompt_ids) - 1:end] = torch.tensor(r.loss_mask)
+    return inputs, targets, mask
+
+
+def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
+    """The batch of one step: a function of (seed, step), so that resuming needs no state."""
+    rng = np.random.default_rng((c.seed, EXAMPLES, step))
+    examples = [toy.example(rng, questions[i], toy.SHARES[c.world]) for i in rng.integers(len(questions), size=c.batch_size)]
+    return [encode(tokenizer, e.prompt, e.completion, e.no_loss) for e in examples]
+
+
+def solution_rows(tokenizer, c) -> list[Row]:
+    """(question, solution) pairs of a problem file whose lines have a "solution" key."""
+    load_problems(c.problems)  # for its checks
+    with open(c.problems, encoding="utf-8") as lines:
+        found = [json.loads(line) for line in lines if line.strip()]
+    missing = [i for i, row in enumerate(found, 1) if not row.get("solution")]
+    if missing:
+        raise ValueError(f"{c.problems}: problem {missing[0]} has no \"solution\"; add one, or pass --from_rollouts=True")
+    return [encode(tokenizer, row.get("question") or row["problem"], row["solution"], instruction=c.instruction)
+            for row in found]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the paper's examples: the policy's own mistakes
+
+
+@torch.no_grad()
+def construct(model, tokenizer, queries, prompts, stop_ids, c, number: int) -> list[dict]:
+    """Rollouts, one (wrong, right) pair per query where there is one, a synthesis, and what became of it.
+
+    queries [(query, Problem)]. One dict per query: query, outcome ('kept', 'wrong', 'no_pair' or reflect.DROP_REASONS); with
+    a finished wrong rollout paired also its text and that of the synthesis; if kept the ids of both formats.
+    """
+    problem_of = dict(queries)
+    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
+    score(rollouts, problem_of)
+    pairs, _ = reflect.select_candidates(rollouts, n_pos=1, n_neg=1, m_max=1, key=(c.seed, PAIRING, number))
+    limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
+    synthesis_prompts = {wrong.query: reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, right.text, c.template)
+                         for wrong, right in pairs}
+    pairs = [pair for pair in pairs if len(synthesis_prompts[pair[0].query]) + limit <= model.config.max_position_embeddings]
+    written = generate(model, [synthesis_prompts[wrong.query] for wrong, _ in pairs], 1, max_new_tokens=limit, stop_ids=stop_ids,
+                       keys=[(c.seed, REFLECTION, number, wrong.query) for wrong, _ in pairs], temperature=c.temperature,
+                       max_rows=c.max_rows)
+    built = [reflect.build_reflection(tokenizer, wrong, synthesis, prefix_mode="micro", stop_id=wrong.completion_ids[-1],
+                                      max_new_tokens=c.max_new_tokens, decoupled=True)
+             for (wrong, _), (synthesis,) in zip(pairs, written, strict=True)]
+    score([y_ref for y_ref in built if isinstance(y_ref, Rollout)], problem_of)
+
+    results = {query: {"query": query, "uid": problem.uid, "outcome": "no_pair"} for query, problem in queries}
+    for (wrong, _), (synthesis,), y_ref in zip(pairs, written, built, strict=True):
+        result = results[wrong.query]
+        result |= {"wrong": wrong.text, "synthesis": completion_text(tokenizer, synthesis)}
+        if isinstance(y_ref, str):
+            result["outcome"] = y_ref
+            continue
+        prefix = y_ref.completion_ids[:y_ref.roles.count(PREFIX)] if PREFIX in y_ref.roles else []
+        result |= {"outcome": "kept" if y_ref.reward > 0 else "wrong", "prefix": tokenizer.decode(prefix)}
+        if y_ref.reward > 0 and synthesis.finished:
+            result |= {"prompt_ids": wrong.prompt_ids, "completion_ids": y_ref.completion_ids, "roles": y_ref.roles,
+                       "synthesis_prompt_ids": synthesis_prompts[wrong.query], "synthesis_ids": synthesis.ids}
+    return list(results.values())
+
+
+def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
+    """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found; both formats as rows.
+
+    Each round is appended to examples.jsonl; what stands there is not sampled again.
+    """
+    path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    results = [json.loads(line) for line in lines if line.endswith("\n")]
+    # a kill may have torn the last line, or the round it belongs to: that round is sampled again, to the same results
+    results = results[:len(results) // c.queries_per_round * c.queries_per_round]
+    path.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    usable, bar = [r for r in results if "completion_ids" in r], None
+    while len(results) < len(training) and len(usable) < c.n_sft + c.n_ift:
+        if bar is None:
+            model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer))
+            bar = tqdm(total=len(training), initial=len(results), desc="examples", unit=" queries")
+        queries = problems_for_step(training, c.seed, len(results) // c.queries_per_round, c.queries_per_round)
+        queries = queries[:len(training) - len(results)]
+        prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for _, p in queries}
+        for p in dict(queries).values():
+            check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
+        found = construct(model, tokenizer, queries, prompts, stop_ids, c, len(results) // c.queries_per_round)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(result) + "\n" for result in found))
+        results += found
+        usable += [r for r in found if "completion_ids" in r]
+        bar.update(len(found))
+        bar.set_postfix_str(f"{len(usable)} examples", refresh=False)
+    if bar is not None:
+        bar.close()
+    if not usable:
+        outcomes = sorted({r["outcome"] for r in results})
+        raise ValueError(f"none of {len(results)} queries gave an example (outcomes: {', '.join(outcomes)}); see {path}, or "
+                         "start from a model that solves some of them and follows the synthesis format")
+    n_first = min(len(usable), c.n_sft)
+    n_last = min(len(usable), c.n_ift)  # from the other end: distinct trajectories while there are enough, both formats of one else
+    print(f"{len(results):,} queries -> {len(usable):,} trajectories -> {n_first:,} SFT + {n_last:,} IFT examples")
+    sft = [Row(r["prompt_ids"], r["completion_ids"], [float(c.train_prefix or role != PREFIX) for role in r["roles"]])
+           for r in usable[:n_first]]
+    ift = [Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in usable[len(usable) - n_last:]]
+    return sft + ift
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the measurements that decide whether RL can start from here
+
+
+def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> dict[str, float]:
+    """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
+
+    reflects_after_error: of the responses with an error, the share that looks again right behind it. parsed, constructed,
+    right, localised: of the synthesised answers to the model's own wrong rollouts, the share that parses, gives a trajectory,
+    gives one that ends correct, and keeps exactly the prefix up to the first error.
+    """
+    metrics = evaluate(model, tokenizer, held_out, prompts, stop_ids, c)
+    if not c.world:
+        return metrics
+    queries = list(enumerate(held_out))
+    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, SimpleNamespace(**vars(c) | {"samples_per_prompt": 2}), 0)
+    again = []
+    for r in rollouts:
+        error = toy.first_error(held_out[r.query].question, r.text)
+        if error is not None:
+            again.append(r.text[error:].startswith("Wait, "))
+    tried = [r for r in construct(model, tokenizer, queries, prompts, stop_ids, c, 0) if r["outcome"] != "no_pair"]
+    built = [r for r in tried if r["outcome"] in ("kept", "wrong")]
+    questions = {p.uid: p.question for p in held_out}
+    counts = {"reflects_after_error": (sum(again), len(again)),
+              "parsed": (sum(r["outcome"] not in ("unfinished", "unparsable") for r in tried), len(tried)),
+              "constructed": (len(built), len(tried)),
+              "right": (sum(r["outcome"] == "kept" for r in built), len(built)),
+              "localised": (sum(len(r["prefix"]) == toy.first_error(questions[r["uid"]], r["wrong"]) for r in built), len(built))}
+    return metrics | {f"eval/{name}": count / total for name, (count, total) in counts.items() if total}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_model(c, load_from: str, device: str):
+    """Tokenizer and model to go on with: a folder's, or for 'scratch' the toy tokenizer and a new Qwen3."""
+    if load_from != "scratch":
+        tokenizer = load_tokenizer(load_from)
+        return tokenizer, load_hf(load_from, device=device, num_tokens=len(tokenizer))
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(c.seed)
+    model = CausalLM(ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.context, rope_theta=10000.0,
+        eos_token_id=tokenizer.eos_token_id))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(c.init_std / 0.02)  # model.py initialises for widths of 1000
+    return tokenizer, model.to(device)
+
+
+def update(model, optimizer, rows: list[Row], c, device, autocast) -> dict[str, float]:
+    """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over the whole batch."""
+    # CRITICAL: one denominator, counted before the first backward; a mean per micro-batch would weigh short rows more
+    total = max(1.0, sum(sum(r.loss_mask) for r in rows))
+    loss = torch.zeros((), device=device)
+    for index in microbatches(rows, c.tokens_per_microbatch):
+        inputs, targets, mask = (t.to(device) for t in collate([rows[i] for i in index]))
+        with autocast:
+            logprobs, _ = model(inputs, targets)
+        part = -torch.where(mask > 0, logprobs, 0.0).sum() / total
+        part.backward()
+        loss += part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/trained_tokens": total}
+
+
+def write_problem_files(c, folder: Path) -> None:
+    """The toy world's splits as problem files, for train.py and eval.py."""
+    for split, n in zip(toy.SPLITS, c.n_problems, strict=True):
+        save_problems(toy.make_problems(c.world, split, n), folder / f"{split}.jsonl")
+
+
+def main() -> None:
+    config = configure(globals())
+    c = SimpleNamespace(**config)
+    check_config(c)
+    out = Path(c.out_dir)
+    if c.resume and (out / "final" / "meta.json").is_file():
+        print(f"{out / 'final'} is finished; nothing to resume")
+        return
+    first_step, load_from = find_start(config)
+    print_config(config)
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    autocast = torch.autocast(device, dtype=torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
+    save_config(config, out)
+
+    tokenizer, model = start_model(c, load_from, device)
+    stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
+    if c.world:
+        write_problem_files(c, out / "problems")
+        questions = [p.question for p in toy.make_problems(c.world, "train", c.n_problems[0])]
+        held_out, max_steps = toy.make_problems(c.world, "validation", c.n_eval), c.max_steps
+    else:
+        with autocast:
+            rows = rollout_rows(tokenizer, stop_ids, c, device) if c.from_rollouts else solution_rows(tokenizer, c)
+        held_out = load_problems(c.eval_problems) if c.eval_problems else []
+        max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
+        print(f"{len(rows):,} examples, {max_steps:,} steps")
+    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in held_out}
+    for p in held_out:
+        check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
+    schedule = SimpleNamespace(**vars(c) | {"max_steps": max_steps})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                                  weight_decay=c.weight_decay, fused=True)
+    if first_step:
+        optimizer.load_state_dict(torch.load(Path(load_from) / "train_state.pt", map_location=device))
+    keep_log(out / "metrics.jsonl", first_step)
+    print(f"{num_params(model.config):,} parameters on {device}", flush=True)
+
+    bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps")
+    started, done = time.perf_counter(), first_step
+    for step in range(first_step, max_steps):
+        batch = toy_rows(tokenizer, questions, c, step) if c.world else [
+            row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, schedule)
+        metrics = update(model, optimizer, batch, c, device, autocast) | {"train/lr": learning_rate_at(step, schedule)}
+        done = step + 1
+        bar.update()
+        stop = False
+        if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
+            with autocast:
+                metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c)
+            stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
+            bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | " + " | ".join(
+                f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/"))
+                + f" | {time.perf_counter() - started:.0f} s")
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write(json.dumps({"step": done} | metrics | {"time/elapsed": time.perf_counter() - started}) + "\n")
+        if stop:
+            break
+        if done < max_steps and c.save_interval and done % c.save_interval == 0:
+            save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
+    bar.close()
+    save_checkpoint(out / "final", model, tokenizer, optimizer, done, config, c.keep_last)
+    print(f"saved {out / 'final'} after {done} steps")
+
+
+if __name__ == "__main__":
+    run_script(main)
