@@ -7,7 +7,7 @@
 SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One masked cross-entropy over
 both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling, cached in
 out_dir/examples.jsonl, so that an interrupted sampling phase goes on), or from solutions that somebody wrote.
-The result is out_dir/final, a Hugging Face folder; a toy world also leaves its problem files in out_dir/problems.
+The result is out_dir/final, a Hugging Face folder.
 Deliberately missing: several processes; pages of examples packed into one row.
 """
 import contextlib
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import reflect
 import toy
-from checkpoint import find_start, keep_log, save_checkpoint
+from checkpoint import find_start, keep_log, save_checkpoint, write_lines
 from configurator import configure, print_config, run_script, save_config
 from data import (
     BOXED_INSTRUCTION,
@@ -38,7 +38,7 @@ from data import (
 )
 from model import CausalLM, ModelConfig, load_hf, num_params
 from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate, microbatches
-from train import evaluate, learning_rate_at, sample_rollouts, score
+from train import learning_rate_at, sample_rollouts, score
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
@@ -79,7 +79,8 @@ eval_interval = 200            # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem
 n_eval = 150                   # held-out problems of a toy world
 stop_at_pass1 = 0.0            # end at this held-out Pass@1: RL needs room to improve; 0 = run to the end
-n_problems = (8000, 500, 1000)  # train, validation, test problems that a toy world writes for train.py and eval.py
+problems_dir = "data"          # a toy world writes {world}_{split}.jsonl here, for train.py and eval.py ...
+n_problems = (8000, 500, 1000)  # ... so many of train, validation, test
 save_interval = 200
 keep_last = 1
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
@@ -181,85 +182,84 @@ def solution_rows(tokenizer, c) -> list[Row]:
 # the paper's examples: the policy's own mistakes
 
 
-@torch.no_grad()
-def construct(model, tokenizer, queries, prompts, stop_ids, c, number: int) -> list[dict]:
-    """Rollouts, one (wrong, right) pair per query where there is one, a synthesis, and what became of it.
+def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) -> list[dict]:
+    """One (wrong, right) pair per query where there is one, its synthesis, and what became of it: [result].
 
-    queries [(query, Problem)]. One dict per query: query, outcome ('kept', 'wrong', 'no_pair' or reflect.DROP_REASONS); with
-    a finished wrong rollout paired also its text and that of the synthesis; if kept the ids of both formats.
+    rollouts are scored ones, problem_of {query: Problem}. A result has query, uid, outcome ('kept', 'wrong' or one of
+    reflect.DROP_REASONS), the texts `wrong` and `synthesis`, `prefix` if something was built, and if kept ids for both formats.
     """
-    problem_of = dict(queries)
-    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
-    score(rollouts, problem_of)
     pairs, _ = reflect.select_candidates(rollouts, n_pos=1, n_neg=1, m_max=1, key=(c.seed, PAIRING, number))
     limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
-    synthesis_prompts = {wrong.query: reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, right.text, c.template)
-                         for wrong, right in pairs}
-    pairs = [pair for pair in pairs if len(synthesis_prompts[pair[0].query]) + limit <= model.config.max_position_embeddings]
-    written = generate(model, [synthesis_prompts[wrong.query] for wrong, _ in pairs], 1, max_new_tokens=limit, stop_ids=stop_ids,
-                       keys=[(c.seed, REFLECTION, number, wrong.query) for wrong, _ in pairs], temperature=c.temperature,
-                       max_rows=c.max_rows)
-    built = [reflect.build_reflection(tokenizer, wrong, synthesis, prefix_mode="micro", stop_id=wrong.completion_ids[-1],
-                                      max_new_tokens=c.max_new_tokens, decoupled=True)
+    asked = [reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, right.text, c.template)
+             for wrong, right in pairs]
+    fits = [len(prompt) + limit <= model.config.max_position_embeddings for prompt in asked]
+    pairs, asked = ([x for x, fit in zip(both, fits, strict=True) if fit] for both in (pairs, asked))
+    written = generate(
+        model, asked, 1, max_new_tokens=limit, stop_ids=stop_ids, temperature=c.temperature, max_rows=c.max_rows,
+        keys=[(c.seed, REFLECTION, number, wrong.query) for wrong, _ in pairs])
+    built = [reflect.build_reflection(tokenizer, wrong, synthesis, prefix_mode="micro", decoupled=True,
+                                      stop_id=wrong.completion_ids[-1], max_new_tokens=c.max_new_tokens)
              for (wrong, _), (synthesis,) in zip(pairs, written, strict=True)]
     score([y_ref for y_ref in built if isinstance(y_ref, Rollout)], problem_of)
 
-    results = {query: {"query": query, "uid": problem.uid, "outcome": "no_pair"} for query, problem in queries}
-    for (wrong, _), (synthesis,), y_ref in zip(pairs, written, built, strict=True):
-        result = results[wrong.query]
-        result |= {"wrong": wrong.text, "synthesis": completion_text(tokenizer, synthesis)}
-        if isinstance(y_ref, str):
-            result["outcome"] = y_ref
-            continue
-        prefix = y_ref.completion_ids[:y_ref.roles.count(PREFIX)] if PREFIX in y_ref.roles else []
-        result |= {"outcome": "kept" if y_ref.reward > 0 else "wrong", "prefix": tokenizer.decode(prefix)}
-        if y_ref.reward > 0 and synthesis.finished:
-            result |= {"prompt_ids": wrong.prompt_ids, "completion_ids": y_ref.completion_ids, "roles": y_ref.roles,
-                       "synthesis_prompt_ids": synthesis_prompts[wrong.query], "synthesis_ids": synthesis.ids}
-    return list(results.values())
+    results = []
+    for (wrong, _), prompt_ids, (synthesis,), y_ref in zip(pairs, asked, written, built, strict=True):
+        result = {"query": wrong.query, "uid": wrong.uid, "outcome": y_ref, "wrong": wrong.text,
+                  "synthesis": completion_text(tokenizer, synthesis)}
+        if isinstance(y_ref, Rollout):
+            n = y_ref.roles.count(PREFIX)
+            result |= {"outcome": "kept" if y_ref.reward > 0 else "wrong", "prefix": tokenizer.decode(y_ref.completion_ids[:n])}
+            if y_ref.reward > 0 and synthesis.finished:
+                result |= {"prompt_ids": wrong.prompt_ids, "completion_ids": y_ref.completion_ids, "roles": y_ref.roles,
+                           "synthesis_prompt_ids": prompt_ids, "synthesis_ids": synthesis.ids}
+        results.append(result)
+    return results
 
 
 def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
     """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found; both formats as rows.
 
-    Each round is appended to examples.jsonl; what stands there is not sampled again.
+    A round of queries is appended to examples.jsonl as one line; what stands there is not sampled again.
     """
     path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    results = [json.loads(line) for line in lines if line.endswith("\n")]
-    # a kill may have torn the last line, or the round it belongs to: that round is sampled again, to the same results
-    results = results[:len(results) // c.queries_per_round * c.queries_per_round]
-    path.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
-    usable, bar = [r for r in results if "completion_ids" in r], None
-    while len(results) < len(training) and len(usable) < c.n_sft + c.n_ift:
-        if bar is None:
+    rounds = [json.loads(line) for line in lines if line.endswith("\n")]  # without a last line that a kill has torn
+    write_lines(path, rounds)
+    n_rounds = -(-len(training) // c.queries_per_round)
+    bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds"), None
+    usable = [result for results in rounds for result in results if "completion_ids" in result]
+    while len(rounds) < n_rounds and len(usable) < c.n_sft + c.n_ift:
+        if model is None:
             model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer))
-            bar = tqdm(total=len(training), initial=len(results), desc="examples", unit=" queries")
-        queries = problems_for_step(training, c.seed, len(results) // c.queries_per_round, c.queries_per_round)
-        queries = queries[:len(training) - len(results)]
-        prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for _, p in queries}
-        for p in dict(queries).values():
-            check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
-        found = construct(model, tokenizer, queries, prompts, stop_ids, c, len(results) // c.queries_per_round)
+        number = len(rounds)
+        queries = problems_for_step(training, c.seed, number, c.queries_per_round)[:len(training) - number * c.queries_per_round]
+        prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
+        rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
+        score(rollouts, dict(queries))
+        rounds.append(construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, number))
         with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(result) + "\n" for result in found))
-        results += found
-        usable += [r for r in found if "completion_ids" in r]
-        bar.update(len(found))
+            file.write(json.dumps(rounds[-1], ensure_ascii=False) + "\n")
+        usable += [result for result in rounds[-1] if "completion_ids" in result]
+        bar.update()
         bar.set_postfix_str(f"{len(usable)} examples", refresh=False)
-    if bar is not None:
-        bar.close()
+    bar.close()
     if not usable:
-        outcomes = sorted({r["outcome"] for r in results})
-        raise ValueError(f"none of {len(results)} queries gave an example (outcomes: {', '.join(outcomes)}); see {path}, or "
-                         "start from a model that solves some of them and follows the synthesis format")
-    n_first = min(len(usable), c.n_sft)
-    n_last = min(len(usable), c.n_ift)  # from the other end: distinct trajectories while there are enough, both formats of one else
-    print(f"{len(results):,} queries -> {len(usable):,} trajectories -> {n_first:,} SFT + {n_last:,} IFT examples")
-    sft = [Row(r["prompt_ids"], r["completion_ids"], [float(c.train_prefix or role != PREFIX) for role in r["roles"]])
-           for r in usable[:n_first]]
-    ift = [Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in usable[len(usable) - n_last:]]
-    return sft + ift
+        outcomes = sorted({result["outcome"] for results in rounds for result in results})
+        raise ValueError(f"{len(training)} problems gave no example (pairs came to: {', '.join(outcomes) or 'there were none'}); "
+                         "start from a model that solves some of them, or raise samples_per_prompt")
+    # distinct trajectories while there are enough of them, else some are seen in both formats
+    sft, ift = usable[:c.n_sft], usable[max(0, len(usable) - c.n_ift):]
+    print(f"{len(usable):,} trajectories from {len(training):,} problems -> {len(sft):,} SFT + {len(ift):,} IFT examples")
+    return [Row(r["prompt_ids"], r["completion_ids"], [float(c.train_prefix or role != PREFIX) for role in r["roles"]])
+            for r in sft] + [Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in ift]
+
+
+def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, list[int]]:
+    """{uid: prompt ids}, each checked to leave room for a response."""
+    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
+    for uid, ids in prompts.items():
+        check_prompt_fits(uid, len(ids), c.max_new_tokens, model.config.max_position_embeddings)
+    return prompts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,29 +269,26 @@ def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
 def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> dict[str, float]:
     """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
 
-    reflects_after_error: of the responses with an error, the share that looks again right behind it. parsed, constructed,
-    right, localised: of the synthesised answers to the model's own wrong rollouts, the share that parses, gives a trajectory,
-    gives one that ends correct, and keeps exactly the prefix up to the first error.
+    reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses for the
+    model's own wrong responses, the share that is parsed; of those that gave a trajectory, the shares that end right and
+    that are localised (keep exactly what stands before the end of the first error).
     """
-    metrics = evaluate(model, tokenizer, held_out, prompts, stop_ids, c)
-    if not c.world:
-        return metrics
     queries = list(enumerate(held_out))
-    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, SimpleNamespace(**vars(c) | {"samples_per_prompt": 2}), 0)
-    again = []
-    for r in rollouts:
-        error = toy.first_error(held_out[r.query].question, r.text)
-        if error is not None:
-            again.append(r.text[error:].startswith("Wait, "))
-    tried = [r for r in construct(model, tokenizer, queries, prompts, stop_ids, c, 0) if r["outcome"] != "no_pair"]
-    built = [r for r in tried if r["outcome"] in ("kept", "wrong")]
-    questions = {p.uid: p.question for p in held_out}
-    counts = {"reflects_after_error": (sum(again), len(again)),
-              "parsed": (sum(r["outcome"] not in ("unfinished", "unparsable") for r in tried), len(tried)),
-              "constructed": (len(built), len(tried)),
-              "right": (sum(r["outcome"] == "kept" for r in built), len(built)),
-              "localised": (sum(len(r["prefix"]) == toy.first_error(questions[r["uid"]], r["wrong"]) for r in built), len(built))}
-    return metrics | {f"eval/{name}": count / total for name, (count, total) in counts.items() if total}
+    several = SimpleNamespace(**vars(c) | {"samples_per_prompt": c.eval_samples})
+    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, several, 0)
+    score(rollouts, dict(queries))
+    counts = {"pass1": [r.reward for r in rollouts], "truncated": [not r.finished for r in rollouts]}
+    if c.world:
+        errors = [toy.first_error(held_out[r.query].question, r.text) for r in rollouts]
+        results = construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, 0)
+        built = [r for r in results if r["outcome"] in ("kept", "wrong")]
+        counts |= {
+            "reflects_after_error": [r.text[end:].startswith("Wait, ") for r, end in zip(rollouts, errors, strict=True) if end],
+            "parsed": [r["outcome"] not in ("unfinished", "unparsable") for r in results],
+            "constructed": [r in built for r in results],
+            "right": [r["outcome"] == "kept" for r in built],
+            "localised": [len(r["prefix"]) == toy.first_error(held_out[r["query"]].question, r["wrong"]) for r in built]}
+    return {f"eval/{name}": sum(values) / len(values) for name, values in counts.items() if values}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +334,7 @@ def update(model, optimizer, rows: list[Row], c, device, autocast) -> dict[str, 
 def write_problem_files(c, folder: Path) -> None:
     """The toy world's splits as problem files, for train.py and eval.py."""
     for split, n in zip(toy.SPLITS, c.n_problems, strict=True):
-        save_problems(toy.make_problems(c.world, split, n), folder / f"{split}.jsonl")
+        save_problems(toy.make_problems(c.world, split, n), folder / f"{c.world}_{split}.jsonl")
 
 
 def main() -> None:
@@ -359,7 +356,7 @@ def main() -> None:
     tokenizer, model = start_model(c, load_from, device)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     if c.world:
-        write_problem_files(c, out / "problems")
+        write_problem_files(c, Path(c.problems_dir))
         questions = [p.question for p in toy.make_problems(c.world, "train", c.n_problems[0])]
         held_out, max_steps = toy.make_problems(c.world, "validation", c.n_eval), c.max_steps
     else:
@@ -368,9 +365,7 @@ def main() -> None:
         held_out = load_problems(c.eval_problems) if c.eval_problems else []
         max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
         print(f"{len(rows):,} examples, {max_steps:,} steps")
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in held_out}
-    for p in held_out:
-        check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
+    prompts = render_prompts(tokenizer, held_out, model, c)
     schedule = SimpleNamespace(**vars(c) | {"max_steps": max_steps})
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay, fused=True)

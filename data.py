@@ -6,7 +6,6 @@ A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. 
     python data.py deepscaler --out=data/deepscaler.jsonl --eval_files=data/aime24.jsonl,data/aime25.jsonl
     python data.py aime24                        # also aime25, hmmt_feb25, math500, gsm8k, gsm8k_train
     python data.py aime24 --from=~/aime.parquet  # offline: any local .jsonl, .json or .parquet copy
-    python data.py toy --world=findx             # data/findx_train.jsonl, _validation.jsonl, _test.jsonl
 
 `render_prompt` is the only place where a question becomes token ids; training and evaluation both call it.
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
@@ -328,34 +327,18 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
-def write_toy(world: str, sizes: tuple[int, int, int], folder: Path) -> None:
-    """One problem file for each split of a toy world; the splits are disjoint. A size of 0 takes all (findx)."""
-    import toy  # here: toy imports this file
-    for split, n in zip(toy.SPLITS, sizes, strict=True):
-        problems, path = toy.make_problems(world, split, n), folder / f"{world}_{split}.jsonl"
-        save_problems(problems, path)
-        print(f"{path}: {len(problems):,} problems")
-
-
 def main() -> None:
     """Prepare one data set; see the docstring of this file."""
     import argparse
     parser = argparse.ArgumentParser(description="prepare a problem file", allow_abbrev=False)
-    parser.add_argument("name", help="toy | " + " | ".join(SOURCES))
+    parser.add_argument("name", help=" | ".join(SOURCES))
     parser.add_argument("--from", dest="path", default="", help="local .jsonl, .json or .parquet instead of the hub")
     parser.add_argument("--out", default="", help="problem file to write, default data/NAME.jsonl")
     parser.add_argument("--eval_files", default="", help="training sets: problem files not to overlap with, separated "
                         "by commas; default: the evaluation sets already prepared beside --out")
-    parser.add_argument("--world", default="findx", help="toy: findx | chain")
-    parser.add_argument("--sizes", default="4000,200,400", help="toy: train, validation, test problems; 0 = all")
     args = parser.parse_args()
-    if args.name == "toy":
-        sizes = args.sizes.split(",")
-        if len(sizes) != 3 or not all(size.isdecimal() for size in sizes):
-            raise ValueError(f"--sizes={args.sizes}: expected three numbers, for train, validation and test")
-        return write_toy(args.world, tuple(map(int, sizes)), Path(args.out or "data"))
     if args.name not in SOURCES:
-        raise ValueError(f"unknown data set {args.name!r}; known: toy, {', '.join(SOURCES)}")
+        raise ValueError(f"unknown data set {args.name!r}; known: {', '.join(SOURCES)}")
     source, out = SOURCES[args.name], Path(args.out or f"data/{args.name}.jsonl")
     rows = read_rows(args.path or download(source))
     problems, dropped = normalise_rows(rows, args.name)

@@ -193,7 +193,7 @@ def load_sets(c) -> dict[str, list[Problem]]:
 
 
 def weights_mark(folder: str) -> str:
-    """A cheap fingerprint of a checkpoint: names, sizes and last MiB of its weight files. Of a hub id, the id itself."""
+    """A cheap fingerprint of a checkpoint: names, sizes, last MiB of its weight files. Of a hub id, the id itself."""
     mark = 0
     for path in sorted(Path(folder).glob("*.safetensors")):
         with open(path, "rb") as file:

@@ -150,13 +150,13 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float =
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def head_backward(dlogits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dweight: torch.Tensor | None):
-    """Of head_logits at temperature 1: returns d hidden (N,d), adds to dweight (V,d) fp32 unless it is None."""
+def head_backward(dlogits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dweight: torch.Tensor):
+    """Of head_logits at temperature 1: returns d hidden (N,d), adds to dweight (V,d), fp32 over all chunks."""
     with torch.autocast(hidden.device.type, enabled=False):
         g = dlogits.to(weight.dtype)
-        if dweight is not None and g.is_cuda and g.dtype != torch.float32:
+        if g.is_cuda and g.dtype != torch.float32:
             torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
-        elif dweight is not None:
+        else:
             dweight.addmm_(dlogits.T, hidden.float())
         return g @ weight
 
@@ -176,87 +176,87 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, num_tokens, dtype):
-        """hidden (N,d), weight (vocab_size,d), targets (N,), dtype of products -> logprobs (N,), entropy (N,) fp32."""
+        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of products -> logprobs, entropy (B,T) fp32."""
+        h, y = hidden.flatten(0, -2), targets.reshape(-1, 1)  # (N,d), (N,1)
         w = weight[:num_tokens].to(dtype)  # under autocast a bf16 copy for this call, as of every other matrix
-        logprobs, entropy, lse = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(3))
-        for rows in token_chunks(len(targets), num_tokens, hidden.device):
-            z = head_logits(hidden[rows].to(dtype), w, temperature)  # (n,V)
-            lse[rows] = z.logsumexp(-1)
-            logp = z.sub_(lse[rows, None])
-            logprobs[rows] = logp.gather(-1, targets[rows, None]).squeeze(-1)
-            entropy[rows] = -logp.exp().mul_(logp).sum(-1)  # no 0 * inf: absent rows of the head are absent, not -inf
-        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        lse, logprobs, entropy = (torch.empty_like(y, dtype=torch.float32) for _ in range(3))  # (N,1)
+        for rows in token_chunks(len(y), num_tokens, h.device):
+            z = head_logits(h[rows].to(dtype), w, temperature)  # (n,V)
+            lse[rows] = z.logsumexp(-1, keepdim=True)
+            logp = z.sub_(lse[rows])
+            logprobs[rows] = logp.gather(-1, y[rows])
+            entropy[rows] = -logp.exp().mul_(logp).sum(-1, keepdim=True)  # no 0 * inf: absent rows are not -inf
+        ctx.save_for_backward(hidden, weight, y, lse, entropy)
         ctx.temperature, ctx.num_tokens, ctx.dtype = temperature, num_tokens, dtype
         ctx.set_materialize_grads(False)  # most losses leave the entropy out: skip its share of the work then
-        return logprobs, entropy
+        return logprobs.view(targets.shape).clone(), entropy.view(targets.shape).clone()  # FSDP warns of views
 
     @staticmethod
     def backward(ctx, dlogprobs, dentropy):
-        """d logprobs (N,) or None, d entropy (N,) or None -> d hidden (N,d), d weight (vocab_size,d) fp32."""
-        hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        w = weight[: ctx.num_tokens].to(ctx.dtype)
-        dhidden = torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        dw = dweight[: ctx.num_tokens] if dweight is not None else None
-        for rows in token_chunks(len(targets), ctx.num_tokens, hidden.device):
-            h = hidden[rows].to(ctx.dtype)
-            logp = head_logits(h, w, ctx.temperature).sub_(lse[rows, None])  # (n,V)
-            p = logp.exp()
-            scale = torch.zeros_like(lse[rows, None])  # (n,1)
-            if dlogprobs is not None:
-                onehot = dlogprobs[rows, None] / ctx.temperature
-                scale = scale - onehot
+        """d logprobs, d entropy (B,T), either may be None -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
+        hidden, weight, y, lse, entropy = ctx.saved_tensors
+        h, w = hidden.flatten(0, -2), weight[: ctx.num_tokens].to(ctx.dtype)
+        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.reshape(-1, 1)  # (N,1)
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in token_chunks(len(y), ctx.num_tokens, h.device):
+            hr = h[rows].to(ctx.dtype)
+            logp = head_logits(hr, w, ctx.temperature).sub_(lse[rows])  # (n,V)
+            p, scale = logp.exp(), -dlogprobs[rows]
             if dentropy is not None:
-                logp_plus_entropy = logp.add_(entropy[rows, None])  # (n,V)
-                scale = logp_plus_entropy.mul_(-dentropy[rows, None] / ctx.temperature).add_(scale)
-            dz = p.mul_(scale)
-            if dlogprobs is not None:
-                dz.scatter_add_(1, targets[rows, None], onehot)
-            dhidden[rows] = head_backward(dz, h, w, dw).to(hidden.dtype)
-        return dhidden, dweight, None, None, None, None
+                scale = logp.add_(entropy[rows]).mul_(-dentropy.reshape(-1, 1)[rows]).add_(scale)  # (n,V)
+            dz = p.mul_(scale).scatter_add_(1, y[rows], dlogprobs[rows])
+            dh[rows] = head_backward(dz.div_(ctx.temperature), hr, w, dw[: ctx.num_tokens]).to(dh.dtype)
+        return dh.view(hidden.shape), dw, None, None, None, None
 
 
-class HeadLogits(torch.autograd.Function):
-    """head_logits with a gradient, for a loss whose derivative is left to autograd."""
+class LogitsFunction(torch.autograd.Function):
+    """f(logits (n,V), rows) -> (n,) over chunks of tokens, for an f whose derivative is left to autograd. A chunk is
+    recomputed in the backward pass; unlike with torch.utils.checkpoint the head's gradient is one fp32 tensor."""
 
     @staticmethod
-    def forward(ctx, hidden, weight):
-        """hidden (N,d), weight (V,d) -> logits (N,V) fp32."""
+    def forward(ctx, hidden, weight, f, temperature, num_tokens, dtype):
+        """hidden (B,T,d), weight (vocab_size,d) -> (B,T) fp32"""
+        h, w = hidden.flatten(0, -2), weight[:num_tokens].to(dtype)
         ctx.save_for_backward(hidden, weight)
-        return head_logits(hidden, weight)
+        ctx.f, ctx.temperature, ctx.num_tokens, ctx.dtype = f, temperature, num_tokens, dtype
+        chunks = token_chunks(len(h), num_tokens, h.device)
+        out = torch.cat([f(head_logits(h[rows].to(dtype), w, temperature), rows) for rows in chunks])
+        return out.view(hidden.shape[:-1]).clone()
 
     @staticmethod
-    def backward(ctx, dlogits):
-        """d logits (N,V) -> d hidden (N,d), d weight (V,d)."""
+    def backward(ctx, dout):
+        """d out (B,T) -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
         hidden, weight = ctx.saved_tensors
-        dweight = torch.zeros_like(weight, dtype=torch.float32)
-        return head_backward(dlogits, hidden, weight, dweight), dweight
+        h, w, dout = hidden.flatten(0, -2), weight[: ctx.num_tokens].to(ctx.dtype), dout.flatten()
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
+        for rows in token_chunks(len(h), ctx.num_tokens, h.device):
+            hr = h[rows].to(ctx.dtype)
+            z = head_logits(hr, w, ctx.temperature).requires_grad_()  # (n,V)
+            with torch.enable_grad():
+                (dz,) = torch.autograd.grad(ctx.f(z, rows), z, dout[rows])
+            dh[rows] = head_backward(dz / ctx.temperature, hr, w, dw[: ctx.num_tokens]).to(dh.dtype)
+        return dh.view(hidden.shape), dw, None, None, None, None
 
 
-def teacher_divergence(hidden, weight, teacher, temperature: float, dtype: torch.dtype) -> torch.Tensor:
-    """OPSD: divergence (N,) fp32 of student and teacher over the whole vocabulary, both at the sampling temperature.
+def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int, dtype: torch.dtype):
+    """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the sampling temperature.
 
-    hidden (N,d), weight (V,d); teacher = (hidden (N,d), head_weight (V,d) or None for the student's own, beta, clip).
-    Each chunk is recomputed in the backward pass; the weight's gradient is summed by autograd, one (V,d) a chunk."""
+    hidden (B,T,d), weight (vocab_size,d); teacher = (hidden (B,T,d), head_weight (V,d), beta, clip), head_weight None
+    for the student's own (under FSDP a head is whole only inside `forward`)."""
     from advantage import generalised_jsd
 
-    weight = weight.to(dtype)
-    # CRITICAL: the teacher is a target: no gradient through its states, nor through the head where it is shared.
     teacher_hidden, teacher_weight, beta, clip = teacher
-    teacher_hidden = teacher_hidden.detach().to(dtype)
-    teacher_weight = (weight if teacher_weight is None else teacher_weight[: len(weight)]).detach().to(dtype)
+    teacher_weight = weight if teacher_weight is None else teacher_weight
+    # CRITICAL: the teacher is a target: no gradient through its states, nor through the head where it is shared.
+    t, w = teacher_hidden.detach().flatten(0, -2).to(dtype), teacher_weight.detach()[:num_tokens].to(dtype)
 
-    def divergence(h, t):
-        """(n,d), (n,d) -> (n,)"""
-        teacher_logits = head_logits(t, teacher_weight, temperature)  # (n,V)
-        return generalised_jsd(HeadLogits.apply(h, weight) / temperature, teacher_logits, beta, clip)
+    def divergence(logits, rows):
+        """(n,V) -> (n,)"""
+        with torch.no_grad():
+            teacher_logits = head_logits(t[rows], w, temperature)  # (n,V)
+        return generalised_jsd(logits, teacher_logits, beta, clip)
 
-    return torch.cat(
-        [
-            checkpoint(divergence, hidden[rows].to(dtype), teacher_hidden[rows], use_reentrant=False)
-            for rows in token_chunks(len(hidden), len(weight), hidden.device)
-        ]
-    )
+    return LogitsFunction.apply(hidden, weight, divergence, temperature, num_tokens, dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -474,17 +474,19 @@ class CausalLM(nn.Module):
 
         Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
         are of softmax(logits / temperature), what was sampled (trap 2). teacher = (hidden (B,T,d), head_weight (V,d) or
-        None, beta, clip) adds divergence (B,T). Decoding: rows left-padded, positions (B,T), the first call on a cache
-        holds the whole prompt; logits are not divided by the temperature."""
+        None, beta, clip) adds divergence (B,T). Decoding: rows left-padded, positions (B,T) or None, the first call on a
+        cache holds the whole prompt; logits are not divided by the temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
         prefill = cache is not None and cache.length == 0
-        if positions is None:
-            positions = torch.arange(T, device=inputs.device)[None]  # (1,T): right-padded rows start at column 0
-        if prefill:  # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without keys
-            inputs, positions = roll_rows(inputs, cache.starts), roll_rows(positions, cache.starts)
+        if positions is None:  # right-padded rows start at column 0, those of a cache at its `starts`
+            first = 0 if cache is None else cache.length - cache.starts[:, None]  # (B,1)
+            positions = (torch.arange(T, device=inputs.device)[None] + first).clamp(min=0)  # (1 or B,T)
         if cache is not None:
             cache.reserve(cache.length + T)
-            mask = None if prefill else cache.mask(T)
+        if prefill:  # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without keys
+            inputs, positions = roll_rows(inputs, cache.starts), roll_rows(positions, cache.starts)
+        elif cache is not None:
+            mask = cache.mask(T)  # once for all layers
         cos, sin = rope(positions, self.config, dtype)
 
         x = self.model.embed_tokens(inputs)  # (B,T,d)
@@ -501,13 +503,11 @@ class CausalLM(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return x
-        x = x.flatten(0, 1)  # (N,d)
-        num_tokens = self.config.num_tokens
-        out = TokenLogprobs.apply(x, self.output_weight, targets.flatten(), temperature, num_tokens, dtype)
-        if teacher is not None:
-            teacher = teacher[0].flatten(0, 1), *teacher[1:]
-            out += (teacher_divergence(x, self.head_weight, teacher, temperature, dtype),)
-        return tuple(t.view(B, T) for t in out)
+        weight, softmax = self.output_weight, (temperature, self.config.num_tokens, dtype)
+        logprobs, entropy = TokenLogprobs.apply(x, weight, targets, *softmax)
+        if teacher is None:
+            return logprobs, entropy
+        return logprobs, entropy, teacher_divergence(x, weight, teacher, *softmax)
 
 
 def num_params(model: CausalLM | ModelConfig) -> int:

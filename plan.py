@@ -60,9 +60,9 @@ def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool, device: 
     block = norm(d, 1) + qkv_inputs * d * c                     # input_layernorm; what q_proj, k_proj, v_proj read
     if config.qk_norm:
         block += norm(q, heads) + norm(kv, config.num_key_value_heads)
-    block += (2 * q + 2 * kv) * c + 4 * heads                   # attention: rotated q and k, v, result, log-sum-exp
+    block += (3 * q + 2 * kv) * c + 4 * heads                   # rotated q and k, v, result as (nh,T) and as (T,nh), log-sum-exp
     block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c       # MLP: gate, silu(gate), up, their product
-    return block, d * r, norm(d, 1) + d * r + hs * c + 24       # 24: ids, targets (int64), log-sum-exp, entropy
+    return block, d * r, norm(d, 1) + d * r + 24       # 24: ids, targets (int64), log-sum-exp, entropy
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
@@ -88,7 +88,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     total, block = sum(p.numel() for p in params), sum(p.numel() for p in blocks[0].parameters())
     root = total - L * block                                 # embedding, final norm, head: FSDP's root unit
     c, sharded, V = 2 if dtype == "bfloat16" else 4, world_size > 1, config.num_tokens
-    autocast = dtype == "bfloat16" and not sharded
+    autocast, linear = dtype == "bfloat16" and not sharded, sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
     head = config.vocab_size * config.hidden_size
     kept = 0 if offload else 4 * -(-total // world_size)     # one fp32 copy of this process's shard
 
@@ -103,21 +103,19 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     chunk = min(tokens, max(1, LOGITS_PER_CHUNK.get(device, 2**24) // V))
     copies = (8 if c == 4 else 10) if chunk == tokens else 16 if device == "cpu" and c == 2 else 12  # of one chunk's logits
     dhead = 4 * head if not sharded else c * head            # its gradient waits: for the embedding's if tied, for FSDP's root
-    gathered = c * (root + 2 * block) if sharded else 0
     parts |= {
         "gradients": kept,
-        "compute copies": (1 + reference_model) * gathered + (2 * sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
-                                                              if autocast else 0),
+        "compute copies": c * ((1 + reference_model) * root + 2 * block) if sharded else linear * 2 * autocast,
         "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else of_block)),
         "head": copies * chunk * V + 4 * head + (2 * head if autocast else 0) + tokens * of_input,
         "block": max(forward * reference_model, backward + (tokens * of_block if checkpoint_activations else 0)
-                     + dhead * (config.tie_word_embeddings or sharded) + (2 * (c + 4) * block if sharded else 0)),
+                     + dhead * (config.tie_word_embeddings or sharded) + ((c + 4) * block if sharded else 0)),
         "reduction": (c + 4) * root if sharded else 0}       # of the root's gradient, when the activations are gone
     update = parts["gradients"] + parts["compute copies"] + max(
         parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])
 
     # sampling: rollouts, then reflections, whose prompts hold two whole responses
-    parts["unsharded"] = c * total if sharded else 2 * (total - root + head) if autocast else 0
+    parts["unsharded"] = c * (total + root * reference_model) if sharded else parts["compute copies"]
     jobs = [(max_rows, -(-max_rows // samples_per_prompt), longest_prompt, max_new_tokens)]
     if synthesis_rows:
         prompt = longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS
@@ -127,7 +125,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     sampling = 0
     for name, (rows, prompts, prompt, new) in zip(("rollouts", "reflections"), jobs):
         cache = cache_bytes(config, rows, prompt + new - 1, dtype)
-        decode = cache + cache // (2 * L) + 24 * rows * V             # growing copies one layer's keys; softmax, fp64 CDF
+        # growing copies one layer's keys; a sampled token needs logits, log-probs, their fp64 exp and its sum; autocast the head
+        decode = cache + max(cache // (2 * L), 24 * rows * V, (4 * rows * V + 2 * head) * autocast)
         prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * config.intermediate_size * c + 4 * of_input)
         parts |= {f"{name}: KV cache": cache, f"{name}: prefill": prefill, name: max(decode, prefill)}
         sampling = max(sampling, parts["unsharded"] + parts[name])

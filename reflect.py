@@ -358,10 +358,10 @@ def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool
 
 
 def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
-    """Sums of one step on one rank, always under the same keys: add them over ranks, then call reflect_metrics.
+    """Sums of one step on one rank, always under the same keys: add them over ranks, then form the means.
 
     selected: the counts of select_candidates. outcomes: for each candidate its y_ref, scored and after the update with
-    logprobs and ots_weights, or its drop reason. "name#" counts what the sum "name" runs over; plain counts have none.
+    logprobs and ots_weights, or its drop reason. "name#" counts what the sum "name" runs over, for metrics.means.
     """
     roles = {"prefix": PREFIX, "diagnosis": DIAGNOSIS, "correction": CORRECTION}
     sums = {name: float(count) for name, count in selected.items()} | {"kept": 0.0}
@@ -394,12 +394,6 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
             add("ots_first_diagnosis", [r.ots_weights[r.roles.index(DIAGNOSIS)]])
     add("mixed_groups", [len(rewards) > 1 for rewards in groups.values()])  # the others carry no gradient under Eq. 5
     return sums
-
-
-def reflect_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Counts and means under their names in metrics.jsonl. A mean over nothing has no value and is left out."""
-    return {f"reflect/{name}": value / sums.get(name + "#", 1) for name, value in sums.items()
-            if not name.endswith("#") and sums.get(name + "#", 1)}
 
 
 def reflects(text: str) -> bool:

@@ -23,10 +23,11 @@ import numpy as np
 
 FIGURE_3 = {  # metric key: title, in the order of the paper's panels
     "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss",
-    "rollout/pass1": "Training accuracy", "train/grad_norm": "Gradient norm",
+    "rollout/pass1": "Training accuracy, %", "train/grad_norm": "Gradient norm",
     "rollout/length": "Response length, tokens", "train/kl_ref": "KL to the reference"}
 HELD_OUT = {
-    "eval/pass1": "Held-out accuracy", "eval/length": "Held-out length, tokens", "eval/truncated": "Held-out truncated"}
+    "eval/pass1": "Held-out accuracy, %", "eval/length": "Held-out length, tokens",
+    "eval/truncated": "Held-out truncated"}
 REFLECTION = {
     "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs",
     "reflect/kept": "Constructions kept", "reflect/parsed": "Share that parses",
@@ -36,7 +37,7 @@ SETTING = ("set", "temperature", "top_p", "max_new_tokens")  # evaluations that 
 PHASES = ("generate", "reflect", "grade", "update")
 ROLES = ("prefix", "diagnosis", "correction")  # indexed by the role ids of a rollout file
 N_TRAJECTORIES = 20
-FOLD = 150  # of a longer stretch in one role so many pieces stay visible at either end, the middle folds away
+FOLD = 40  # of a stretch in one role longer than three times this, so many tokens stay visible at either end
 ROLLOUT = dict(  # what a line of a rollout file may leave out
     step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="", is_reflection=False,
     answer=None, reward=math.nan, advantage=math.nan, logprobs=None, sample_logprobs=None, ots_weights=None)
@@ -149,6 +150,7 @@ def make_line(runs: list[Run], key: str, label: str = "", colour: str = "m0") ->
     if not steps:
         return Line(label, colour, *[np.zeros(0)] * 4)
     values = np.array([[seed.get(step, math.nan) for step in steps] for seed in logged if seed])  # (S, N)
+    values *= 100 if key.endswith("/pass1") else 1  # in %, like every accuracy on the page
     window = 1 if len(steps) < 20 else min(len(steps) // 15, 30) // 2 * 2 + 1
     smoothed = np.array([smooth(seed, window) for seed in values])
     n = np.isfinite(smoothed).sum(0)
@@ -241,7 +243,8 @@ def role_lines(runs: list[Run], what: str) -> list[Line]:
 
 
 def reflects(run: Run) -> bool:
-    return any(number(row.get(key)) > 0 for row in run.rows for key in ("reflect/kept", "reflect/parsed"))
+    """Does the run construct trajectories, or try to? Where all are dropped, the reasons are what to look at."""
+    return any(key.startswith("reflect/") for row in run.rows for key in row)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------
@@ -269,7 +272,7 @@ def runs_section(methods: dict[str, list[Run]]) -> str:
         size = max(map(model_size, runs))
         power = min(len(str(size)) - 1, 9) // 3
         steps = max((row["step"] for run in runs for row in run.rows), default=0)
-        accuracy, seconds = 100 * make_line(runs, "rollout/pass1").raw, make_line(runs, "time/step").raw
+        accuracy, seconds = make_line(runs, "rollout/pass1").raw, make_line(runs, "time/step").raw
         tenth = max(1, len(accuracy) // 10)
         date = max((run.folder / "metrics.jsonl").stat().st_mtime for run in runs)
         rows.append([
@@ -438,7 +441,7 @@ def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
 def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", detailed: bool = True) -> str:
     """A <span class=role> per stretch of a role, in it a <span> per token; hover: id, log-prob, OTS weight.
 
-    roles (C,) are class names; `masked` is the one without gradient. What is folded away is plain text unless `detailed`.
+    roles (C,) are class names, `masked` the one without gradient. What is folded away is plain text unless `detailed`.
     """
     if tokenizer is None:
         return escape(rollout["text"])
@@ -448,9 +451,9 @@ def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", de
     def span(start, end, text):
         said = []
         for i in range(start, end):
-            said.append(f"id {ids[i]}" + (f" · log-prob {number(logprobs[i]):.3f}" if i < len(logprobs) else "")
-                        + (f" · OTS {number(weights[i]):.3f}" if i < len(weights) else "")
-                        + (" · no gradient" if roles[i] == masked else ""))
+            logprob = f" · log-prob {number(logprobs[i]):.3f}" if i < len(logprobs) else ""
+            weight = f" · OTS {number(weights[i]):.3f}" if i < len(weights) else ""
+            said.append(f"id {ids[i]}{logprob}{weight}" + " · no gradient" * (roles[i] == masked))
         weight = min((number(w) for w in weights[start:end]), default=math.nan)
         mark = ' class="w1"' if weight < 0.1 else ' class="w2"' if weight < 0.5 else ""
         text = escape(text).replace("\n", "<i>↵</i>\n")
@@ -463,7 +466,8 @@ def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", de
         html += f'<span class="{role}">' + "".join(span(*piece) for piece in stretch[:cut]) + "</span>"
         if hidden := stretch[cut:-cut]:
             inside = "".join(span(*piece) if detailed else escape(piece[2]) for piece in hidden)
-            html += f'<details><summary>{len(hidden):,} more tokens</summary><span class="{role}">{inside}</span></details>'
+            html += f"<details><summary>{hidden[-1][1] - hidden[0][0]:,} more tokens</summary>"
+            html += f'<span class="{role}">{inside}</span></details>'
             html += f'<span class="{role}">' + "".join(span(*piece) for piece in stretch[-cut:]) + "</span>"
     return html
 
@@ -493,7 +497,9 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
         wrong, right = ([r for r in siblings if (number(r["reward"]) > 0) == is_right] for is_right in (False, True))
         source = [r for r in wrong if kept and r["completion_ids"][:kept] == ids[:kept]]
         if source:
-            ordinary("The wrong rollout it starts from", source[0], kept)
+            known = all(r["completion_ids"] == source[0]["completion_ids"] for r in source)
+            title = "The wrong rollout it starts from" if known else "A wrong rollout with this prefix"
+            ordinary(title, source[0], kept)
         elif wrong:
             ordinary("A wrong rollout of the group", wrong[0])
         counts = " · ".join(f"{roles.count(role):,} {role}" for role in ROLES)
@@ -526,7 +532,9 @@ def trajectories_section(runs: list[Run]) -> str:
     names = {"prefix": "preserved prefix", "diagnosis": "diagnosis" + " (no gradient)" * bool(masked),
              "correction": "correction", "ordinary": "ordinary", "w2": "OTS &lt; 0.5", "w1": "OTS &lt; 0.1"}
     legend = "".join(f'<li><span class="{css}">{name}</span></li>' for css, name in names.items())
-    what = "constructed trajectories" if picked[0][0]["is_reflection"] else "ordinary rollouts (none are constructed)"
+    what = "constructed trajectories"
+    if not picked[0][0]["is_reflection"]:
+        what, legend = "ordinary rollouts (none are constructed)", ""
     how = "Hover over a token for its id, log-prob and OTS weight." if tokenizer else "No tokenizer there: plain text."
     cards = "".join(card(rollout, siblings, tokenizer, masked) for rollout, siblings in picked)
     name = escape(source.folder.resolve().name)
@@ -584,7 +592,7 @@ h2{font-size:23px;letter-spacing:-.01em;margin:0 0 12px}
 h3,h4{margin:0;font-size:15px;line-height:1.3}
 small{font-size:.82em;color:var(--soft);font-weight:400}
 code,.tokens{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-.note{max-width:78ch;margin:0 0 16px;font-size:14.5px}
+.note{max-width:88ch;text-wrap:pretty;margin:0 0 16px;font-size:14.5px}
 .note,.missing,summary,thead th,.gold{color:var(--soft)}
 :focus-visible{outline:2px solid var(--m0);outline-offset:2px}
 
@@ -642,7 +650,7 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .columns p{margin:2px 0 8px;font-size:13px;color:var(--soft)}
 .right,.wrong{color:var(--right);font-weight:600}
 .wrong{color:var(--wrong)}
-.tokens{font-size:14px;line-height:1.85;white-space:pre-wrap;overflow-wrap:anywhere;max-height:26em;overflow-y:auto;
+.tokens{font-size:14px;line-height:1.85;white-space:pre-wrap;overflow-wrap:anywhere;max-height:36em;overflow-y:auto;
   padding:8px 12px;background:var(--page);border:1px solid var(--rule);border-radius:7px}
 .tokens summary{font:13px/1.6 system-ui,sans-serif;margin:4px 0}
 .tokens i{color:var(--soft);font-style:normal;opacity:.55}
@@ -692,7 +700,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folders = label_runs(list(dict.fromkeys(args.runs)))
     methods = {label: [load_run(path) for path in paths] for label, paths in folders.items()}
-    page = build_page(methods, label_runs([Path(name) for name in args.evals.split(",") if name]))
+    evals = [Path(name) for name in args.evals.split(",") if name]
+    for path in evals:
+        if not path.is_file():
+            raise FileNotFoundError(f"--evals: no file {path}; eval.py writes one as OUT.json")
+    page = build_page(methods, label_runs(evals))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")

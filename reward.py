@@ -4,7 +4,7 @@ The answer is the last balanced \boxed{...} outside a thinking block. It is righ
 1. its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
 2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not asked; or
 3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a tuple in its own.
-Step 3 runs in a child process that is killed at a time limit: LaTeX from a policy can keep sympy busy for ever, and an
+Step 3 runs in another process that is killed at a time limit: LaTeX from a policy can keep sympy busy for ever, and an
 alarm in a thread is no limit. What could not be decided (timeout, error) or read (unparsable, no_answer) is counted
 apart from wrong. Rules err on the side of "not correct": a right answer refused costs a sample, a wrong one accepted
 teaches it. Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
@@ -26,6 +26,7 @@ from functools import lru_cache
 
 MAX_CHARS = 2000  # of an answer; the longest gold of the data sets we know has 92
 START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
+SLACK_S = 5.0  # beyond its limit, before a worker that should have replied is taken for dead
 MEMORY_LIMIT = 2 << 30  # bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
 
 
@@ -44,8 +45,8 @@ def grade(text: str, gold: str, *, timeout_s: float = 3.0) -> Grade:
 def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_s: float = 3.0) -> list[Grade]:
     """Grade responses against their gold answers, in order.
 
-    Most pairs are settled here by text and fractions. The others go to `workers` processes (started on first use, then
-    kept), equal pairs once, each for at most timeout_s seconds of wall clock.
+    Most pairs are settled here by text and fractions. The others go to `workers` processes, which are started on first
+    use and kept: equal pairs once, each for at most timeout_s seconds by the clock.
     """
     pairs = list(zip(map(extract_boxed, texts), golds, strict=True))
     status = {pair: _settle(*pair) for pair in dict.fromkeys(pairs)}
@@ -175,8 +176,9 @@ def normalise(answer: str) -> str:
     for key, pattern, by in _SPACING:
         s = pattern.sub(by, s) if key in s else s
     s = s.strip().replace(",", ", ") if _THOUSANDS.fullmatch(s) else s.strip()  # two answers stay two when read again
-    while s[:1] == "(" and _closing(s, 0) == len(s) - 1 and len(_split(s[1:-1], ",;")) == 1:  # (1/3), (A)
-        s = s[1:-1]
+    for _ in range(3):
+        if s[:1] == "(" and _closing(s, 0) == len(s) - 1 and len(_split(s[1:-1], ",;")) == 1:  # (1/3), (A)
+            s = s[1:-1]
     s = _rational(s)
     return f"{s} [{unit}]" if unit else s
 
@@ -227,15 +229,15 @@ def _take_unit(s: str) -> tuple[str, str]:
         return m[1], "deg"
     m = _UNIT.search(s)
     core = s[:m.start()] if m else ""
-    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":
+    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":  # a number, complete without the word
         words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
         power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
-        name = " ".join(words[1:] if power else words)
-        unit = _UNITS.get(name, _UNITS.get(name.removesuffix("s"))) if name else ""
+        name, _, inner = " ".join(words[1:] if power else words).partition("^")  # \text{cm^2}
+        unit = _UNITS.get(name, _UNITS.get(name[:-1]) if len(name) > 2 and name[-1] == "s" else None) if name else ""
         if unit is None and m["text"] and _THINGS.fullmatch(name):
             unit = name[:-1]
         if unit is not None:
-            power = m["power"] or power
+            power = m["power"] or inner.strip("{}") or power
             return core, unit + ("^" + power if unit and power else "")
     return s, ""
 
@@ -426,26 +428,53 @@ def _read(gold: str) -> None:
 
 
 def _serve() -> None:
-    """The worker: one line of JSON in, one out, until its input ends."""
+    """The worker: sympy, loaded once, and a fork of it that reads requests and writes replies, a line of JSON each. A fork
+    that is late is killed, and the next one costs milliseconds. Ends when its input does."""
     import logging
     import resource
     import signal
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is not a reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business; we end with our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     logging.disable(logging.CRITICAL)
+    first = {"status": "ready"}
     try:
         for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):  # import, fill tables
             _same(answer, gold)
-        reply = {"status": "ready"}
     except Exception as problem:
-        reply = {"status": f"{type(problem).__name__}: {problem}"}
-    print(json.dumps(reply), file=replies, flush=True)
-    for line in sys.stdin:
+        first = {"status": f"{type(problem).__name__}: {problem}"}
+    replies.write(json.dumps(first).encode() + b"\n")
+    fork = 0
+    for line in sys.stdin.buffer:
+        if not fork:
+            (to_read, to_write), (from_read, from_write) = os.pipe(), os.pipe()
+            fork = os.fork()
+            if not fork:
+                for fd in (to_write, from_read, replies.fileno(), 0):
+                    os.close(fd)
+                _work(to_read, from_write)
+            os.close(to_read)
+            os.close(from_write)
+        os.write(to_write, line)
+        in_time = select.select([from_read], [], [], json.loads(line)["limit"])[0]
+        reply = os.read(from_read, 65536) if in_time else b'{"status": "timeout"}\n'
+        if not in_time or not reply:
+            os.kill(fork, signal.SIGKILL)
+            os.waitpid(fork, 0)
+            os.close(to_write)
+            os.close(from_read)
+            fork = 0
+        replies.write(reply or b'{"status": "error", "why": "the process died"}\n')
+
+
+def _work(requests: int, replies: int) -> None:
+    """Answer the requests of one file descriptor on another; never return."""
+    import signal
+    for line in os.fdopen(requests):
         request = json.loads(line)
-        # Should the parent be gone nobody kills us: the alarm, which has no handler, does. It also stops C code.
+        # Nobody may be left to kill us. The alarm has no handler, so it ends the process, and C code with it.
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
@@ -460,7 +489,8 @@ def _serve() -> None:
         except Exception as problem:
             reply = {"status": "error", "why": f"{type(problem).__name__}: {problem}".split("\n")[0][:200]}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies, flush=True)
+        os.write(replies, json.dumps(reply).encode() + b"\n")
+    os._exit(0)
 
 
 # --- the parent's side of the workers ---
@@ -471,8 +501,7 @@ _alive: set[subprocess.Popen] = set()
 
 
 def _ask(request: dict, timeout_s: float) -> dict:
-    """One request to an idle worker, else to a new one. A worker that is late is killed: 'timeout'. One that dies is an
-    'error', unless it had served before: then it may have died of something else, and a new one is asked."""
+    """The reply of an idle worker, else of a new one, within timeout_s and the time it takes to start one."""
     while True:
         with _lock:
             worker = _idle.pop() if _idle else None
@@ -480,28 +509,28 @@ def _ask(request: dict, timeout_s: float) -> dict:
         worker = worker or _start()
         try:
             worker.stdin.write(json.dumps(request | {"limit": timeout_s}).encode() + b"\n")
-            reply = _receive(worker, timeout_s)
+            reply = _receive(worker, timeout_s + SLACK_S)
         except BrokenPipeError:
             reply = None
         except BaseException:  # Ctrl-C: the reply under way would be taken for that of the next request
             _kill(worker)
             raise
-        if reply and reply["status"] != "late":
+        if reply:
             with _lock:
                 _idle.append(worker)
             return reply
-        _kill(worker)
-        if reply or first_time:
-            return {"status": "timeout"} if reply else {"status": "error", "why": "the worker died"}
+        _kill(worker)  # it was dead or stopped, by no fault of the request; one that was idle is replaced
+        if first_time:
+            return {"status": "error", "why": "the worker died"}
 
 
 def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
-    """The worker's reply, {'status': 'late'}, or None if it died."""
+    """The worker's next line; None if it died or is late."""
     deadline, line, poll = time.monotonic() + timeout_s, b"", select.poll()
     poll.register(worker.stdout, select.POLLIN)
     while not line.endswith(b"\n"):
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return {"status": "late"}
+            return None
         chunk = os.read(worker.stdout.fileno(), 65536)
         if not chunk:
             return None
@@ -517,7 +546,7 @@ def _start() -> subprocess.Popen:
     reply = _receive(worker, START_LIMIT_S)
     if not reply or reply["status"] != "ready":
         _kill(worker)
-        why = reply["status"] if reply else "it died"
+        why = reply["status"] if reply else "it died or was too slow"
         raise RuntimeError(f"the grader's worker did not start ({why}); is math-verify installed?")
     return worker
 

@@ -159,8 +159,8 @@ def test_the_order_of_rollouts_does_not_matter():
 @pytest.mark.parametrize("ref_advantage", ["group", "orig", "joint"])
 def test_equal_rewards_give_exactly_zero(reward, ref_advantage):
     """Guards trap 15: the mean of three 0.1 is not 0.1, and the rounding error divided by eps is an advantage."""
-    result = advantages(torch.full((6,), reward), [0] * 6, ["a"] * 3 + ["a_reflected"] * 3, [False] * 3 + [True] * 3,
-                        ref_advantage=ref_advantage)
+    rewards, groups = torch.full((6,), reward, dtype=torch.float64), ["a"] * 3 + ["a_reflected"] * 3
+    result = advantages(rewards, [0] * 6, groups, [False] * 3 + [True] * 3, ref_advantage=ref_advantage)
     assert result.tolist() == [0.0] * 6
 
 

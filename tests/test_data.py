@@ -14,7 +14,8 @@ from data import Problem
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Qwen3's ids of one user turn "What is 2+3?", non-thinking: the rendered prompt ends in an empty thinking block.
-QWEN3_IDS = [151644, 872, 198, 3838, 374, 220, 17, 10, 18, 30, 151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271]
+QWEN3_IDS = [151644, 872, 198, 3838, 374, 220, 17, 10, 18, 30, 151645, 198,
+             151644, 77091, 198, 151667, 271, 151668, 271]
 THINKING_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     "{% if enable_thinking is defined and enable_thinking is false %}#{% endif %}")
@@ -100,8 +101,8 @@ def test_the_qwen3_prompt_has_exactly_the_published_ids():
     check = json.loads((SHARED / "data/qwen3_tokenizer_check.json").read_text())
     assert check["False"]["ids"] == QWEN3_IDS
     text = tokenizer.decode(data.render_prompt(tokenizer, "Q"))
-    assert text == ("<|im_start|>user\nQ\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-                    "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert text == ("<|im_start|>user\nQ\nPlease reason step by step, and put your final answer within \\boxed{}."
+                    "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     config = json.loads((SHARED / "data/qwen3_tokenizer/generation_config.json").read_text())
     assert data.stop_ids_of(tokenizer, config["eos_token_id"]) == (151643, 151645)
     assert data.stop_ids_of(tokenizer, 151645) == (151643, 151645)
@@ -156,7 +157,7 @@ def test_steps_drop_nothing_and_do_not_depend_on_earlier_steps():
     assert [q for batch in steps for q, _ in batch] == list(range(20))
     visited = [p.uid for batch in steps for _, p in batch]
     assert Counter(visited[:10]) == Counter(visited[10:]) == Counter(str(i) for i in range(10))
-    assert visited[:10] == [str(i) for i in data.order(10, 0, 0)] and visited[10:] == [str(i) for i in data.order(10, 0, 1)]
+    assert visited == [str(i) for epoch in (0, 1) for i in data.order(10, 0, epoch)]
     np.random.seed(1)
     assert data.problems_for_step(problems, 0, 3, 4) == steps[3]
     assert len(data.problems_for_step(problems[:3], 0, 0, 8)) == 8
@@ -176,29 +177,34 @@ BOILERPLATE = " The answer is m/n where m and n are relatively prime positive in
 
 def test_rows_of_every_known_layout_become_problems():
     rows = [{"problem": "p", "answer": 12, "problem_idx": 1}, {"question": "g", "answer": "2+1=3\n#### 1,003"},
-            {"id": "own", "problem": "i", "answer": " 5 ", "level": 2, "solution": "s"}, {"uid": "u", "question": "n", "answer": "1"},
+            {"id": "own", "problem": "i", "answer": " 5 ", "level": 2, "solution": "s"},
+            {"uid": "u", "question": "n", "answer": "1"},
             {"id": 60, "problem": "h", "answer": "033"}, {"uid": "two", "problem": "v", "answer": "1"},
             {"uid": "two", "problem": "w", "answer": "1"}]
     problems, dropped = data.normalise_rows(rows, "set")
-    assert problems == [Problem("set-00001", "p", "12"), Problem("set-00002", "g", "1003"), Problem("own", "i", "5", "2"),
-                        Problem("u", "n", "1"), Problem("set-00005", "h", "033"), Problem("set-00006", "v", "1"), Problem("set-00007", "w", "1")]
+    assert problems == [Problem("set-00001", "p", "12"), Problem("set-00002", "g", "1003"),
+                        Problem("own", "i", "5", "2"), Problem("u", "n", "1"), Problem("set-00005", "h", "033"),
+                        Problem("set-00006", "v", "1"), Problem("set-00007", "w", "1")]
     assert not any(dropped.values())
 
 
 def test_copies_merge_if_they_agree_and_all_go_if_they_do_not():
     rows = [{"problem": "Same  one?", "answer": "\\frac{1}{2}"}, {"problem": "same one?", "answer": "$\\frac{1}{2}$"},
-            {"problem": "torn?", "answer": "4"}, {"problem": "Torn?", "answer": "5"}, {"problem": "torn?", "answer": "4"},
-            {"problem": "", "answer": "5"}, {"problem": "x", "answer": None}, {"problem": "y", "answer": "\\frac{"}]
+            {"problem": "torn?", "answer": "4"}, {"problem": "Torn?", "answer": "5"},
+            {"problem": "torn?", "answer": "4"}, {"problem": "", "answer": "5"},
+            {"problem": "x", "answer": None}, {"problem": "y", "answer": "\\frac{"}]
     problems, dropped = data.normalise_rows(rows, "s")
     assert [p.uid for p in problems] == ["s-00001"]
     assert dropped == {"no question": 1, "no answer": 1, "unparsable answer": 1, "duplicate": 1, "copies disagree": 3}
 
 
 def test_overlap_finds_reworded_copies_and_ignores_common_phrases():
-    evaluation = [Problem("e1", STATEMENT.format(3, 4), "1"), Problem("e2", "A fair coin is tossed nine times in a row. Let p be the chance that no two heads ever stand "
-                                             "next to each other while at least one tail comes up early." + BOILERPLATE, "1"),
+    coin = ("A fair coin is tossed nine times in a row. Let p be the chance that no two heads ever stand next to each "
+            "other while at least one tail comes up early." + BOILERPLATE)
+    evaluation = [Problem("e1", STATEMENT.format(3, 4), "1"), Problem("e2", coin, "1"),
                   Problem("e3", "What is $2^{10}$?", "1")]
-    train = [Problem("copy", STATEMENT.format(3, 4).replace(" ", "  ").upper(), "1"), Problem("edit", STATEMENT.format(8, 9), "1"),
+    train = [Problem("copy", STATEMENT.format(3, 4).replace(" ", "  ").upper(), "1"),
+             Problem("edit", STATEMENT.format(8, 9), "1"),
              Problem("inside", "Story. " + STATEMENT.format(3, 4) + " Then double it." * 9, "1"),
              Problem("phrase", "In a triangle with sides 13, 14 and 15 the inscribed circle touches one side at P. "
                      "The ratio of areas is in lowest terms." + BOILERPLATE, "1"),

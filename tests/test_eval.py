@@ -14,7 +14,7 @@ import torch
 
 import eval as evaluation
 import toy
-from configurator import _find, _read_file
+from configurator import configure
 from data import Problem, load_problems, save_problems
 from model import CausalLM, ModelConfig, save_hf
 from rollout import Completion
@@ -72,12 +72,12 @@ def test_intervals_over_seeds_are_students():
 def test_dsr_and_err_count_only_problems_of_mixed_outcome():
     #            mixed                       all right, all wrong: both left out
     correct = [[1, 1, 1, 0, 0, 0], [1] * 6, [0] * 6]
-    reflects = [[0, 0, 1, 1, 1, 0], [1] * 6, [1] * 6]
+    reflects = [[0, 1, 1, 1, 1, 0], [1] * 6, [1] * 6]
     located = [[0, 0, 1, 1, 0, 0], [1] * 6, [1] * 6]
     result = evaluation.dsr_err(correct, reflects, located)
     assert result["mixed_problems"] == 1
-    assert result["DSR"] == pytest.approx(2 / 3)  # of three right responses two never reflect
-    assert result["ERR"] == pytest.approx(1 / 3)  # of three that reflect, one located the error and ends right
+    assert result["DSR"] == pytest.approx(1 / 3)  # of three right responses one never reflects
+    assert result["ERR"] == pytest.approx(1 / 4)  # of four that reflect, one located the error and ends right
     nothing = evaluation.dsr_err([[1, 1], [0, 0]], [[1, 1], [0, 1]], [[1, 1], [0, 0]])
     assert nothing["DSR"] is None and nothing["ERR"] is None and nothing["ERR_interval"] is None
     silent = evaluation.dsr_err([[1, 0]], [[0, 0]], [[0, 0]])
@@ -109,7 +109,9 @@ def test_toy_reflections_count_only_on_the_true_first_error():
     assert flags(question, failed + "Wait, 6 is too low. " + answer, True) == (True, True)
     assert flags(question, failed + "Wait, 6 is too high. " + answer, True) == (True, False)  # named wrongly
     assert flags(question, answer + " Wait, 8 is right. ", True) == (True, False)  # nothing was wrong
-    assert flags(question, failed.replace("21=21 low", "21=35 ok") + "Wait, 6 is too low. " + answer, True) == (True, False)
+    assert flags(question, failed + "Try 8: Wait, 6 is too low. " + answer, True) == (True, False)  # not on the error
+    bent = failed.replace("21=21 low", "21=35 ok")  # the error is the bent evidence, not the guess
+    assert flags(question, bent + "Wait, 6 is too low. " + answer, True) == (True, False)
     assert flags(question, answer, True) == (False, False)
     assert flags("any", "So 3. Wait, that is wrong. It is 4.", False) == (True, True)
     assert flags("any", "So 3.", False) == (False, False)
@@ -133,8 +135,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """run(**knobs) runs the script with these knobs and returns OUT.json."""
-    defaults = {"init_from": folder, "world": "findx", "n_problems": 6, "instruction": "", "samples": 4, "max_rows": 8,
-                "temperatures": (1.0,), "top_ps": (1.0,), "max_new_tokens": 12, "device": "cpu", "out": str(tmp_path / "e")}
+    defaults = {"init_from": folder, "world": "findx", "n_problems": 6, "instruction": "", "samples": 4,
+                "max_rows": 8, "temperatures": (1.0,), "top_ps": (1.0,), "max_new_tokens": 12,
+                "device": "cpu", "out": str(tmp_path / "e")}
 
     def call(**knobs):
         for key, value in (defaults | knobs).items():
@@ -163,8 +166,8 @@ def script(monkeypatch, answers):
 
 
 def write_problems(path, answers=("1", "2", "3"), levels=("", "", "")):
-    problems = [Problem(f"p{i}", f"{i}+0=?", a, level) for i, (a, level) in enumerate(zip(answers, levels, strict=True))]
-    save_problems(problems, path)
+    pairs = enumerate(zip(answers, levels, strict=True))
+    save_problems([Problem(f"p{i}", f"{i}+0=?", answer, level) for i, (answer, level) in pairs], path)
     return str(path)
 
 
@@ -253,8 +256,10 @@ def test_noise_depends_on_the_problem_and_not_on_its_company(run, tmp_path, monk
     calls = script(monkeypatch, {f"{i}+0=?": [RIGHT] for i in range(3)})
     knobs = {"world": "", "problems": write_problems(tmp_path / "set.jsonl")}
     run(**knobs, n_problems=0)
-    run(**knobs, n_problems=1, resume=False, temperatures=(0.6,), top_ps=(0.9,))
-    assert calls[0]["keys"][0] == calls[-1]["keys"][0] and len({key for c in calls[:-1] for key in c["keys"]}) == 3
+    save_problems([Problem("p2", "2+0=?", "3")], tmp_path / "last.jsonl")
+    run(world="", problems=str(tmp_path / "last.jsonl"), resume=False, temperatures=(0.6,), top_ps=(0.9,))
+    keys = [key for call in calls for key in call["keys"]]
+    assert len(set(keys[:3])) == 3 and keys[3:] == [keys[2]]
     assert (calls[-1]["temperature"], calls[-1]["top_p"], calls[-1]["max_new_tokens"]) == (0.6, 0.9, 12)
 
 
@@ -294,7 +299,8 @@ def test_several_problem_files_are_scored_apart(run, tmp_path, monkeypatch):
     save_problems([Problem("q", "7-6=?", "1")], tmp_path / "two.jsonl")
     one = write_problems(tmp_path / "one.jsonl", ("1", "1"), ("", ""))
     s = run(world="", problems=f"{one},{tmp_path}/two.jsonl", n_problems=0)["settings"]
-    assert [(x["set"], len(x["per_problem"]), x["pass@k"]["1"]["value"]) for x in s] == [("one", 2, 0.5), ("two", 1, 0.5)]
+    assert [(x["set"], len(x["per_problem"]), x["pass@k"]["1"]["value"]) for x in s] == [
+        ("one", 2, 0.5), ("two", 1, 0.5)]
 
 
 def test_the_difficulty_filter_keeps_the_bounds_and_writes_accuracies(run, tmp_path, monkeypatch, capsys):
@@ -354,11 +360,11 @@ def judged_run(run, tmp_path, monkeypatch, **knobs):
 
 
 def test_a_judge_decides_which_reflections_are_real(run, tmp_path, monkeypatch, judge):
-    Judge.replies = {"Wait, 7": "It is wrong {indeed}.\nLOCATED: yes DIAGNOSED: yes", "Wait, 8": "**LOCATED:** Yes, **DIAGNOSED:** no",
-                     "Wait, 6": "no idea"}
+    Judge.replies = {"Wait, 7": "First LOCATED: no DIAGNOSED: no?\nBut {no}.\nLOCATED: yes DIAGNOSED: yes",
+                     "Wait, 8": "**LOCATED:** Yes, **DIAGNOSED:** no", "Wait, 6": "no idea"}
     s = judged_run(run, tmp_path, monkeypatch, **judge)
     assert s["ERR"] == pytest.approx(4 / 5) and s["to_judge"] == 5
-    assert s["judged"] == 3 and s["ERR_judge"] == pytest.approx(1 / 3)  # 7 right, 8 not diagnosed, 7 ends wrong; 6 unjudged
+    assert s["judged"] == 3 and s["ERR_judge"] == pytest.approx(1 / 3)  # 7 right, 8 undiagnosed, 7 ends wrong; 6: none
     path, key, body = Judge.seen[0]
     assert path == "/v1/chat/completions" and key == "Bearer k3y" and body["model"] == "m" and len(Judge.seen) == 5
     assert judged_run(run, tmp_path, monkeypatch, **judge)["ERR_judge"] == s["ERR_judge"]
@@ -453,7 +459,8 @@ def test_the_comparison_command_prints_and_saves(run, tmp_path, monkeypatch, cap
 
 def test_tables_are_aligned_and_show_levels_and_missing_values():
     rows = {"a": [row("correct"), row("wrong")], "b": [row("truncated"), row("wrong")]}
-    s = {"set": "s", "temperature": 0.6, "top_p": 0.9, "samples": 2} | evaluation.summarise(rows, {"a": "1", "b": "2"}, (1, 2))
+    s = evaluation.summarise(rows, {"a": "1", "b": "2"}, (1, 2))
+    s |= {"set": "s", "temperature": 0.6, "top_p": 0.9, "samples": 2}
     lines = evaluation.results_table([s]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert "25.0 [0.0, 50.0]" in lines[1] and lines[2].startswith("  level 1") and lines[1].rstrip().endswith("-")
@@ -461,8 +468,6 @@ def test_tables_are_aligned_and_show_levels_and_missing_values():
 
 @pytest.mark.parametrize("name", ["eval_toy", "eval_aime", "filter_deepscaler"])
 def test_the_shipped_configs_are_valid(name):
-    knobs = vars(evaluation)
-    values = _read_file(_find(f"config/{name}.py", knobs), {k: v for k, v in knobs.items() if k == k.lower()})
-    c = SimpleNamespace(**({k: v for k, v in knobs.items() if isinstance(v, (str, int, float, tuple))} | values | {"init_from": "x"}))
+    c = SimpleNamespace(**configure(dict(vars(evaluation)), [f"config/{name}.py", "--init_from=x"]))
     evaluation.check_config(c)
     assert Counter(bool(v) for v in (c.world, c.problems)) == {True: 1, False: 1}

@@ -409,14 +409,16 @@ def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatc
     assert all(t.is_contiguous() for t in cache.k + cache.v)
 
 
-def test_several_tokens_at_once_can_follow_a_prompt():
-    """Guards: the mask of folded query heads for more than one new token."""
+def test_several_tokens_at_once_can_follow_a_prompt_at_positions_the_cache_knows():
+    """Guards: the mask of folded query heads for more than one new token; positions counted from the padding."""
     model, ids = random_model(tiny(kv_heads=1)), ids_of(2, 11)
+    prompts, starts, _ = left_padded([ids[0, :6].tolist(), ids[1, :4].tolist()])
     with torch.no_grad():
-        cache = KVCache(model.config, [0, 0], 11)
-        model(ids[:, :6], positions=torch.arange(6).expand(2, 6), cache=cache)
-        logits = model(ids[:, 6:], positions=torch.arange(6, 11).expand(2, 5), cache=cache)
-        torch.testing.assert_close(logits, logits_of(model, ids)[:, -1], atol=1e-5, rtol=1e-5)
+        cache = KVCache(model.config, starts, 11)
+        model(prompts, cache=cache)
+        logits = model(torch.stack([ids[0, 6:11], ids[1, 4:9]]), cache=cache)
+        expected = logits_of(model, ids)
+        torch.testing.assert_close(logits, torch.stack([expected[0, 10], expected[1, 8]]), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_of_a_prompt_is_never_read():

@@ -9,6 +9,7 @@ import pytest
 
 import reflect
 from data import Problem, load_tokenizer, render_prompt
+from metrics import means
 from reflect import Synthesis, build_reflection, parse_synthesis, select_candidates, split_at_divergence
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 
@@ -312,6 +313,7 @@ def test_without_tags_y_ref_diverges_where_it_stops_agreeing():
     ("x = 3.14. So.", "x = 3.2. Then. Ok.", "x = "), ("x = 3. So", "x = 3.5. Then. Ok.", "x = "),
     ("x = 1,000. So", "x = 1,200. Then. Ok.", "x = "), ("we subtract 5. So", "we subtotal 5. Then. Ok.", "we "),
     ("so \\frac{1}{2}. A", "so \\fbox{1}. Then. Ok.", "so "), ("x = 3. So", "x = 3. Wait. Ok.", "x = 3. "),
+    ("x = 3.5 So", "x = 3. Wait. Ok.", "x = "), ("x = 125. So", "x = 12. Wait. Ok.", "x = "),
 ])
 def test_divergence_never_cuts_a_number_a_word_or_a_command(wrong, body, prefix):
     assert untagged(body, wrong)[0] == prefix
@@ -335,6 +337,7 @@ def test_whitespace_before_the_reflection_that_y_minus_lacks_belongs_to_the_diag
 @pytest.mark.parametrize("reason, wrong, body", [
     ("empty_prefix", WRONG, "<reflection>Wait.</reflection> So 8."), ("empty_prefix", WRONG, "No. So 8. Ok."),
     ("empty_prefix", WRONG, " \n<reflection>Wait.</reflection> So 8."),
+    ("empty_prefix", "\n\nFirst, x = 3.", "<reflection>Wait.</reflection> So 8."),
     ("prefix_not_verbatim", WRONG, "First x = 3.<reflection> Wait.</reflection> So 8."),
     ("prefix_not_verbatim", WRONG, "Then, x = 3.<reflection> Wait.</reflection> So 8."),
     ("prefix_not_verbatim", WRONG, WRONG + " More.<reflection> Wait.</reflection> So 8."),
@@ -553,13 +556,13 @@ def test_metrics_match_a_count_by_hand():
         "unparsable", "unfinished", "prefix_not_verbatim", "too_long", "prompt_too_long",
     ]
     selected = {"eligible": 2, "candidates": 8, "skipped_truncated": 1}
-    m = reflect.reflect_metrics(reflect.reflect_sums(selected, outcomes))
+    m = means(reflect.reflect_sums(selected, outcomes))
     expected = selected | {
         "kept": 3, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3, "mixed_groups": 1 / 2, "length": 14 / 3,
         "logprob_prefix": -2, "logprob_diagnosis": -4, "logprob_correction": -4,
         "ots_prefix": 2, "ots_diagnosis": 0.35, "ots_correction": 3, "ots_first_diagnosis": 0.2}
     expected |= {f"dropped_{reason}": float(reason in outcomes) for reason in reflect.DROP_REASONS}
-    assert m == pytest.approx({f"reflect/{key}": value for key, value in expected.items()})
+    assert m == pytest.approx({f"{key}": value for key, value in expected.items()})
 
 
 def test_sums_of_two_ranks_add_up_to_those_of_one():
@@ -570,12 +573,14 @@ def test_sums_of_two_ranks_add_up_to_those_of_one():
     first, second = reflect.reflect_sums(selected, a), reflect.reflect_sums(selected, b)
     assert list(first) == list(second) == list(one)
     assert {k: first[k] + second[k] for k in first} == one
+    assert means(first)["verbatim"] == 1
+    assert "verbatim" not in means(second)  # nothing was preserved: no rate, not 100 %
 
 
 def test_a_step_without_candidates_has_counts_and_no_means():
-    m = reflect.reflect_metrics(reflect.reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
-    assert m["reflect/kept"] == m["reflect/eligible"] == m["reflect/dropped_unparsable"] == 0
-    assert not m.keys() & {f"reflect/{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}
+    m = means(reflect.reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
+    assert m["kept"] == m["eligible"] == m["dropped_unparsable"] == 0
+    assert not m.keys() & {f"{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}
 
 
 DOUBTS = ("42-21=21 low. Wait, 6 is too low. Try 8", "So x = 3.\nWait. It is", "Hmm, it is odd", "but wait, 3",

@@ -227,6 +227,14 @@ def test_a_run_without_reflections_says_not_logged_and_shows_ordinary_rollouts(w
     assert "Ordinary rollout" in page and "no evaluation files" in page
 
 
+def test_a_run_whose_constructions_all_fail_still_shows_why(tmp_path):
+    run = make_run(tmp_path / "tapo", reflections=False, steps=4)
+    rows = [{"step": s, "reflect/candidates": 9, "reflect/kept": 0, "reflect/dropped_too_long": 9} for s in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(tmp_path, run)
+    assert "too long <b>9</b>" in section(page, "reflections") and "Ordinary rollout" in section(page, "trajectories")
+
+
 def test_an_empty_run_makes_a_page_without_a_single_number(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
@@ -248,6 +256,14 @@ def test_twenty_trajectories_in_every_role_spread_over_training(page):
         assert "reward 1 · advantage +1" in card and "reward 0 · advantage −0.58" in card and "gold answer" in card
     for role in ("prefix", "diagnosis", "correction"):
         assert f".{role}{{--c:var(--{role})}}" in page and f"--{role}:#" in page
+
+
+def test_a_wrong_rollout_is_called_the_source_only_if_no_other_has_the_prefix():
+    construction = report.ROLLOUT | {"is_reflection": True, "completion_ids": [1, 2, 3], "roles": [0, 1, 2]}
+    siblings = [report.ROLLOUT | {"completion_ids": [1, n], "reward": 0.0} for n in (7, 8)]
+    assert "The wrong rollout it starts from" in report.card(construction, siblings[:1], None, "")
+    assert "A wrong rollout with this prefix" in report.card(construction, siblings, None, "")
+    assert "A wrong rollout of the group" in report.card(construction | {"roles": [2, 2, 2]}, siblings, None, "")
 
 
 def test_what_models_and_users_write_is_escaped_everywhere(tmp_path):
@@ -356,6 +372,11 @@ def test_bad_run_folders_are_one_line_errors(tmp_path, spoil, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         report.main([str(run)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_evaluation_is_named(world):
+    with pytest.raises(FileNotFoundError, match=r"--evals: no file .*nowhere\.json"):
+        report.main([str(world / "grpo"), f"--evals={world / 'nowhere.json'}"])
 
 
 def test_values_that_are_not_numbers_leave_a_gap_and_a_lone_spike_does_not_flatten_the_panel(tmp_path):

@@ -1,0 +1,324 @@
+"""The cold start trains what it says: no gradient from planted mistakes, one denominator, the same run after a resume."""
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import coldstart
+import reward
+import toy
+from checkpoint import checkpoints
+from data import load_tokenizer, render_prompt, save_problems
+from model import load_hf
+
+TINY = ["--init_from=scratch", "--world=findx", "--instruction=", "--template=short", "--hidden_size=16", "--intermediate_size=16",
+        "--num_hidden_layers=1", "--num_attention_heads=2", "--num_key_value_heads=1", "--head_dim=8", "--max_new_tokens=12",
+        "--batch_size=6", "--learning_rate=0.01", "--warmup_steps=2", "--tokens_per_microbatch=400", "--eval_interval=2",
+        "--eval_samples=2", "--n_eval=3", "--n_problems=(20, 3, 3)", "--save_interval=2", "--threads=1", "--max_steps=3"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def exact_grader(monkeypatch):
+    """Toy answers are integers: no worker process with sympy for the noise that an untrained model writes."""
+    def grade_many(texts, golds, **_):
+        found = [re.findall(r"\\boxed\{(\d+)\}", text)[-1:] for text in texts]
+        return [reward.Grade(float(a == [g]), "correct" if a == [g] else "wrong", a[0] if a else None) for a, g in zip(found, golds)]
+    monkeypatch.setattr(reward, "grade_many", grade_many)
+
+
+def run(folder, *more):
+    """coldstart.py in this process, as the command line would run it. The knobs are module globals: put them back."""
+    before = dict(vars(coldstart))
+    arguments = [*TINY, f"--out_dir={folder}", f"--problems_dir={folder}/data", *more]
+    try:
+        original = coldstart.configure
+        coldstart.configure = lambda knobs: original(knobs, arguments)
+        coldstart.main()
+    finally:
+        vars(coldstart).update(before)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_hf(folder / "final").state_dict()
+
+
+def config_of(**changes):
+    knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower() and isinstance(v, (bool, int, float, str, tuple))}
+    return SimpleNamespace(**knobs | {"seed": 0, "world": "findx", "instruction": ""} | changes)
+
+
+def tiny_model(tokenizer):
+    c = config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    return coldstart.start_model(c, "scratch", "cpu")[1]
+
+
+# --- rows ---
+
+def test_a_row_is_the_rendered_prompt_the_completion_and_the_stop_token(tokenizer):
+    row = coldstart.encode(tokenizer, "x*7-21=35", "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
+    assert row.prompt_ids == render_prompt(tokenizer, "x*7-21=35", "")
+    assert tokenizer.decode(row.completion_ids) == "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}<|im_end|>"
+    assert row.loss_mask == [1.0] * len(row.completion_ids)
+
+
+def test_tokens_of_a_planted_mistake_carry_no_loss_and_their_neighbours_do(tokenizer):
+    text = "Try 12: 12*7=84, 84-21=63 high. Answer: \\boxed{12}"
+    row = coldstart.encode(tokenizer, "x*7-21=35", text, [(4, 6), (len(text) - 3, len(text) - 1)])
+    shown = "".join(tokenizer.decode([i]) if m else "_" for i, m in zip(row.completion_ids, row.loss_mask))
+    assert shown == "Try __: 12*7=84, 84-21=63 high. Answer: \\boxed{__}<|im_end|>"
+
+
+def test_every_masked_character_of_the_toy_examples_is_masked_as_tokens(tokenizer):
+    c = config_of(batch_size=64)
+    for row in coldstart.toy_rows(tokenizer, [p.question for p in toy.make_problems("findx", "train", 50)], c, step=0):
+        text = tokenizer.decode(row.completion_ids)
+        shown = "".join(tokenizer.decode([i]) if m else "_" * len(tokenizer.decode([i])) for i, m in zip(row.completion_ids, row.loss_mask))
+        if text.startswith("<analysis>"):
+            assert shown == text
+        else:  # a first guess with a failed check is masked, everything else is not
+            failed = re.match(r"Try (\d+): .*? (low|high)\. ", text)
+            assert shown.startswith("Try _") == bool(failed)
+
+
+def test_collate_shifts_once_and_pads_on_the_right():
+    rows = [coldstart.Row([5, 6], [7, 8, 2], [0.0, 1.0, 1.0]), coldstart.Row([5], [9, 2], [1.0, 1.0])]
+    inputs, targets, mask = coldstart.collate(rows)
+    assert inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
+
+
+# --- the update ---
+
+def gradients(model, rows, **changes):
+    """What update() leaves in the weights' gradients, with an optimizer that does nothing."""
+    found = []
+    optimizer = SimpleNamespace(step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
+                                zero_grad=lambda set_to_none: model.zero_grad())
+    stats = coldstart.update(model, optimizer, rows, config_of(grad_clip=1e9, **changes), "cpu", torch.autocast("cpu", enabled=False))
+    return found, stats
+
+
+def test_a_masked_token_gets_no_gradient_whatever_it_is(tokenizer):
+    model = tiny_model(tokenizer)
+    prompt, target = tokenizer("x*7")["input_ids"], tokenizer("84")["input_ids"]
+    # the last completion token is masked: nothing is predicted from it, so it can only matter as a target
+    rows = [[coldstart.Row(prompt, [*target, last], [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
+    (one, loss_one), (two, loss_two) = (gradients(model, r) for r in rows)
+    assert loss_one == loss_two and loss_one["train/trained_tokens"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    # the same token with its mask on does matter
+    rows[0][0].loss_mask[-1] = 1.0
+    assert any(not torch.equal(a, b) for a, b in zip(one, gradients(model, rows[0])[0]))
+
+
+def test_loss_and_gradient_are_the_formula_and_do_not_depend_on_the_microbatches(tokenizer):
+    model = tiny_model(tokenizer)
+    rows = coldstart.toy_rows(tokenizer, [p.question for p in toy.make_problems("findx", "train", 50)], config_of(batch_size=7), 0)
+    whole, stats = gradients(model, rows, tokens_per_microbatch=10 ** 6)
+    parts, parted = gradients(model, rows, tokens_per_microbatch=1)
+    total, count = 0.0, 0.0
+    for r in rows:  # straight from the definition, row by row
+        ids = torch.tensor([r.prompt_ids + r.completion_ids])
+        logprobs = torch.log_softmax(model(ids[:, :-1]) @ model.head_weight.T, -1).gather(-1, ids[:, 1:, None])[0, :, 0]
+        total = total - (logprobs[len(r.prompt_ids) - 1:] * torch.tensor(r.loss_mask)).sum()
+        count += sum(r.loss_mask)
+    assert stats["train/trained_tokens"] == count
+    assert stats["train/loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert parted["train/loss"] == pytest.approx(stats["train/loss"], rel=1e-5)
+    expected = torch.autograd.grad(total / count, list(model.parameters()))
+    for a, b, e in zip(whole, parts, expected):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+# --- runs ---
+
+def test_three_steps_end_to_end_leave_a_model_problem_files_and_metrics(tmp_path):
+    run(tmp_path)
+    rows = metrics(tmp_path)
+    assert [r["step"] for r in rows] == [1, 2, 3] and all(r["train/grad_norm"] > 0 for r in rows)
+    assert [("eval/pass1" in r) for r in rows] == [False, True, True]
+    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 61
+    assert len((tmp_path / "data" / "findx_train.jsonl").read_text().splitlines()) == 20
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(tmp_path)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
+    run(tmp_path / "whole", "--max_steps=5")
+    steps = []
+    original = coldstart.update
+
+    def dies_in_its_fourth_step(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(coldstart, "update", dies_in_its_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", "--max_steps=5")
+    assert [folder.name for folder in checkpoints(tmp_path / "killed")] == ["step_000002"]
+    run(tmp_path / "killed", "--max_steps=5", "--resume=True")
+    timeless = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(tmp_path / name)]
+                for name in ("whole", "killed")]
+    assert timeless[0] == timeless[1] and len(steps) == 7
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(coldstart, "measure", lambda *args: {"eval/pass1": 0.5})
+    run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4")
+    assert [r["step"] for r in metrics(tmp_path)] == [1, 2]
+    run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4", "--resume=True")
+    assert len(metrics(tmp_path)) == 2
+
+
+def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path, tokenizer):
+    run(tmp_path / "start", "--max_steps=1")
+    problems = toy.make_problems("findx", "train", 4)
+    save_problems(problems, tmp_path / "solved.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "solved.jsonl").read_text().splitlines()]
+    for row, p in zip(lines, problems):
+        row["solution"] = toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))
+    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    source = ["--world=", f"--init_from={tmp_path / 'start' / 'final'}", f"--problems={tmp_path / 'solved.jsonl'}", "--max_steps=0"]
+    run(tmp_path / "taught", *source, "--epochs=6", "--batch_size=4")
+    losses = [r["train/loss"] for r in metrics(tmp_path / "taught")]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    del lines[2]["solution"]
+    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(ValueError, match="problem 3 has no \"solution\""):
+        run(tmp_path / "again", *source)
+
+
+@pytest.mark.parametrize("knob, message", [
+    ("--init_from=", "init_from"), ("--world=findy", "findy"), ("--problems=x.jsonl", "exactly one"), ("--max_steps=0", "max_steps"),
+    ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
+def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, knob)
+    assert not list(tmp_path.iterdir())
+
+
+# --- the paper's examples ---
+
+@pytest.fixture
+def scripted(monkeypatch, tokenizer):
+    """A policy that answers every question wrong, then right, and every synthesis prompt with the perfect construction."""
+    calls = []
+
+    def generate(model, prompts, n, *, keys, **_):
+        result = []
+        for prompt, _key in zip(prompts, keys):
+            text = tokenizer.decode(prompt).removeprefix("<|user|>").removesuffix("<|assistant|>")
+            question = text.split("\n")[0]
+            answer = toy.answer_of(question)
+            wrong = toy.trial(question, answer + 1) + toy.boxed(answer + 1)
+            right = toy.trial(question, answer) + toy.boxed(answer)
+            if text.endswith("<micro>"):
+                analysis, prefix, reflection, correction = toy.construction(question, wrong)
+                texts = [f"<analysis>{analysis}</analysis><reconstruction>{prefix}<reflection>{reflection}</reflection>{correction}"
+                         "</reconstruction>"] * n
+            else:
+                calls.append(question)
+                texts = [wrong, right] * (n // 2)
+            ids = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
+            result.append([coldstart_completion(i) for i in ids])
+        return result
+
+    import train
+    monkeypatch.setattr(coldstart, "generate", generate)
+    monkeypatch.setattr(train, "generate", generate)
+    return calls
+
+
+def coldstart_completion(ids):
+    from rollout import Completion
+    return Completion(ids, [0.0] * len(ids), True)
+
+
+def rollout_config(tmp_path, tokenizer, n=7, **changes):
+    problems = [p for p in toy.make_problems("findx", "train", 3000) if p.question.startswith("x") and "+" in p.question
+                and int(p.answer) < 9 and toy.in_range(toy.calculate(p.question, int(p.answer) + 1))][:n]
+    save_problems(problems, tmp_path / "problems.jsonl")
+    if not (tmp_path / "policy").exists():
+        from model import save_hf
+        save_hf(tiny_model(tokenizer), tokenizer, tmp_path / "policy")
+    return config_of(init_from=str(tmp_path / "policy"), problems=str(tmp_path / "problems.jsonl"), out_dir=str(tmp_path), world="",
+                     template="short", queries_per_round=3, samples_per_prompt=2, max_new_tokens=54, max_synthesis_tokens=100, **changes)
+
+
+def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(tmp_path, tokenizer, scripted):
+    rows = coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer, n_sft=4, n_ift=3), "cpu")
+    assert len(rows) == 7 and len(scripted) == len(set(scripted)) == 7
+    for row in rows[:4]:
+        text = tokenizer.decode(row.completion_ids)
+        shown = "".join(tokenizer.decode([i]) for i, m in zip(row.completion_ids, row.loss_mask) if m)
+        assert text.startswith("Try ") and re.fullmatch(r"Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>", shown)
+        assert "<micro>" not in tokenizer.decode(row.prompt_ids)
+    for row in rows[4:]:
+        assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>") and set(row.loss_mask) == {1.0}
+        assert tokenizer.decode(row.completion_ids).startswith("<analysis>")
+
+
+def test_at_most_one_example_per_query_and_no_more_queries_than_needed(tmp_path, tokenizer, scripted):
+    rows = coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1), "cpu")
+    assert len(rows) == 3 and len(scripted) == 3  # one round of three was enough
+
+
+def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scripted):
+    c = rollout_config(tmp_path, tokenizer, n_sft=5, n_ift=2)
+    stop_ids = (tokenizer.eos_token_id,)
+    whole = coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu")
+    lines = (tmp_path / "examples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "examples.jsonl").write_text(lines[0] + lines[1][:40])  # killed while it wrote the second round
+    del scripted[:]
+    assert coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu") == whole
+    assert len(scripted) == 4                                           # rounds two and three only
+    del scripted[:]
+    assert coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu") == whole and scripted == []
+
+
+def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkeypatch):
+    build = coldstart.reflect.build_reflection
+
+    def spoil(*args, **kwargs):
+        y_ref = build(*args, **kwargs)
+        y_ref.text = y_ref.text.replace("boxed{", "boxed{1")
+        return y_ref
+    monkeypatch.setattr(coldstart.reflect, "build_reflection", spoil)
+    with pytest.raises(ValueError, match="gave no example .*wrong"):
+        coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer), "cpu")
+
+
+def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tokenizer, scripted, monkeypatch):
+    c = rollout_config(tmp_path, tokenizer, eval_samples=2)
+    c.world = "findx"
+    held_out = [p for p in coldstart.load_problems(c.problems)]
+    model = tiny_model(tokenizer)
+    prompts = coldstart.render_prompts(tokenizer, held_out, model, c)
+    found = coldstart.measure(model, tokenizer, held_out, prompts, (tokenizer.eos_token_id,), c)
+    assert found == {"eval/pass1": 0.5, "eval/truncated": 0.0, "eval/reflects_after_error": 0.0, "eval/parsed": 1.0,
+                     "eval/constructed": 1.0, "eval/right": 1.0, "eval/localised": 1.0}
+    construction = toy.construction
+
+    def early(question, wrong):  # stops before the evidence is complete
+        analysis, prefix, reflection, correction = construction(question, wrong)
+        return analysis, prefix[:prefix.index(", ") + 2], reflection, correction
+    monkeypatch.setattr(toy, "construction", early)
+    found = coldstart.measure(model, tokenizer, held_out, prompts, (tokenizer.eos_token_id,), c)
+    assert found["eval/localised"] == 0.0 and found["eval/right"] == 1.0
