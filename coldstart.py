@@ -1,12 +1,12 @@
 """The cold start (§3.2): supervised training on two formats at once, so that RL begins with a policy that can reflect.
 
-    python coldstart.py config/coldstart_toy.py                          # from nothing on one CPU thread, minutes
-    python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl --from_rollouts=True   # the paper's way
-    python coldstart.py --init_from=out/small --problems=solved.jsonl --out_dir=out/taught    # lines with a "solution" key
+    python coldstart.py config/coldstart_toy.py                       # from nothing on one CPU thread, minutes
+    python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl --from_rollouts=True   # the paper's
+    python coldstart.py --init_from=out/small --problems=solved.jsonl --out_dir=out/taught   # lines with a "solution"
 
-SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One masked cross-entropy over
-both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling, cached in
-out_dir/examples.jsonl, so that an interrupted sampling phase goes on), or from solutions that somebody wrote.
+SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One masked cross-entropy
+over both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling,
+cached in out_dir/examples.jsonl, so that an interrupted phase goes on), or from solutions that somebody wrote.
 The result is out_dir/final, a Hugging Face folder.
 Deliberately missing: several processes; pages of examples packed into one row.
 """
@@ -50,19 +50,19 @@ instruction = BOXED_INSTRUCTION  # appended to every question, as in RL; '' for 
 out_dir = "out/coldstart"
 resume = False
 seed = 0
-# --- the set (from_rollouts) -------------------------------------------------------------------------------------------
+# --- the set (from_rollouts) -----------------------------------------------------------------------------------------
 n_sft = 30000                  # question -> trajectory
 n_ift = 15000                  # synthesis prompt -> analysis + reconstruction
 queries_per_round = 64         # sampled between two writes to examples.jsonl
 samples_per_prompt = 8
 template = "long"              # synthesis prompt (reflect.TEMPLATES)
 max_synthesis_tokens = 0       # cap of an IFT answer; 0 = 2 * max_new_tokens
-train_prefix = False           # True also trains the preserved wrong reasoning of an SFT trajectory: it teaches mistakes
-# --- sampling, here and in the evaluation --------------------------------------------------------------------------------
+train_prefix = False           # True also trains the preserved wrong reasoning of y_ref: it teaches mistakes
+# --- sampling, here and in the evaluation ----------------------------------------------------------------------------
 max_new_tokens = 8192
 temperature = 1.0
 max_rows = 256                 # rows that decode at once
-# --- the optimiser -------------------------------------------------------------------------------------------------------
+# --- the optimiser ---------------------------------------------------------------------------------------------------
 epochs = 3                     # over a fixed set; sets max_steps
 max_steps = 0                  # of a toy world, whose examples never repeat
 batch_size = 32                # examples a step
@@ -74,7 +74,7 @@ beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0
 tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
-# --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------------
+# --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------
 eval_interval = 200            # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem
 n_eval = 150                   # held-out problems of a toy world
@@ -86,7 +86,7 @@ keep_last = 1
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
-# --- the new model of init_from = 'scratch' -----------------------------------------------------------------------------------
+# --- the new model of init_from = 'scratch' --------------------------------------------------------------------------
 hidden_size = 64
 intermediate_size = 160
 num_hidden_layers = 4
@@ -104,7 +104,7 @@ def check_config(c: SimpleNamespace) -> None:
     if not c.init_from:
         raise ValueError("init_from is not set; pass a Hugging Face folder or hub id, or 'scratch' with a toy world")
     if bool(c.world) == bool(c.problems):
-        raise ValueError(f"world = {c.world!r}, problems = {c.problems!r}: exactly one says where the examples come from")
+        raise ValueError(f"world = {c.world!r}, problems = {c.problems!r}: set exactly one, the source of examples")
     if c.world and c.world not in toy.WORLDS:
         raise ValueError(f"world = {c.world!r} is unknown; use one of {', '.join(map(repr, toy.WORLDS))}")
     if c.world and c.max_steps < 1:
@@ -117,7 +117,8 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set eval_problems")
     if c.template not in reflect.TEMPLATES:
         raise ValueError(f"template = {c.template!r} is unknown; use one of {', '.join(map(repr, reflect.TEMPLATES))}")
-    for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch", "keep_last"):
+    for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch",
+                "keep_last"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
     if c.from_rollouts and c.samples_per_prompt < 2:
@@ -137,10 +138,12 @@ class Row:
 
 
 def encode(tokenizer, prompt: str, completion: str, no_loss=(), instruction: str = "") -> Row:
-    """Text to ids; a token that touches one of the no_loss (start, end) character spans of the completion carries no loss."""
+    """Text to ids; a token that touches a no_loss (start, end) character span of the completion carries no loss."""
     encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [float(all(high <= start or low >= end for start, end in no_loss)) for low, high in encoded["offset_mapping"]]
-    return Row(render_prompt(tokenizer, prompt, instruction), [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, 1.0])
+    mask = [float(all(high <= start or low >= end for start, end in no_loss))
+            for low, high in encoded["offset_mapping"]]
+    completion_ids = [*encoded["input_ids"], tokenizer.eos_token_id]
+    return Row(render_prompt(tokenizer, prompt, instruction), completion_ids, [*mask, 1.0])
 
 
 def collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -162,7 +165,8 @@ def collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
     """The batch of one step: a function of (seed, step), so that resuming needs no state."""
     rng = np.random.default_rng((c.seed, EXAMPLES, step))
-    examples = [toy.example(rng, questions[i], toy.SHARES[c.world]) for i in rng.integers(len(questions), size=c.batch_size)]
+    drawn = [questions[i] for i in rng.integers(len(questions), size=c.batch_size)]
+    examples = [toy.example(rng, question, toy.SHARES[c.world]) for question in drawn]
     return [encode(tokenizer, e.prompt, e.completion, e.no_loss) for e in examples]
 
 
@@ -173,7 +177,7 @@ def solution_rows(tokenizer, c) -> list[Row]:
         found = [json.loads(line) for line in lines if line.strip()]
     missing = [i for i, row in enumerate(found, 1) if not row.get("solution")]
     if missing:
-        raise ValueError(f"{c.problems}: problem {missing[0]} has no \"solution\"; add one, or pass --from_rollouts=True")
+        raise ValueError(f"{c.problems}: problem {missing[0]} has no \"solution\"; add it, or use --from_rollouts=True")
     return [encode(tokenizer, row.get("question") or row["problem"], row["solution"], instruction=c.instruction)
             for row in found]
 
@@ -186,7 +190,8 @@ def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) 
     """One (wrong, right) pair per query where there is one, its synthesis, and what became of it: [result].
 
     rollouts are scored ones, problem_of {query: Problem}. A result has query, uid, outcome ('kept', 'wrong' or one of
-    reflect.DROP_REASONS), the texts `wrong` and `synthesis`, `prefix` if something was built, and if kept ids for both formats.
+    reflect.DROP_REASONS), the texts `wrong` and `synthesis`, `prefix` if something was built, and if kept the ids of
+    both formats.
     """
     pairs, _ = reflect.select_candidates(rollouts, n_pos=1, n_neg=1, m_max=1, key=(c.seed, PAIRING, number))
     limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
@@ -207,8 +212,8 @@ def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) 
         result = {"query": wrong.query, "uid": wrong.uid, "outcome": y_ref, "wrong": wrong.text,
                   "synthesis": completion_text(tokenizer, synthesis)}
         if isinstance(y_ref, Rollout):
-            n = y_ref.roles.count(PREFIX)
-            result |= {"outcome": "kept" if y_ref.reward > 0 else "wrong", "prefix": tokenizer.decode(y_ref.completion_ids[:n])}
+            prefix = y_ref.completion_ids[:y_ref.roles.count(PREFIX)]
+            result |= {"outcome": "kept" if y_ref.reward > 0 else "wrong", "prefix": tokenizer.decode(prefix)}
             if y_ref.reward > 0 and synthesis.finished:
                 result |= {"prompt_ids": wrong.prompt_ids, "completion_ids": y_ref.completion_ids, "roles": y_ref.roles,
                            "synthesis_prompt_ids": prompt_ids, "synthesis_ids": synthesis.ids}
@@ -232,7 +237,8 @@ def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
         if model is None:
             model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer))
         number = len(rounds)
-        queries = problems_for_step(training, c.seed, number, c.queries_per_round)[:len(training) - number * c.queries_per_round]
+        queries = problems_for_step(training, c.seed, number, c.queries_per_round)
+        queries = [(query, problem) for query, problem in queries if query < len(training)]  # one epoch, no more
         prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
         rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
         score(rollouts, dict(queries))
@@ -245,13 +251,14 @@ def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
     bar.close()
     if not usable:
         outcomes = sorted({result["outcome"] for results in rounds for result in results})
-        raise ValueError(f"{len(training)} problems gave no example (pairs came to: {', '.join(outcomes) or 'there were none'}); "
+        raise ValueError(f"{len(training)} problems gave no example (of its pairs: {', '.join(outcomes) or 'none'}); "
                          "start from a model that solves some of them, or raise samples_per_prompt")
     # distinct trajectories while there are enough of them, else some are seen in both formats
     sft, ift = usable[:c.n_sft], usable[max(0, len(usable) - c.n_ift):]
-    print(f"{len(usable):,} trajectories from {len(training):,} problems -> {len(sft):,} SFT + {len(ift):,} IFT examples")
+    print(f"{len(training):,} problems -> {len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
     return [Row(r["prompt_ids"], r["completion_ids"], [float(c.train_prefix or role != PREFIX) for role in r["roles"]])
-            for r in sft] + [Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in ift]
+            for r in sft] + [
+            Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in ift]
 
 
 def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, list[int]]:
@@ -269,9 +276,9 @@ def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, li
 def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> dict[str, float]:
     """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
 
-    reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses for the
-    model's own wrong responses, the share that is parsed; of those that gave a trajectory, the shares that end right and
-    that are localised (keep exactly what stands before the end of the first error).
+    reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses
+    for the model's own wrong responses, the shares that are parsed and that give a trajectory (constructed); of these,
+    the shares that end right and that are localised (keep exactly what stands before the end of the first error).
     """
     queries = list(enumerate(held_out))
     several = SimpleNamespace(**vars(c) | {"samples_per_prompt": c.eval_samples})
@@ -283,11 +290,13 @@ def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> 
         results = construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, 0)
         built = [r for r in results if r["outcome"] in ("kept", "wrong")]
         counts |= {
-            "reflects_after_error": [r.text[end:].startswith("Wait, ") for r, end in zip(rollouts, errors, strict=True) if end],
+            "reflects_after_error": [r.text[end:].startswith("Wait, ")
+                                     for r, end in zip(rollouts, errors, strict=True) if end],
             "parsed": [r["outcome"] not in ("unfinished", "unparsable") for r in results],
             "constructed": [r in built for r in results],
             "right": [r["outcome"] == "kept" for r in built],
-            "localised": [len(r["prefix"]) == toy.first_error(held_out[r["query"]].question, r["wrong"]) for r in built]}
+            "localised": [len(r["prefix"]) == toy.first_error(held_out[r["query"]].question, r["wrong"])
+                          for r in built]}
     return {f"eval/{name}": sum(values) / len(values) for name, values in counts.items() if values}
 
 
@@ -389,9 +398,9 @@ def main() -> None:
             with autocast:
                 metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c)
             stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
-            bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | " + " | ".join(
-                f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items() if name.startswith("eval/"))
-                + f" | {time.perf_counter() - started:.0f} s")
+            shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
+            bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | {shown} | "
+                      f"{time.perf_counter() - started:.0f} s")
         with open(out / "metrics.jsonl", "a") as log:
             log.write(json.dumps({"step": done} | metrics | {"time/elapsed": time.perf_counter() - started}) + "\n")
         if stop:

@@ -473,9 +473,9 @@ class CausalLM(nn.Module):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
         Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
-        are of softmax(logits / temperature), what was sampled (trap 2). teacher = (hidden (B,T,d), head_weight (V,d) or
-        None, beta, clip) adds divergence (B,T). Decoding: rows left-padded, positions (B,T) or None, the first call on a
-        cache holds the whole prompt; logits are not divided by the temperature."""
+        are of softmax(logits / temperature), what was sampled (trap 2). teacher (see teacher_divergence) adds divergence
+        (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt; positions (B,T) follow from
+        the cache where not given; logits are not divided by the temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
         prefill = cache is not None and cache.length == 0
         if positions is None:  # right-padded rows start at column 0, those of a cache at its `starts`

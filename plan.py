@@ -1,11 +1,12 @@
 """What a run will cost, from config.json and the knobs alone, before anything is loaded.
 
-    python train.py config/aime.py --plan=True
+    python train.py config/aime.py --plan=True                          # for the GPUs that config/aime.py names
+    python train.py config/toy.py --plan=True --plan_gpus=2 --plan_gpu_gb=24
 
 Every number follows from model.py: parameters are counted on the meta device, activations are what a block leaves for its
-backward pass, the sampler's share is its cache. tests/test_plan.py holds each formula against measured bytes. Responses
-are taken at their cap, so a plan is an upper bound; it is memory of tensors: USABLE leaves the rest of a GPU to the CUDA
-context, NCCL and fragmentation. Deliberately missing: time, which depends on the machine.
+backward pass, sampling is its cache. tests/test_plan.py holds the formulas against measured bytes. Responses are taken at
+their cap, so this is an upper bound; it counts tensors, and USABLE leaves the rest of a GPU to the CUDA context, NCCL and
+fragmentation. Deliberately missing: time, which depends on the machine; fp32 attention on a GPU where no fused kernel exists.
 """
 import json
 import os
@@ -18,8 +19,8 @@ from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, flops_pe
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
-SYNTHESIS_WORDS = 600     # tokens of the synthesis prompt beside its question and the two responses (reflect.TEMPLATES: 530)
-ASSUMED_PROMPT = 1024     # tokens of the longest prompt, where there is no problem file to look at
+SYNTHESIS_WORDS = 600     # tokens of a synthesis prompt beside its question and the two responses (reflect.TEMPLATES: 530)
+ASSUMED_PROMPT = 1024     # tokens of the longest prompt where there is no problem file yet; DeepScaleR's is about that
 
 
 def read_model_config(init_from: str) -> ModelConfig:
@@ -33,8 +34,8 @@ def read_model_config(init_from: str) -> ModelConfig:
         try:
             path = Path(hf_hub_download(init_from, "config.json"))
         except Exception as e:  # no network, no such repository: the hub's own text runs over many lines
-            raise FileNotFoundError(f"the hub did not serve config.json of {init_from!r} ({type(e).__name__}); put that one "
-                                    "file into a folder and pass --init_from=FOLDER") from None
+            raise FileNotFoundError(f"{init_from!r} is no folder here and the hub did not serve its config.json "
+                                    f"({type(e).__name__}); put that one file into a folder, --init_from=FOLDER") from None
     try:
         return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as e:
@@ -42,92 +43,175 @@ def read_model_config(init_from: str) -> ModelConfig:
 
 
 def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool, device: str) -> tuple[int, int, int]:
-    """Bytes per token saved for the backward pass: (by one block, as a block's input, by embedding + final norm + head).
+    """Bytes per token kept for the backward pass: (inside one block, as a block's input, by embedding + final norm + head).
 
     Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts its input for itself.
-    Sharded bf16 is FSDP's mixed precision: everything is bf16. A CPU has no fused RMSNorm and keeps x and x / rms in fp32.
+    Sharded bf16 is FSDP's mixed precision: all of it is bf16. A CPU's RMSNorm is not fused: it keeps x and x / rms in fp32.
     """
-    d, ff, hs = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv, heads = config.num_attention_heads * hs, config.num_key_value_heads * hs, config.num_attention_heads
-    autocast = dtype == "bfloat16" and not sharded
-    c = 2 if dtype == "bfloat16" else 4          # a product's operands and result
+    d, ff, heads, kv_heads = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+    q, kv, autocast = heads * config.head_dim, kv_heads * config.head_dim, dtype == "bfloat16" and not sharded
+    c = 2 if dtype == "bfloat16" else 4          # operands and results of products
     r = 4 if autocast else c                     # the residual stream, and what RMSNorm reads
     qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
 
     def norm(size, rows):
-        return size * (r if device == "cuda" else 8) + 4 * rows  # its input (on a CPU also normalised), 1 / rms per row
+        return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
 
-    block = norm(d, 1) + qkv_inputs * d * c                     # input_layernorm; what q_proj, k_proj, v_proj read
-    if config.qk_norm:
-        block += norm(q, heads) + norm(kv, config.num_key_value_heads)
-    block += (3 * q + 2 * kv) * c + 4 * heads                   # rotated q and k, v, result as (nh,T) and as (T,nh), log-sum-exp
-    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c       # MLP: gate, silu(gate), up, their product
-    return block, d * r, norm(d, 1) + d * r + 24       # 24: ids, targets (int64), log-sum-exp, entropy
+    block = norm(d, 1) + qkv_inputs * d * c                      # input_layernorm; what q_proj, k_proj, v_proj read
+    block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
+    block += (2 * q + 2 * kv) * c + 4 * heads + q * c            # attention: rotated q, k, v, result, log-sum-exp; o_proj's input
+    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c        # MLP: gate, silu(gate), up, their product
+    return block, d * r, norm(d, 1) + d * r + 24                 # 24: ids and targets (int64), log-sum-exp, entropy
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
     """Keys and values of `rows` rows; columns come in whole blocks."""
     columns = -(-columns // CACHE_BLOCK) * CACHE_BLOCK
-    heads = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return rows * columns * heads * (2 if dtype == "bfloat16" else 4)
+    per_column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return rows * columns * per_column * (2 if dtype == "bfloat16" else 4)
 
 
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int, tokens_per_microbatch: int,
-                dtype: str, world_size: int = 1, samples_per_prompt: int = 1, synthesis_rows: int = 0,
-                max_synthesis_tokens: int = 0, reference_model: bool = True, checkpoint_activations: bool = False,
-                offload: bool = False, device: str = "cuda") -> dict[str, int]:
-    """Bytes on one GPU by part, and their sums 'persistent', 'update', 'sampling' and 'peak'.
+                dtype: str, samples_per_prompt: int = 1, reflections: int = 0, max_synthesis_tokens: int = 0,
+                world_size: int = 1, offload: bool = False, reference_model: bool = True, full_divergence: bool = False,
+                checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
+    """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'.
 
-    world_size: processes that one copy of the model is sharded over (FSDP2). synthesis_rows: reflections that one process
-    writes at once, 0 for methods without. dtype: of products; masters, gradients and AdamW's moments are fp32.
-    peak = persistent + max(update, sampling): gradients and activations are gone when sampling begins.
+    peak = persistent + max(update, sampling): gradients and activations are gone when sampling begins. Lengths in tokens.
+    dtype: of products; masters, gradients and AdamW's moments are fp32. world_size: processes that share one copy of the
+    model (FSDP2). reflections: a process writes at most so many a step. full_divergence: OPSD over the whole vocabulary.
     """
     with torch.device("meta"):
         model = CausalLM(config)
-    params, blocks, L = list(model.parameters()), model.model["layers"], config.num_hidden_layers
-    total, block = sum(p.numel() for p in params), sum(p.numel() for p in blocks[0].parameters())
-    root = total - L * block                                 # embedding, final norm, head: FSDP's root unit
-    c, sharded, V = 2 if dtype == "bfloat16" else 4, world_size > 1, config.num_tokens
-    autocast, linear = dtype == "bfloat16" and not sharded, sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
-    head = config.vocab_size * config.hidden_size
-    kept = 0 if offload else 4 * -(-total // world_size)     # one fp32 copy of this process's shard
-
-    parts = {"weights": kept, "moments": 2 * kept + 4 * len(params), "reference": kept * reference_model}
+    params, blocks, L, V = list(model.parameters()), model.model["layers"], config.num_hidden_layers, config.num_tokens
+    total, block = (sum(p.numel() for p in some) for some in (params, blocks[0].parameters()))
+    root, head = total - L * block, config.vocab_size * config.hidden_size   # root: embedding, final norm, head, one FSDP unit
+    c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
+    autocast, matrices = c == 2 and not sharded, sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    share = 0 if offload else 4 * -(-total // world_size)                    # fp32, one number a parameter
+    parts = {"weights": share, "moments": 2 * share + 4 * len(params), "reference": share * reference_model}
     persistent = sum(parts.values())
 
-    # the update: one micro-batch, whose longest row may exceed the budget
+    # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
     tokens = max(tokens_per_microbatch, longest_prompt + max_new_tokens)
-    of_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded, device=device)
-    forward = tokens * (3 * config.intermediate_size * c + 4 * of_input)               # a block's temporaries, no gradient
-    backward = tokens * (2 * config.intermediate_size * c + of_input - of_ends)        # the head's states are gone by then
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK.get(device, 2**24) // V))
-    copies = (8 if c == 4 else 10) if chunk == tokens else 16 if device == "cpu" and c == 2 else 12  # of one chunk's logits
-    dhead = 4 * head if not sharded else c * head            # its gradient waits: for the embedding's if tied, for FSDP's root
+    in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded, device=device)
+    mlp = config.intermediate_size * c
+    forward = tokens * (3 * mlp + 4 * of_input)                # temporaries of a block without gradient (the reference), ...
+    backward = tokens * (2 * mlp + of_input - of_ends)         # ... and of the last one's backward; the head's states are freed
+    chunk = min(tokens, max(1, LOGITS_PER_CHUNK[device] // V))
+    logits = 40 if full_divergence else (8 if c == 4 else 10) if chunk == tokens else 16 if device == "cpu" and c == 2 else 12
+    pending = c * head if sharded else 4 * head * config.tie_word_embeddings  # the head's gradient waits for the embedding's
     parts |= {
-        "gradients": kept,
-        "compute copies": c * ((1 + reference_model) * root + 2 * block) if sharded else linear * 2 * autocast,
-        "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else of_block)),
-        "head": copies * chunk * V + 4 * head + (2 * head if autocast else 0) + tokens * of_input,
-        "block": max(forward * reference_model, backward + (tokens * of_block if checkpoint_activations else 0)
-                     + dhead * (config.tie_word_embeddings or sharded) + ((c + 4) * block if sharded else 0)),
-        "reduction": (c + 4) * root if sharded else 0}       # of the root's gradient, when the activations are gone
+        "gradients": share,
+        "compute copies": c * ((1 + reference_model) * root + 2 * block) if sharded else 2 * matrices * autocast,
+        "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else in_block)),
+        "head": logits * chunk * V + (8 if full_divergence else 4) * head + 2 * head * autocast + tokens * of_input,
+        "block": max(forward * reference_model, backward + pending + tokens * in_block * checkpoint_activations
+                     + (c + 4) * block * sharded),
+        "reduction": (c + 4) * root * sharded}                 # of the root's gradient, last, when the activations are gone
     update = parts["gradients"] + parts["compute copies"] + max(
         parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])
 
-    # sampling: rollouts, then reflections, whose prompts hold two whole responses
+    # Sampling: rollouts, then reflections, whose prompts hold two whole responses; prompts are prefilled once.
     parts["unsharded"] = c * (total + root * reference_model) if sharded else parts["compute copies"]
-    jobs = [(max_rows, -(-max_rows // samples_per_prompt), longest_prompt, max_new_tokens)]
-    if synthesis_rows:
-        prompt = longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS
-        room = max_synthesis_tokens or 2 * max_new_tokens
-        prompt = min(prompt, config.max_position_embeddings - room)   # longer ones are dropped
-        jobs.append((synthesis_rows, synthesis_rows, prompt, room))
-    sampling = 0
-    for name, (rows, prompts, prompt, new) in zip(("rollouts", "reflections"), jobs):
-        cache = cache_bytes(config, rows, prompt + new - 1, dtype)
-        # growing copies one layer's keys; a sampled token needs logits, log-probs, their fp64 exp and its sum; autocast the head
-        decode = cache + max(cache // (2 * L), 24 * rows * V, (4 * rows * V + 2 * head) * autocast)
-        prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * config.intermediate_size * c + 4 * of_input)
-        parts |= {f"{name}: KV cache": cache, f"{name}: prefill": prefill, name: max(decode, prefill)}
-        sampling = max(sampling, parts["unsharded"] + parts[name])
+    jobs = {"rollouts": (max_rows, -(-max_rows // samples_per_prompt), longest_prompt, max_new_tokens)}
+    if reflections:
+        rows, room = min(max_rows, reflections), max_synthesis_tokens or 2 * max_new_tokens
+        prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS, config.max_position_embeddings - room)
+        jobs["reflections"] = rows, rows, prompt, room         # what does not fit the context is dropped
+    for name, (rows, prompts, prompt, new) in jobs.items():
+        cache = parts[f"{name}: KV cache"] = cache_bytes(config, rows, prompt + new - 1, dtype)
+        # beside it: growing copies one layer's keys; sampling holds logits, log-probs, their exp and its sum in fp64
+        decode = cache + max(cache // (2 * L), rows * V * 24, (rows * V * 4 + 2 * head) * autocast)
+        prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * mlp + 4 * of_input)
+        parts[f"{name}: prefill"], parts[name] = prefill, max(prefill, decode)
+    sampling = parts["unsharded"] + max(parts[name] for name in jobs)
     return parts | {"persistent": persistent, "update": update, "sampling": sampling, "peak": persistent + max(update, sampling)}
+
+
+def what_fits(limit: float, sizes: dict) -> dict | None:
+    """Knobs to turn until memory_plan(**sizes) needs at most `limit` bytes, cheapest first; None if no knob is enough."""
+    turned: dict = {}
+    while (plan := memory_plan(**sizes | turned))["peak"] > limit:
+        now, room = sizes | turned, limit - plan["persistent"]
+        row = now["longest_prompt"] + now["max_new_tokens"]
+        if plan["update"] > room and not now["checkpoint_activations"]:
+            turned["checkpoint_activations"] = True
+        elif plan["update"] > room and now["tokens_per_microbatch"] > row:
+            turned["tokens_per_microbatch"] = max(now["tokens_per_microbatch"] // 2, row)
+        elif plan["update"] <= room and now["max_rows"] > 1:
+            turned["max_rows"] = now["max_rows"] // 2
+        elif now["max_new_tokens"] > 256:
+            turned["max_new_tokens"] = now["max_new_tokens"] // 2
+        else:
+            return None
+    return turned
+
+
+def longest_question(path: str, instruction: str) -> int | None:
+    """Tokens of the longest prompt of a problem file, from above: mathematics has two or more characters a token."""
+    if not Path(path).is_file():
+        return None
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return max(len(row.get("question") or row.get("problem") or "") for row in rows) // 2 + len(instruction) // 2 + 32
+
+
+def plan_table(config: dict) -> str:
+    """The plan of a run as text. config: train.py's resolved knobs; plan_gpus and plan_gpu_gb describe a machine that is
+    not this one. The last lines warn, with the knobs to turn, where a GPU's memory is exceeded."""
+    c, model = config, read_model_config(config["init_from"])
+    gpus = c.get("plan_gpus") or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
+    elsewhere = c.get("plan_gpus") or c.get("plan_gpu_gb")
+    device = "cuda" if elsewhere or (torch.cuda.is_available() and c["device"] != "cpu") else "cpu"
+    memory = (c["plan_gpu_gb"] * GIB if c.get("plan_gpu_gb") else torch.cuda.get_device_properties(0).total_memory
+              if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    found = longest_question(c["problems"], c["instruction"])
+    prompt = found or ASSUMED_PROMPT
+    rollouts = c["prompts_per_step"] * c["samples_per_prompt"]
+    reflections = c["prompts_per_step"] * c["m_max"] if c["method"] in ("tapo", "sft") and c["prefix_mode"] != "copy" else 0
+    reference = bool(c["log_kl"] or c["kl_coef"] or (c["method"] == "opsd" and c["opsd_teacher"] == "initial"))
+    sizes = {key: c[key] for key in ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype", "samples_per_prompt",
+                                     "max_synthesis_tokens")}
+    sizes |= {"config": model, "longest_prompt": prompt, "reflections": -(-reflections // gpus), "reference_model": reference,
+              "world_size": gpus // c.get("replicas", 1), "offload": c.get("offload", False), "device": device,
+              "full_divergence": c["method"] == "opsd" and c["opsd_loss"] == "jsd",
+              "checkpoint_activations": c.get("checkpoint_activations", False)}
+    p = memory_plan(**sizes)
+
+    row = prompt + c["max_new_tokens"]
+    rows = rollouts + reflections
+    batches = -(-rows // (max(1, c["tokens_per_microbatch"] // row) * gpus))
+    written = rollouts * c["max_new_tokens"] + reflections * (c["max_synthesis_tokens"] or 2 * c["max_new_tokens"])
+    passes = c["updates_per_step"] * (3 + sizes["checkpoint_activations"] + reference) + (c["updates_per_step"] > 1)
+    flops = flops_per_token(model, row) / 3 * (rows * row * passes + written + c["prompts_per_step"] * prompt)
+
+    def line(name, *shown):
+        return f"  {name:<12}{p[name] / GIB:8.2f}  = " + " + ".join(f"{label} {p[key] / GIB:.2f}" for label, key in shown if p[key])
+
+    last = max(("head", "block"), key=p.get)
+    sampled = max((name for name in ("rollouts", "reflections") if name in p), key=p.get)
+    with torch.device("meta"):
+        n = sum(x.numel() for x in CausalLM(model).parameters())
+    text = [
+        f"model      {c['init_from']}: {n:,} parameters, products in {c['dtype']}; "
+        + (f"{gpus} x {memory / GIB:.0f} GiB" if device == "cuda" else f"{gpus} process(es) on a CPU with {memory / GIB:.0f} GiB"),
+        f"one step   {c['prompts_per_step']} prompts x {c['samples_per_prompt']} = {rollouts} rollouts"
+        + (f" + at most {reflections} reflections" if reflections else "")
+        + f", rows of at most {prompt:,} + {c['max_new_tokens']:,} tokens" + ("" if found else " (prompt length assumed)"),
+        f"at most    {written:,} tokens sampled, {rows * row:,} trained on, {batches} micro-batches a process, "
+        f"{flops / gpus / 1e15:,.3g} PFLOP a process",
+        "memory of one process in GiB",
+        line("persistent", ("fp32 weights", "weights"), ("AdamW", "moments"), ("reference", "reference")),
+        line("update", ("gradients", "gradients"), (f"{c['dtype']} copies", "compute copies"), ("activations", "activations"),
+             (f"its {last}", last)),
+        line("sampling", ("whole model", "unsharded"), (f"{sampled}", sampled)),
+        f"              {'; '.join(f'{key} {p[key] / GIB:.2f}' for key in p if ':' in key)}",
+        f"  {'peak':<12}{p['peak'] / GIB:8.2f}  of {memory / GIB:.0f}, {USABLE:.0%} of it for tensors"]
+    if p["peak"] > USABLE * memory:
+        turned = what_fits(USABLE * memory, sizes)
+        fix = ", ".join(f"--{k}={v}" for k, v in turned.items()) if turned else "no knob is enough: more or larger GPUs, a smaller model"
+        text.append(f"WARNING: {p['peak'] / GIB:.1f} GiB do not fit; what would: {fix}")
+    if device == "cuda" and c["dtype"] == "float32":
+        text.append("WARNING: dtype = 'float32' on a GPU may run attention without a fused kernel, whose (T, T) scores are not "
+                    "counted; use --dtype=bfloat16")
+    return "\n".join(text)

@@ -168,7 +168,7 @@ def normalise(answer: str) -> str:
     s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s  # 11,\! 111: a comma that separates thousands, not answers
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
-    s = " ".join(s.split()).rstrip(" ,;").removesuffix(".").rstrip()  # one full stop: 0.333... is not 0.333
+    s = re.sub(r"(?<!\.)\.$", "", " ".join(s.split()).rstrip(" ,;")).rstrip()  # a full stop; 0.333... is not 0.333
     for key, pattern, by in _SPELLINGS:
         s = pattern.sub(by, s) if key in s else s
     s, unit = _take_unit(s)
@@ -428,8 +428,8 @@ def _read(gold: str) -> None:
 
 
 def _serve() -> None:
-    """The worker: sympy, loaded once, and a fork of it that reads requests and writes replies, a line of JSON each. A fork
-    that is late is killed, and the next one costs milliseconds. Ends when its input does."""
+    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is killed; the next one costs
+    milliseconds. Requests and replies are lines of JSON; ends when its input does."""
     import logging
     import resource
     import signal

@@ -54,7 +54,7 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
     if world == "findx":
         pool = [p for p in _all_findx() if wanted(p)]
         if n > len(pool):
-            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems of levels = {levels}; ask for fewer")
+            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
         return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
     if n < 1 or (levels is not None and not set(levels) <= set("2345")):
         raise ValueError(f"chain: n = {n}, levels = {levels}; n must be positive and levels be of '2', '3', '4', '5'")
@@ -73,7 +73,7 @@ def split_of(question: str) -> str:
 
 @lru_cache(maxsize=1)
 def _all_findx() -> list[Problem]:
-    """Every question of three forms whose values stay within 0..99: NNN of them."""
+    """Every question of three forms whose values stay within 0..99, 11,984 of them."""
     problems = []
     for form in ("x*{a}+{b}", "x*{a}-{b}", "{b}-x*{a}"):
         for a in range(2, 10):

@@ -1,4 +1,4 @@
-"""The cold start trains what it says: no gradient from planted mistakes, one denominator, the same run after a resume."""
+"""The cold start trains what it says: nothing from planted mistakes, one denominator, the same run after a resume."""
 import json
 import re
 from types import SimpleNamespace
@@ -9,14 +9,17 @@ import torch
 import coldstart
 import reward
 import toy
+import train
 from checkpoint import checkpoints
-from data import load_tokenizer, render_prompt, save_problems
-from model import load_hf
+from data import load_problems, load_tokenizer, render_prompt, save_problems
+from model import load_hf, save_hf
+from rollout import Completion
 
-TINY = ["--init_from=scratch", "--world=findx", "--instruction=", "--template=short", "--hidden_size=16", "--intermediate_size=16",
-        "--num_hidden_layers=1", "--num_attention_heads=2", "--num_key_value_heads=1", "--head_dim=8", "--max_new_tokens=12",
-        "--batch_size=6", "--learning_rate=0.01", "--warmup_steps=2", "--tokens_per_microbatch=400", "--eval_interval=2",
-        "--eval_samples=2", "--n_eval=3", "--n_problems=(20, 3, 3)", "--save_interval=2", "--threads=1", "--max_steps=3"]
+TINY = """--init_from=scratch --world=findx --instruction= --template=short --hidden_size=16 --intermediate_size=16
+    --num_hidden_layers=1 --num_attention_heads=2 --num_key_value_heads=1 --head_dim=8 --max_new_tokens=12 --max_steps=3
+    --batch_size=6 --learning_rate=0.01 --warmup_steps=2 --tokens_per_microbatch=400 --eval_interval=2 --eval_samples=2
+    --n_eval=3 --n_problems=(20,3,3) --save_interval=2 --threads=1""".split()
+PLAIN = torch.autocast("cpu", enabled=False)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,8 @@ def exact_grader(monkeypatch):
     """Toy answers are integers: no worker process with sympy for the noise that an untrained model writes."""
     def grade_many(texts, golds, **_):
         found = [re.findall(r"\\boxed\{(\d+)\}", text)[-1:] for text in texts]
-        return [reward.Grade(float(a == [g]), "correct" if a == [g] else "wrong", a[0] if a else None) for a, g in zip(found, golds)]
+        return [reward.Grade(float(a == [g]), "correct" if a == [g] else "wrong", a[0] if a else None)
+                for a, g in zip(found, golds)]
     monkeypatch.setattr(reward, "grade_many", grade_many)
 
 
@@ -54,13 +58,24 @@ def weights(folder):
 
 
 def config_of(**changes):
-    knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower() and isinstance(v, (bool, int, float, str, tuple))}
-    return SimpleNamespace(**knobs | {"seed": 0, "world": "findx", "instruction": ""} | changes)
+    knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower() and type(v) in (bool, int, float, str, tuple)}
+    return SimpleNamespace(**knobs | {"world": "findx", "instruction": ""} | changes)
 
 
-def tiny_model(tokenizer):
-    c = config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    return coldstart.start_model(c, "scratch", "cpu")[1]
+def tiny_model():
+    return coldstart.start_model(config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                           num_key_value_heads=1, head_dim=8), "scratch", "cpu")[1]
+
+
+def toy_rows(tokenizer, batch_size):
+    questions = [p.question for p in toy.make_problems("findx", "train", 50)]
+    return coldstart.toy_rows(tokenizer, questions, config_of(batch_size=batch_size), 0)
+
+
+def shown(tokenizer, row):
+    """The completion with one underscore for every character whose token carries no loss."""
+    pieces = [(tokenizer.decode([i]), m) for i, m in zip(row.completion_ids, row.loss_mask)]
+    return "".join(piece if m else "_" * len(piece) for piece, m in pieces)
 
 
 # --- rows ---
@@ -75,20 +90,19 @@ def test_a_row_is_the_rendered_prompt_the_completion_and_the_stop_token(tokenize
 def test_tokens_of_a_planted_mistake_carry_no_loss_and_their_neighbours_do(tokenizer):
     text = "Try 12: 12*7=84, 84-21=63 high. Answer: \\boxed{12}"
     row = coldstart.encode(tokenizer, "x*7-21=35", text, [(4, 6), (len(text) - 3, len(text) - 1)])
-    shown = "".join(tokenizer.decode([i]) if m else "_" for i, m in zip(row.completion_ids, row.loss_mask))
-    assert shown == "Try __: 12*7=84, 84-21=63 high. Answer: \\boxed{__}<|im_end|>"
+    assert shown(tokenizer, row) == "Try __: 12*7=84, 84-21=63 high. Answer: \\boxed{__}<|im_end|>"
 
 
-def test_every_masked_character_of_the_toy_examples_is_masked_as_tokens(tokenizer):
-    c = config_of(batch_size=64)
-    for row in coldstart.toy_rows(tokenizer, [p.question for p in toy.make_problems("findx", "train", 50)], c, step=0):
+def test_of_the_toy_solutions_only_a_first_guess_whose_check_fails_is_masked(tokenizer):
+    masked = 0
+    for row in toy_rows(tokenizer, 64):
         text = tokenizer.decode(row.completion_ids)
-        shown = "".join(tokenizer.decode([i]) if m else "_" * len(tokenizer.decode([i])) for i, m in zip(row.completion_ids, row.loss_mask))
+        failed = re.match(r"Try \d+: .*? (low|high)\. ", text)
+        assert shown(tokenizer, row).startswith("Try _") == bool(failed)
         if text.startswith("<analysis>"):
-            assert shown == text
-        else:  # a first guess with a failed check is masked, everything else is not
-            failed = re.match(r"Try (\d+): .*? (low|high)\. ", text)
-            assert shown.startswith("Try _") == bool(failed)
+            assert shown(tokenizer, row) == text
+        masked += bool(failed)
+    assert masked > 10
 
 
 def test_collate_shifts_once_and_pads_on_the_right():
@@ -106,12 +120,12 @@ def gradients(model, rows, **changes):
     found = []
     optimizer = SimpleNamespace(step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
                                 zero_grad=lambda set_to_none: model.zero_grad())
-    stats = coldstart.update(model, optimizer, rows, config_of(grad_clip=1e9, **changes), "cpu", torch.autocast("cpu", enabled=False))
+    stats = coldstart.update(model, optimizer, rows, config_of(grad_clip=1e9, **changes), "cpu", PLAIN)
     return found, stats
 
 
 def test_a_masked_token_gets_no_gradient_whatever_it_is(tokenizer):
-    model = tiny_model(tokenizer)
+    model = tiny_model()
     prompt, target = tokenizer("x*7")["input_ids"], tokenizer("84")["input_ids"]
     # the last completion token is masked: nothing is predicted from it, so it can only matter as a target
     rows = [[coldstart.Row(prompt, [*target, last], [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
@@ -124,8 +138,8 @@ def test_a_masked_token_gets_no_gradient_whatever_it_is(tokenizer):
 
 
 def test_loss_and_gradient_are_the_formula_and_do_not_depend_on_the_microbatches(tokenizer):
-    model = tiny_model(tokenizer)
-    rows = coldstart.toy_rows(tokenizer, [p.question for p in toy.make_problems("findx", "train", 50)], config_of(batch_size=7), 0)
+    model = tiny_model()
+    rows = toy_rows(tokenizer, 7)
     whole, stats = gradients(model, rows, tokens_per_microbatch=10 ** 6)
     parts, parted = gradients(model, rows, tokens_per_microbatch=1)
     total, count = 0.0, 0.0
@@ -195,7 +209,8 @@ def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path
     for row, p in zip(lines, problems):
         row["solution"] = toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))
     (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    source = ["--world=", f"--init_from={tmp_path / 'start' / 'final'}", f"--problems={tmp_path / 'solved.jsonl'}", "--max_steps=0"]
+    source = ["--world=", f"--init_from={tmp_path / 'start' / 'final'}", f"--problems={tmp_path / 'solved.jsonl'}",
+              "--max_steps=0"]
     run(tmp_path / "taught", *source, "--epochs=6", "--batch_size=4")
     losses = [r["train/loss"] for r in metrics(tmp_path / "taught")]
     assert len(losses) == 6 and losses[-1] < losses[0]
@@ -206,8 +221,8 @@ def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path
 
 
 @pytest.mark.parametrize("knob, message", [
-    ("--init_from=", "init_from"), ("--world=findy", "findy"), ("--problems=x.jsonl", "exactly one"), ("--max_steps=0", "max_steps"),
-    ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
+    ("--init_from=", "init_from"), ("--world=findy", "findy"), ("--problems=x.jsonl", "exactly one"),
+    ("--max_steps=0", "max_steps"), ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
 def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, knob)
@@ -218,57 +233,54 @@ def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message):
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """A policy that answers every question wrong, then right, and every synthesis prompt with the perfect construction."""
-    calls = []
+    """A policy that answers a question wrong, then right, and a synthesis prompt with the perfect construction.
+    The fixture is the list of the questions it was asked."""
+    asked = []
 
-    def generate(model, prompts, n, *, keys, **_):
-        result = []
-        for prompt, _key in zip(prompts, keys):
-            text = tokenizer.decode(prompt).removeprefix("<|user|>").removesuffix("<|assistant|>")
-            question = text.split("\n")[0]
-            answer = toy.answer_of(question)
-            wrong = toy.trial(question, answer + 1) + toy.boxed(answer + 1)
-            right = toy.trial(question, answer) + toy.boxed(answer)
-            if text.endswith("<micro>"):
-                analysis, prefix, reflection, correction = toy.construction(question, wrong)
-                texts = [f"<analysis>{analysis}</analysis><reconstruction>{prefix}<reflection>{reflection}</reflection>{correction}"
-                         "</reconstruction>"] * n
-            else:
-                calls.append(question)
-                texts = [wrong, right] * (n // 2)
-            ids = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
-            result.append([coldstart_completion(i) for i in ids])
-        return result
+    def answers(text, n):
+        question = text.split("\n")[0]
+        right = toy.answer_of(question)
+        wrong = toy.trial(question, right + 1) + toy.boxed(right + 1)
+        if not text.endswith("<micro>"):
+            asked.append(question)
+            return [wrong, toy.trial(question, right) + toy.boxed(right)] * (n // 2)
+        analysis, prefix, reflection, correction = toy.construction(question, wrong)
+        body = f"{prefix}<reflection>{reflection}</reflection>{correction}"
+        return [f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>"] * n
 
-    import train
+    def generate(model, prompts, n, **_):
+        texts = [tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|assistant|>") for ids in prompts]
+        ids = [[[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in answers(text, n)] for text in texts]
+        return [[Completion(i, [0.0] * len(i), True) for i in group] for group in ids]
+
     monkeypatch.setattr(coldstart, "generate", generate)
     monkeypatch.setattr(train, "generate", generate)
-    return calls
+    return asked
 
 
-def coldstart_completion(ids):
-    from rollout import Completion
-    return Completion(ids, [0.0] * len(ids), True)
+def rollout_config(folder, tokenizer, **changes):
+    """Seven problems whose guess answer + 1 can be checked, in rounds of three."""
+    problems = [p for p in toy.make_problems("findx", "train", 3000)
+                if p.level == "1" and toy.in_range(toy.calculate(p.question, int(p.answer) + 1)) and int(p.answer) < 15]
+    save_problems(problems[:7], folder / "problems.jsonl")
+    save_hf(tiny_model(), tokenizer, folder / "policy")
+    return config_of(**{
+        "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"), "out_dir": str(folder), "world": "",
+        "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
+        "max_synthesis_tokens": 100} | changes)
 
 
-def rollout_config(tmp_path, tokenizer, n=7, **changes):
-    problems = [p for p in toy.make_problems("findx", "train", 3000) if p.question.startswith("x") and "+" in p.question
-                and int(p.answer) < 9 and toy.in_range(toy.calculate(p.question, int(p.answer) + 1))][:n]
-    save_problems(problems, tmp_path / "problems.jsonl")
-    if not (tmp_path / "policy").exists():
-        from model import save_hf
-        save_hf(tiny_model(tokenizer), tokenizer, tmp_path / "policy")
-    return config_of(init_from=str(tmp_path / "policy"), problems=str(tmp_path / "problems.jsonl"), out_dir=str(tmp_path), world="",
-                     template="short", queries_per_round=3, samples_per_prompt=2, max_new_tokens=54, max_synthesis_tokens=100, **changes)
+def rollout_rows(tokenizer, c):
+    return coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), c, "cpu")
 
 
 def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(tmp_path, tokenizer, scripted):
-    rows = coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer, n_sft=4, n_ift=3), "cpu")
+    rows = rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, n_sft=4, n_ift=3))
     assert len(rows) == 7 and len(scripted) == len(set(scripted)) == 7
     for row in rows[:4]:
         text = tokenizer.decode(row.completion_ids)
-        shown = "".join(tokenizer.decode([i]) for i, m in zip(row.completion_ids, row.loss_mask) if m)
-        assert text.startswith("Try ") and re.fullmatch(r"Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>", shown)
+        assert text.startswith("Try ")
+        assert re.fullmatch(r"_+Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>", shown(tokenizer, row))
         assert "<micro>" not in tokenizer.decode(row.prompt_ids)
     for row in rows[4:]:
         assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>") and set(row.loss_mask) == {1.0}
@@ -276,21 +288,20 @@ def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesi
 
 
 def test_at_most_one_example_per_query_and_no_more_queries_than_needed(tmp_path, tokenizer, scripted):
-    rows = coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1), "cpu")
+    rows = rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1))
     assert len(rows) == 3 and len(scripted) == 3  # one round of three was enough
 
 
 def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scripted):
     c = rollout_config(tmp_path, tokenizer, n_sft=5, n_ift=2)
-    stop_ids = (tokenizer.eos_token_id,)
-    whole = coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu")
+    whole = rollout_rows(tokenizer, c)
     lines = (tmp_path / "examples.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "examples.jsonl").write_text(lines[0] + lines[1][:40])  # killed while it wrote the second round
-    del scripted[:]
-    assert coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu") == whole
+    scripted.clear()
+    assert rollout_rows(tokenizer, c) == whole
     assert len(scripted) == 4                                           # rounds two and three only
-    del scripted[:]
-    assert coldstart.rollout_rows(tokenizer, stop_ids, c, "cpu") == whole and scripted == []
+    scripted.clear()
+    assert rollout_rows(tokenizer, c) == whole and scripted == []
 
 
 def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkeypatch):
@@ -302,14 +313,13 @@ def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkey
         return y_ref
     monkeypatch.setattr(coldstart.reflect, "build_reflection", spoil)
     with pytest.raises(ValueError, match="gave no example .*wrong"):
-        coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), rollout_config(tmp_path, tokenizer), "cpu")
+        rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer))
 
 
 def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tokenizer, scripted, monkeypatch):
-    c = rollout_config(tmp_path, tokenizer, eval_samples=2)
-    c.world = "findx"
-    held_out = [p for p in coldstart.load_problems(c.problems)]
-    model = tiny_model(tokenizer)
+    c = rollout_config(tmp_path, tokenizer, eval_samples=2, world="findx")
+    held_out = load_problems(c.problems)
+    model = tiny_model()
     prompts = coldstart.render_prompts(tokenizer, held_out, model, c)
     found = coldstart.measure(model, tokenizer, held_out, prompts, (tokenizer.eos_token_id,), c)
     assert found == {"eval/pass1": 0.5, "eval/truncated": 0.0, "eval/reflects_after_error": 0.0, "eval/parsed": 1.0,

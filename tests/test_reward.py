@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -270,7 +269,7 @@ def test_a_wrong_answer_is_never_accepted(gold, answer, graded):
 
 def test_canonical_texts_are_canonical_already():
     """Parts are normalised again in the worker; 32, 349 read twice must not become 32349."""
-    for gold, answer in cases(SAME_TEXT + SAME_VALUE + DIFFERENT):
+    for gold, answer in cases(SAME_TEXT) + cases(SAME_VALUE) + cases(DIFFERENT):
         for text in (gold, answer):
             core = normalise(text).partition(" [")[0]
             assert normalise(core).partition(" [")[0] == core
@@ -361,14 +360,74 @@ def test_an_unreadable_gold_is_refused_in_one_line(gold, why):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+# --- real data ---
+
+def rows(name):
+    path = SHARED / "data" / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_real_responses_get_their_labels():
+    data = rows("graded_outputs.jsonl")
+    texts = [box(r["response"].rpartition("A: ")[2]) if "grade-school" in r["origin"] else r["response"] for r in data]
+    grades = grade_many(texts, [r["gold"] for r in data], timeout_s=20.0)
+    # label_checked corrects one label of the source's own grader (10{,}000 against 10000) and leaves one open
+    labels = [r["label"] if r["label_checked"] is None else r["label_checked"] for r in data]
+    assert sum((g.reward == 1) == label for g, label in zip(grades, labels, strict=True)) >= 0.997 * len(data)
+    assert not [r["id"] for r, g, label in zip(data, grades, labels, strict=True) if g.reward == 1 and not label]
+
+
+def final_answer(case):
+    """The case as a boxed final answer, or None if it is about something else: finding an answer in prose, one spread
+    over several boxes, a gold with a decimal comma, a comparison to two digits."""
+    gold, answer = case["gold"], case["answer"]
+    if len(re.findall(r"\\boxed", gold)) > 1 or case["params"].get("precision") == 2 or gold == "0,111":
+        return None
+    if "boxed" in answer:
+        return answer if len(set(re.findall(r"\\boxed\{.*?\}", answer))) == 1 else None
+    formulas = re.findall(r"(?<!\\)\$([^\n]*?)(?<!\\)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", answer, re.DOTALL)
+    around = re.sub(r"(?<!\\)\$.*(?<!\\)\$|\\\[.*\\\]|\\\(.*\\\)|perc\w+", "", answer, flags=re.DOTALL)
+    prose = re.search(r"[A-Za-z]{3,}", around)
+    if prose and (len(formulas) != 1 or re.search(r"\d", around)):
+        return None
+    return box("".join(formulas[0]) if prose else answer)
+
+
+def test_the_cases_of_math_verify_that_are_final_answers_hold():
+    kept = [(case, final_answer(case)) for case in rows("verify_cases.jsonl")]
+    kept = [(case, text) for case, text in kept if text]
+    grades = grade_many([text for _, text in kept], [case["gold"] for case, _ in kept], timeout_s=20.0)
+    assert len(kept) >= 100
+    assert not [(c["gold"], g) for (c, _), g in zip(kept, grades, strict=True) if g.reward != c["expected"]]
+
+
+@pytest.mark.parametrize("name,refused", [("aime24.jsonl", 0), ("aime25.jsonl", 0), ("hmmt_feb25.jsonl", 0),
+                                          ("gsm8k_test.jsonl", 0)])
+def test_benchmark_golds_are_readable_and_accept_themselves_alone(name, refused):
+    golds = [str(r["answer"]).rpartition("####")[2].strip() for r in rows(name)]
+    for gold in golds:
+        check_gold(gold)
+    own = grade_many([box(gold.replace("\\frac", "\\dfrac")) for gold in golds], golds)
+    assert all(g.status == "correct" for g in own)
+    shifted = golds[1:] + golds[:1]
+    assert all((g.reward == 1) == (a == b) for g, a, b in zip(
+        grade_many([box(gold) for gold in shifted], golds, timeout_s=20.0), shifted, golds, strict=True))
+
+
+def test_two_roots_of_hmmt_are_accepted_in_any_order_but_not_alone():
+    gold = {r["id"]: r["answer"] for r in rows("hmmt_feb25.jsonl")}["hmmt25feb-10"]
+    one, two = gold.split(", ")
+    right = [f"{two}, {one}", rf"{two} \text{{ and }} {one}", rf"\{{{one}, {two}\}}"]
+    grades = grade_many([box(a) for a in [*right, one, two, f"({one}, {two})"]], [gold] * 6, timeout_s=20.0)
+    assert [g.status for g in grades] == ["correct"] * 3 + ["wrong"] * 3
+
+
 # --- the worker: nothing a policy writes may hang, fool or stop the run ---
 
 def pids():
     return {worker.pid for worker in reward._alive}
-
-
-def forks():
-    return {int(fork) for pid in pids() for fork in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 def gone(pid, within):
@@ -384,16 +443,49 @@ def gone(pid, within):
     return False
 
 
+def forks():
+    return {int(fork) for pid in pids() for fork in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
+
+STAND_IN = {  # light and badly behaved libraries: what verify does depends on the gold
+    "sympy.py": "Expr = Eq = type('Expr', (), {})\nFloat = Rational = simplify = float\n",
+    "latex2sympy2_extended/__init__.py": """
+class Parsed(str):
+    atoms = lambda self, kind: ()
+    xreplace = lambda self, replacements: self
+NormalizationConfig = dict
+def latex2sympy(s, **_):
+    return Parsed(s)
+""",
+    "latex2sympy2_extended/latex2sympy2.py": "ConversionConfig = dict\n",
+    "math_verify/__init__.py": r"""
+import os
+def verify(g, a, **_):
+    if g == r"\raise": raise RuntimeError("boom")
+    if g == r"\recursion": verify(g, a)
+    if g == r"\abort": os.abort()
+    if g == r"\exit": os._exit(0)
+    while g == r"\loop": pass
+    if g == r"\print": print('{"status": "correct"}', flush=True)
+    return g == r"\good"
+""",
+    "math_verify/grader.py": "def should_treat_as_complex(s):\n    return False\n"}
+
+
 @pytest.fixture
-def fresh_workers():
-    """For tests that change what a worker is: none before, none after."""
-    for worker in list(reward._alive):
-        reward._kill(worker)
-    reward._idle.clear()
-    yield
-    for worker in list(reward._alive):
-        reward._kill(worker)
-    reward._idle.clear()
+def stand_in(tmp_path, monkeypatch):
+    """Workers that are started in such a test import the stand-ins; they are gone before and after it."""
+    def stop():
+        for worker in list(reward._alive):
+            reward._kill(worker)
+        reward._idle.clear()
+    for name, text in STAND_IN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stop()
+    yield tmp_path
+    stop()
 
 
 @pytest.mark.parametrize("answer", [
@@ -415,176 +507,93 @@ def test_a_megabyte_is_not_parsed():
     assert time.monotonic() - start < 5
 
 
-def stand_in(folder, monkeypatch, verify):
-    """A math_verify whose verify does this for a gold 1; the workers started from here on import it."""
-    package = folder / "math_verify"
-    package.mkdir()
-    (package / "__init__.py").write_text(
-        f"import os\ndef verify(g, a, **_):\n    if g == 1:\n        {verify}\n    return True\n")
-    (package / "grader.py").write_text("def should_treat_as_complex(s):\n    return False\n")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+@pytest.mark.parametrize("gold", ["\\raise", "\\recursion", "\\abort", "\\exit"])
+def test_a_crash_is_an_error_and_not_a_wrong_answer(gold, stand_in):
+    grades = grade_many([box(r"\sqrt{4}")] * 3, [gold, r"\good", r"\print"], timeout_s=20.0, workers=1)
+    assert [g.status for g in grades] == ["error", "correct", "wrong"]
 
 
-def test_an_endless_comparison_is_a_timeout_however_often(tmp_path, monkeypatch, fresh_workers):
-    stand_in(tmp_path, monkeypatch, "while True: pass")
-    assert grade(box(r"\sqrt{4}"), "2", timeout_s=20.0).status == "correct"
+def test_an_endless_comparison_is_a_timeout_and_its_process_is_replaced_at_once(stand_in):
+    assert grade(box(r"\sqrt{4}"), r"\good", timeout_s=20.0).status == "correct"
     start = time.monotonic()
-    grades = grade_many([box(rf"\sqrt{{{n}}}") for n in (4, 9, 3)], ["1", "1", r"\sqrt{3.0}"], timeout_s=0.5, workers=1)
-    assert [g.status for g in grades] == ["timeout", "timeout", "correct"]
-    assert time.monotonic() - start < 5  # a killed process is replaced at once
+    answers = [r"\sqrt{4}", r"\sqrt{9}", "y"]
+    grades = grade_many([box(a) for a in answers], [r"\loop", r"\loop", r"\good"], timeout_s=0.5, workers=1)
+    assert [g.status for g in grades] == ["timeout", "timeout", "correct"] and [g.reward for g in grades] == [0, 0, 1]
+    assert 1 <= time.monotonic() - start < 4
+    assert len(pids()) == 1 and len(forks()) == 1
 
 
-@pytest.mark.parametrize("crash", ["raise RuntimeError('boom')", "raise RecursionError", "os.abort()", "os._exit(0)"])
-def test_a_crash_is_an_error_and_not_a_wrong_answer(crash, tmp_path, monkeypatch, fresh_workers):
-    stand_in(tmp_path, monkeypatch, crash)
-    grades = grade_many([box(r"\sqrt{4}")] * 2, ["1", r"\sqrt{9}"], timeout_s=20.0, workers=1)
-    assert [g.status for g in grades] == ["error", "correct"]
+def test_a_worker_that_hangs_itself_is_given_up(stand_in, monkeypatch):
+    monkeypatch.setattr(reward, "SLACK_S", 0.2)
+    assert grade(box("y"), r"\good", timeout_s=20.0).status == "correct"
+    stopped = pids()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    assert grade(box("y"), r"\good", timeout_s=0.5).status == "correct"  # by a new one
+    assert not stopped & pids() and all(gone(pid, 1) for pid in stopped)
 
 
-def test_what_a_library_prints_is_not_taken_for_a_grade(tmp_path, monkeypatch, fresh_workers):
-    stand_in(tmp_path, monkeypatch, """print('{"status": "correct"}', flush=True); return False""")
-    assert grade(box(r"\sqrt{4}"), "1", timeout_s=20.0).status == "wrong"
+def test_what_a_library_prints_is_not_taken_for_a_grade(stand_in):
+    grades = grade_many([box("y")] * 2, [r"\print", r"\good"], timeout_s=20.0, workers=1)
+    assert [g.status for g in grades] == ["wrong", "correct"]
 
 
-def test_a_missing_math_verify_stops_the_run_and_is_named(tmp_path, monkeypatch, fresh_workers):
-    stand_in(tmp_path, monkeypatch, "pass")
-    (tmp_path / "math_verify" / "__init__.py").write_text("raise ImportError('not here')")
+def test_a_missing_math_verify_stops_the_run_and_is_named(stand_in):
+    (stand_in / "math_verify" / "__init__.py").write_text("raise ImportError('not here')")
     with pytest.raises(RuntimeError, match="ImportError: not here.*is math-verify installed"):
-        grade(box(r"\sqrt{4}"), "1")
+        grade(box("y"), r"\good")
+    assert not pids()
 
 
-@pytest.mark.parametrize("whom", ["worker", "fork"])
-def test_a_killed_process_is_replaced(whom):
-    grade(box(r"\sqrt{4}"), "2", timeout_s=20.0)
-    for pid in pids() if whom == "worker" else forks():
+@pytest.mark.parametrize("whom", [pids, forks])
+def test_a_process_that_was_killed_is_replaced(whom, stand_in):
+    grade(box("y"), r"\good", timeout_s=20.0)
+    killed = whom()
+    for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    statuses = {grade(box(rf"\sqrt{{{n * n}}}"), str(n), timeout_s=20.0).status for n in (3, 4)}
-    assert statuses == {"correct"} if whom == "worker" else "correct" in statuses
+        assert gone(pid, 2)
+    assert grade(box("y"), r"\good", timeout_s=20.0).status == "correct"
+    assert killed and not killed & whom()
 
 
-def test_grading_works_from_a_thread():
+def test_grading_works_from_a_thread(stand_in):
     """An alarm works in the main thread only: there it once made every reward 0."""
     result = []
-    thread = threading.Thread(target=lambda: result.extend(grade_many([box(r"\sqrt{25}"), box(r"\sqrt{3}")], ["5", "x"])))
+    thread = threading.Thread(target=lambda: result.extend(grade_many([box("y"), box("z")], [r"\good", r"\loop"])))
     thread.start()
     thread.join(60)
-    assert [g.status for g in result] == ["correct", "wrong"]
+    assert [g.status for g in result] == ["correct", "timeout"]
 
 
-def test_a_forked_child_leaves_the_workers_alone():
-    grade(box(r"\sqrt{4}"), "2", timeout_s=20.0)
+def test_a_forked_child_leaves_the_workers_alone(stand_in):
+    grade(box("y"), r"\good", timeout_s=20.0)
     before = pids()
     child = os.fork()
     if child == 0:
         os._exit(0 if not reward._alive and not reward._idle else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert grade(box(r"\sqrt{36}"), "6", timeout_s=20.0).status == "correct" and pids() == before
+    assert grade(box("y"), r"\good", timeout_s=20.0).status == "correct" and pids() == before
 
 
 SCRIPT = f"""
 import os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
 import reward
-status = reward.grade("\\\\boxed{{\\\\sqrt{{4}}}}", "2", timeout_s=30.0).status
+status = reward.grade("\\\\boxed{{y}}", "\\\\good", timeout_s=30.0).status
 pid, = (worker.pid for worker in reward._alive)
 print(status, pid, open(f"/proc/{{pid}}/task/{{pid}}/children").read(), flush=True)
 """
+BUSY = """
+threading.Thread(target=lambda: reward.grade("\\\\boxed{y}", "\\\\loop", timeout_s=1.0), daemon=True).start()
+time.sleep(0.3)
+"""
 
 
-def run(script):
-    """The status it printed, and the processes it started."""
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", BUSY + "os.kill(os.getpid(), 9)",
+                                 BUSY + "os.kill(pid, 9)\nos.kill(os.getpid(), 9)"])
+def test_a_script_without_a_main_guard_leaves_nobody_behind(end, stand_in):
+    """Nobody cleans up after SIGKILL: idle processes see their input end, a busy one comes to its own limit."""
+    out = subprocess.run([sys.executable, "-c", SCRIPT + end], capture_output=True, text=True, timeout=120)
     status, *started = out.stdout.split()
-    assert out.stderr == "" and len(started) == 2
-    return status, [int(pid) for pid in started]
-
-
-def test_a_script_without_a_main_guard_can_grade_and_leaves_nobody_behind():
-    status, started = run(SCRIPT)
-    assert status == "correct" and all(gone(pid, 3) for pid in started)
-
-
-@pytest.mark.parametrize("busy", [False, True])
-def test_a_killed_parent_leaves_nobody_behind(busy, tmp_path, monkeypatch):
-    """Nobody cleans up after SIGKILL: an idle worker sees its input end, a busy one comes to its limit."""
-    stand_in(tmp_path, monkeypatch, "while True: pass")
-    work = """
-threading.Thread(target=lambda: reward.grade("\\\\boxed{\\\\sqrt{4}}", "1", timeout_s=1.0), daemon=True).start()
-time.sleep(0.3)
-""" if busy else ""
-    status, started = run(SCRIPT + work + "os.kill(os.getpid(), 9)")
-    assert status == "correct" and all(gone(pid, 6) for pid in started)
-
-
-def test_a_worker_killed_at_work_leaves_no_fork_behind(tmp_path, monkeypatch):
-    stand_in(tmp_path, monkeypatch, "while True: pass")
-    status, started = run(SCRIPT + """
-threading.Thread(target=lambda: reward.grade("\\\\boxed{\\\\sqrt{4}}", "1", timeout_s=1.0), daemon=True).start()
-time.sleep(0.3)
-os.kill(pid, 9)
-os.kill(os.getpid(), 9)
-""")
-    assert status == "correct" and all(gone(pid, 6) for pid in started)
-
-
-# --- real data ---
-
-def rows(name):
-    path = SHARED / "data" / name
-    if not path.exists():
-        pytest.skip(f"{name} is not here")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_real_responses_get_their_labels():
-    data = rows("graded_outputs.jsonl")
-    texts = [box(r["response"].rpartition("A: ")[2]) if "grade-school" in r["origin"] else r["response"] for r in data]
-    grades = grade_many(texts, [r["gold"] for r in data], timeout_s=20.0)
-    # label_checked corrects one label of the source's own grader (10{,}000 against 10000) and leaves one open
-    labels = [r["label"] if r["label_checked"] is None else r["label_checked"] for r in data]
-    assert sum((g.reward == 1) == label for g, label in zip(grades, labels, strict=True)) >= 0.997 * len(data)
-    assert not [r["id"] for r, g, label in zip(data, grades, labels, strict=True) if g.reward == 1 and not label]
-
-
-def final_answer(case):
-    """The case as a boxed final answer, or None if it is about something else: finding an answer in prose, one spread over
-    several boxes, a gold with a decimal comma, a comparison to two digits."""
-    gold, answer = case["gold"], case["answer"]
-    if len(re.findall(r"\\boxed", gold)) > 1 or case["params"].get("precision") == 2 or gold == "0,111":
-        return None
-    if "boxed" in answer:
-        return answer if len(set(re.findall(r"\\boxed\{.*?\}", answer))) == 1 else None
-    formulas = re.findall(r"(?<!\\)\$([^\n]*?)(?<!\\)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", answer, re.DOTALL)
-    around = re.sub(r"(?<!\\)\$.*(?<!\\)\$|\\\[.*\\\]|\\\(.*\\\)|perc\w+", "", answer, flags=re.DOTALL)
-    prose = re.search(r"[A-Za-z]{3,}", around)
-    if prose and len(formulas) != 1:
-        return None
-    return box("".join(formulas[0]) if prose else answer)
-
-
-def test_the_cases_of_math_verify_that_are_final_answers_hold():
-    kept = [(case, final_answer(case)) for case in rows("verify_cases.jsonl")]
-    kept = [(case, text) for case, text in kept if text]
-    grades = grade_many([text for _, text in kept], [case["gold"] for case, _ in kept], timeout_s=20.0)
-    assert len(kept) >= 100
-    assert not [(c["gold"], c["answer"], g) for (c, _), g in zip(kept, grades, strict=True) if g.reward != c["expected"]]
-
-
-@pytest.mark.parametrize("name,refused", [("aime24.jsonl", 0), ("aime25.jsonl", 0), ("hmmt_feb25.jsonl", 0),
-                                          ("gsm8k_test.jsonl", 0)])
-def test_benchmark_golds_are_readable_and_accept_themselves_alone(name, refused):
-    golds = [str(r["answer"]).rpartition("####")[2].strip() for r in rows(name)]
-    for gold in golds:
-        check_gold(gold)
-    own = grade_many([box(gold.replace("\\frac", "\\dfrac")) for gold in golds], golds)
-    assert all(g.status == "correct" for g in own)
-    shifted = golds[1:] + golds[:1]
-    assert all((g.reward == 1) == (a == b) for g, a, b in zip(
-        grade_many([box(gold) for gold in shifted], golds, timeout_s=20.0), shifted, golds, strict=True))
-
-
-def test_two_roots_of_hmmt_are_accepted_in_any_order_but_not_alone():
-    gold = {r["id"]: r["answer"] for r in rows("hmmt_feb25.jsonl")}["hmmt25feb-10"]
-    one, two = gold.split(", ")
-    texts = [f"{two}, {one}", rf"{two} \text{{ and }} {one}", rf"\{{{one}, {two}\}}", rf"\left({one}, {two}\right)", one, two]
-    assert Counter(g.status for g in grade_many([box(t) for t in texts], [gold] * 6, timeout_s=20.0)) == {"correct": 3, "wrong": 3}
+    assert status == "correct" and out.stderr == "" and len(started) == 2
+    assert all(gone(int(pid), 6) for pid in started)

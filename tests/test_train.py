@@ -1,0 +1,390 @@
+"""The whole loop on a tiny model: what a step computes, what it leaves on disk, how it resumes and how it refuses.
+
+A random model writes no right answers, so `author` stands in for the sampler where a test needs mixed groups and real
+constructions: it writes toy solutions, right and wrong, and the perfect synthesis of each pair.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import toy
+import train
+from data import save_problems
+from metrics import means
+from model import CausalLM, ModelConfig, load_hf, save_hf
+from rollout import Completion, Rollout
+
+ROOT = Path(train.__file__).parent
+KNOBS = {
+    "instruction": "", "template": "short", "max_steps": 3, "prompts_per_step": 4, "samples_per_prompt": 4,
+    "n_pos": 1, "n_neg": 1, "m_max": 2, "max_new_tokens": 60, "max_synthesis_tokens": 130, "learning_rate": 1e-3,
+    "warmup_steps": 1, "threads": 1, "tokens_per_microbatch": 512, "eval_interval": 0, "save_interval": 2, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with a tiny random checkpoint and problem files."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id))
+    save_hf(model, tokenizer, folder / "model")
+    save_problems(toy.make_problems("findx", "train", 10), folder / "train.jsonl")
+    save_problems(toy.make_problems("findx", "validation", 3), folder / "held_out.jsonl")
+    return folder
+
+
+def run(start, out, monkeypatch, **knobs):
+    """train.main() in this process, with its knobs set; returns the rows of metrics.jsonl."""
+    settings = KNOBS | {"init_from": str(start / "model"), "problems": str(start / "train.jsonl"), "out_dir": str(out)} | knobs
+    for key, value in settings.items():
+        monkeypatch.setattr(train, key, value)
+    train.main()
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def author(monkeypatch):
+    """Replace the sampler: of every group the first response is right, and every synthesis is the perfect one."""
+    tokenizer = toy.make_tokenizer()
+
+    def complete(text):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        return Completion(ids, [-1.0] * len(ids), True)
+
+    def generate(model, prompts, n, *, keys, **_):
+        groups = []
+        for prompt, key in zip(prompts, keys, strict=True):
+            text = tokenizer.decode(prompt).removeprefix(toy.USER).removesuffix(toy.ASSISTANT)
+            rng = np.random.default_rng(key)
+            if "<wrong>" in text:
+                question, wrong = text.split("\n<wrong>")[0], text.split("<wrong>")[1].split("</wrong>")[0]
+                analysis, prefix, reflection, correction = toy.construction(question, wrong)
+                body = f"{prefix}<reflection>{reflection}</reflection>{correction}"
+                if text.endswith("<full>"):
+                    body = toy.solution(rng, question, "reflective")[0]
+                groups.append([complete(f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")])
+            else:
+                kinds = ["direct", *["give_up"] * (n - 1)]
+                groups.append([complete(toy.solution(rng, text, kind)[0]) for kind in kinds])
+        return groups
+
+    monkeypatch.setattr(train, "generate", generate)
+
+
+def rollouts_of(out, step=1):
+    return [json.loads(line) for line in (out / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return {name: p.detach() for name, p in load_hf(folder).named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a step computes
+
+
+def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(start, tmp_path, monkeypatch):
+    """Trap 9. Bug: old log-probs from another pass (dropout, bf16, another batch shape) make the first ratio differ from 1."""
+    author(monkeypatch)
+    for row in run(start, tmp_path / "out", monkeypatch):
+        assert row["train/ratio_max"] == 1.0 and row["train/clip_fraction"] == 0.0
+
+
+def test_no_extra_pass_is_spent_on_old_logprobs(start, tmp_path, monkeypatch):
+    """Trap 9. One update: one training forward a micro-batch, and one of the reference when its KL is logged."""
+    author(monkeypatch)
+    calls = []
+    forward = CausalLM.forward
+    monkeypatch.setattr(CausalLM, "forward", lambda self, *a, **k: (calls.append(1), forward(self, *a, **k))[1])
+    run(start, tmp_path / "a", monkeypatch, max_steps=1, log_kl=False, tokens_per_microbatch=10**6)
+    once = len(calls)
+    run(start, tmp_path / "b", monkeypatch, max_steps=1, log_kl=True, tokens_per_microbatch=10**6)
+    twice = len(calls) - once
+    run(start, tmp_path / "c", monkeypatch, max_steps=1, log_kl=False, tokens_per_microbatch=10**6, updates_per_step=2)
+    assert (once, twice, len(calls) - once - twice) == (1, 2, 3)  # the last: one old pass, two updates
+
+
+def test_second_update_of_a_step_is_off_policy(start, tmp_path, monkeypatch):
+    """Bug: old log-probs recomputed inside the update loop keep the ratio at 1 for ever and clipping never acts."""
+    author(monkeypatch)
+    row = run(start, tmp_path / "out", monkeypatch, max_steps=1, updates_per_step=3, learning_rate=1e-2)[0]
+    assert row["train/ratio_max"] > 1.001
+
+
+def test_sampler_and_trainer_agree_and_see_new_weights(start, tmp_path, monkeypatch):
+    """Traps 8, 10. Bug: a sampler with stale weights, or another temperature in the trainer than in the sampler."""
+    rewards = iter(range(10**6))  # a random model is always wrong: alternate rewards, so that weights really move
+
+    def score(rollouts, _):
+        for r in rollouts:
+            r.reward, r.grade = float(next(rewards) % 2), "correct"
+
+    monkeypatch.setattr(train, "score", score)
+    rows = run(start, tmp_path / "out", monkeypatch, method="grpo", learning_rate=0.05, temperature=0.7)
+    assert rows[-1]["train/kl_ref"] > 0.01  # the policy has moved ...
+    assert max(row["train/parity_max"] for row in rows) < 1e-4  # ... and the sampler with it
+
+
+def test_every_parameter_changes_and_stays_fp32(start, tmp_path, monkeypatch):
+    """Traps 19, 20. Bug: a frozen or forgotten tensor; bf16 masters, which lr 1e-6 cannot move."""
+    author(monkeypatch)
+    run(start, tmp_path / "out", monkeypatch, max_steps=1, learning_rate=1e-6, warmup_steps=0, dtype="bfloat16")
+    before, after = weights_of(start / "model"), weights_of(tmp_path / "out" / "step_000001")
+    for name, p in after.items():
+        assert p.dtype == torch.float32
+        assert (p != before[name]).float().mean() > 0.2, name
+
+
+def test_constructions_carry_roles_weights_and_their_own_group(start, tmp_path, monkeypatch):
+    """§3.4. Bug: reflections in the group of the originals, or trained under the synthesis prompt."""
+    author(monkeypatch)
+    row = run(start, tmp_path / "out", monkeypatch, max_steps=1)[0]
+    rollouts = rollouts_of(tmp_path / "out")
+    reflections = [r for r in rollouts if r["is_reflection"]]
+    assert len(rollouts) - len(reflections) == 16 and len(reflections) == 8 == row["reflect/kept"]
+    for r in reflections:
+        original = next(o for o in rollouts if o["query"] == r["query"])
+        assert r["group"] == original["group"] + "_reflected" and r["prompt_ids"] == original["prompt_ids"]
+        assert set(r["roles"]) == {0, 1, 2} and r["reward"] == 1.0 and r["grade"] == "correct"
+        assert r["sample_logprobs"] is None and len(r["ots_weights"]) == len(r["logprobs"]) == len(r["completion_ids"])
+    # two right constructions of a group: std 0, advantage 0 (Eq. 5); their rollouts, 1 right of 4, do not (Eq. 1)
+    assert {r["advantage"] for r in reflections} == {0.0}
+    assert {round(o["advantage"], 3) for o in rollouts if not o["is_reflection"]} == {1.732, -0.577}
+
+
+FLAGS = [{"method": "grpo"}, {"method": "opsd"}, {"method": "opsd", "opsd_loss": "sampled"}, {"method": "sft"},
+         {"prefix_mode": "copy"}, {"prefix_mode": "full"}, {"decoupled": False}, {"ots": False}, {"diagnosis": "ots"},
+         {"diagnosis": "train"}, {"train_prefix": False}, {"ref_advantage": "orig"}, {"lam": 0.5},
+         {"loss_agg": "token"}, {"loss_norm": "merged"}, {"std": "sample"}, {"kl_coef": 0.1, "updates_per_step": 2}]
+
+
+def test_every_variant_runs_and_trains_something_else(start, tmp_path, monkeypatch):
+    """Bug: a flag that is read nowhere. All from one start, one step, other weights from every one of them."""
+    author(monkeypatch)
+    base = {"max_steps": 1, "warmup_steps": 0, "ref_advantage": "reward"}
+    run(start, tmp_path / "base", monkeypatch, **base)
+    seen = {"base": weights_of(tmp_path / "base" / "step_000001")}
+    for number, flags in enumerate(FLAGS):
+        row = run(start, tmp_path / str(number), monkeypatch, **(DEFAULTS | base | flags))[0]
+        assert np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0, flags
+        weights = weights_of(tmp_path / str(number) / "step_000001")
+        for other, theirs in seen.items():
+            assert any(not torch.equal(p, theirs[name]) for name, p in weights.items()), f"{flags} trained just like {other}"
+        seen[str(flags)] = weights
+    # and one that must NOT: where every construction is right, Eq. 5 has no spread to learn from, and TAPO is GRPO
+    run(start, tmp_path / "group", monkeypatch, **(DEFAULTS | base | {"ref_advantage": "group"}))
+    silent = weights_of(tmp_path / "group/step_000001")
+    assert all(torch.equal(p, silent[name]) for name, p in seen[str({"method": "grpo"})].items())
+
+
+DEFAULTS = {key: getattr(train, key) for flags in FLAGS for key in flags}
+
+
+def test_dropping_negatives_drops_wrong_constructions_only(start, tmp_path, monkeypatch):
+    """Table 4, w/o Negative. Bug: it also drops the wrong rollouts, or the wrong constructions stay."""
+    author(monkeypatch)
+    score = train.score
+
+    def half_wrong(rollouts, problem_of):
+        score(rollouts, problem_of)
+        for i, r in enumerate(r for r in rollouts if r.is_reflection):
+            r.reward = float(i % 2)
+
+    monkeypatch.setattr(train, "score", half_wrong)
+    kept = {}
+    for keep in (True, False):
+        row = run(start, tmp_path / str(keep), monkeypatch, max_steps=1, ref_negatives=keep)[0]
+        rollouts = rollouts_of(tmp_path / str(keep))
+        kept[keep] = [r["reward"] for r in rollouts if r["is_reflection"]]
+        assert sum(r["reward"] == 0 for r in rollouts if not r["is_reflection"]) == 12
+        assert row["reflect/correct"] == 0.5  # the log still tells how many were right
+    assert sorted(kept[True]) == [0.0] * 4 + [1.0] * 4 and kept[False] == [1.0] * 4
+
+
+def test_an_unfinished_response_is_wrong_even_with_the_right_box():
+    """Bug: a truncated response that happens to have boxed the answer already is rewarded for never stopping."""
+    problem = toy.make_problems("findx", "train", 1)[0]
+    r = Rollout("u", "0", [1], [2], [0], finished=False, text=f"\\boxed{{{problem.answer}}} and so on")
+    train.score([r], {0: problem})
+    assert (r.reward, r.grade) == (0.0, "truncated")
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    c = train.SimpleNamespace(learning_rate=1.0, warmup_steps=4, max_steps=14, min_lr=0.1)
+    rates = [train.learning_rate_at(step, c) for step in range(14)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates == rates[:4] + sorted(rates[4:], reverse=True)
+    assert rates[9] == pytest.approx(0.1 + 0.9 * 0.5) and rates[-1] > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a run that cannot learn says so
+
+
+def test_a_run_that_cannot_learn_says_so(start, tmp_path, monkeypatch, capsys):
+    """Bug: loss 0 for a night. All rewards equal, all truncated: each has its own warning."""
+    row = run(start, tmp_path / "out", monkeypatch, max_steps=1, max_new_tokens=3)[0]
+    printed = capsys.readouterr().out
+    assert "WARNING: this step cannot learn: in every group all rewards are equal" in printed and "too hard" in printed
+    assert "WARNING: every response was truncated at max_new_tokens = 3" in printed
+    assert row["train/loss"] == 0.0 and row["train/grad_norm"] == 0.0  # and nothing is NaN
+
+
+def test_twenty_steps_without_an_eligible_query_are_announced(start, tmp_path, monkeypatch, capsys):
+    run(start, tmp_path / "out", monkeypatch, max_steps=20, max_new_tokens=2, prompts_per_step=1, samples_per_prompt=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no query was eligible" in line]
+    assert len(lines) == 1 and "for 20 steps" in lines[0] and "n_pos = 1" in lines[0]
+
+
+def test_a_parity_gap_raises_the_alarm(start, tmp_path, monkeypatch, capsys):
+    """Trap 8. The author's log-probs are made up: that must not pass unnoticed."""
+    author(monkeypatch)
+    run(start, tmp_path / "out", monkeypatch, max_steps=1)
+    assert "WARNING: sampler and trainer disagree" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# disk: resume, kill, full
+
+
+VOLATILE = ("time/",)
+
+
+def same_numbers(a, b):
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in a] == [
+        {k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in b]
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path, monkeypatch):
+    """Trap 22. Bug: other queries, noise, learning rate or moments after a resume; being off by one step."""
+    author(monkeypatch)
+    whole = run(start, tmp_path / "whole", monkeypatch, max_steps=5, ref_advantage="reward")
+
+    class Killed(Exception):
+        pass
+
+    def killed_at_4(step, m, c):
+        if step == 4:  # one step after the last checkpoint
+            raise Killed
+        return ""
+
+    monkeypatch.setattr(train, "save_interval", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "console_line", killed_at_4)
+        with pytest.raises(Killed):
+            run(start, tmp_path / "parts", monkeypatch, max_steps=5, ref_advantage="reward", save_interval=3)
+    (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 5, "train/lo')  # a line torn by the kill
+    parts = run(start, tmp_path / "parts", monkeypatch, max_steps=5, ref_advantage="reward", save_interval=3, resume=True)
+    assert [row["step"] for row in parts] == [1, 2, 3, 4, 5] and same_numbers(whole, parts)
+    ours, theirs = weights_of(tmp_path / "whole/step_000005"), weights_of(tmp_path / "parts/step_000005")
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    for step in range(1, 6):
+        assert rollouts_of(tmp_path / "whole", step) == rollouts_of(tmp_path / "parts", step)
+
+
+def launch(start, out, *more):
+    arguments = KNOBS | {"init_from": start / "model", "problems": start / "train.jsonl", "out_dir": out}
+    return [sys.executable, str(ROOT / "train.py"), *(f"--{key}={value}" for key, value in arguments.items()), *more]
+
+
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_losses(start, tmp_path):
+    """Bug: a torn checkpoint, rollout file or log after a kill."""
+    knobs = ["--max_steps=6", "--save_interval=1", "--method=grpo", "--log_kl=False"]
+    quiet = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    subprocess.run(launch(start, tmp_path / "whole", *knobs), check=True, **quiet)
+    out = tmp_path / "killed"
+    child = subprocess.Popen(launch(start, out, *knobs), start_new_session=True, **quiet)
+    deadline = time.time() + 120
+    while not (out / "step_000002").exists() and child.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert 0 < len(checkpoint.checkpoints(out))
+    for folder in checkpoint.checkpoints(out):
+        load_hf(folder)
+    for file in (out / "rollouts").glob("step_*"):
+        [json.loads(line) for line in file.read_text().splitlines()]
+    subprocess.run(launch(start, out, *knobs, "--resume=True"), check=True, **quiet)
+    whole, resumed = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "whole", out))
+    assert len(whole) == 6 and same_numbers(whole, resumed)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(start, tmp_path, monkeypatch):
+    """Bug: the old checkpoint is deleted, or overwritten in place, before the new one is complete."""
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    run(start, tmp_path / "out", monkeypatch, max_steps=2, method="grpo")
+    before = weights_of(tmp_path / "out/step_000002")
+    for victim in ("save_hf", "torch.save"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"checkpoint.{victim}", full)
+            with pytest.raises(ValueError, match=r"cannot save .*step_000004 .*No space left.*goes on from .*step_000002"):
+                optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+                model, tokenizer = load_hf(start / "model"), toy.make_tokenizer()
+                checkpoint.save_checkpoint(tmp_path / "out/step_000004", model, tokenizer, optimizer, 4, {}, keep_last=1)
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step_000002"]
+    assert not list((tmp_path / "out").glob(".step*"))
+    assert all(torch.equal(p, before[name]) for name, p in weights_of(tmp_path / "out/step_000002").items())
+
+
+def test_only_the_newest_checkpoints_are_kept(start, tmp_path, monkeypatch):
+    run(start, tmp_path / "out", monkeypatch, max_steps=4, save_interval=1, keep_last=2, method="grpo")
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step_000003", "step_000004"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input: one line with value, rule and fix
+
+
+@pytest.mark.parametrize("knobs, says", [
+    ({"n_pos": 2, "n_neg": 4}, r"n_pos \+ n_neg = 2 \+ 4 exceeds samples_per_prompt = 4.*lower them or sample more"),
+    ({"method": "ppo"}, r"method = 'ppo' is unknown; use one of 'tapo', 'grpo', 'opsd', 'sft'"),
+    ({"top_p": 0.9}, r"top_p = 0.9.*full softmax.*top_p = 1"),
+    ({"temperature": 0.0}, r"temperature = 0.0 must be above 0"),
+    ({"samples_per_prompt": 1, "method": "grpo"}, r"samples_per_prompt = 1 must be at least 2"),
+    ({"max_steps": 0}, r"max_steps = 0 must be at least 1"),
+    ({"init_from": ""}, r"init_from is not set; pass --init_from=PATH"),
+    ({"problems": "nowhere.jsonl"}, r"no problem file at nowhere.jsonl"),
+    ({"init_from": "/nowhere/model"}, r"/nowhere/model"),
+    ({"max_new_tokens": 300}, r"max_new_tokens = 300 do not fit the model's context of 256; lower max_new_tokens"),
+    ({"instruction": "Think in English."}, r"tokenizer has no token for .*in the prompt"),
+])
+def test_bad_input_is_refused_at_start_in_one_line(start, tmp_path, monkeypatch, knobs, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says) as refusal:
+        run(start, tmp_path / "out", monkeypatch, **knobs)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_resume_with_a_changed_config_lists_the_differences(start, tmp_path, monkeypatch):
+    run(start, tmp_path / "out", monkeypatch, max_steps=2, method="grpo")
+    with pytest.raises(ValueError, match=r"config has changed since .*: lam: 1.0 -> 2.0; learning_rate: 0.001 -> 0.5"):
+        run(start, tmp_path / "out", monkeypatch, max_steps=2, method="grpo", resume=True, learning_rate=0.5, lam=2.0)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(start, tmp_path, monkeypatch):
+    run(start, tmp_path / "out", monkeypatch, max_steps=1, method="grpo")
+    with pytest.raises(ValueError, match=r"out_dir = .* already holds a run; continue it with --resume=True"):
+        run(start, tmp_path / "out", monkeypatch, max_steps=1, method="grpo")
+
+
+def test_errors_leave_the_script_with_one_line_and_exit_code_1(start, tmp_path):
+    done = subprocess.run(launch(start, tmp_path / "out", "--n_neg=9"), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: n_pos + n_neg = 1 + 9") and done.stderr.count("\n") == 1
+
+
+def test_means_divide_sums_once():
+    """Bug: the mean of per-batch means, wrong when batches differ in size."""
+    assert means({"a": 6.0, "a#": 3.0, "b": 2.0, "c": 0.0, "c#": 0.0}) == {"a": 2.0, "b": 2.0}
