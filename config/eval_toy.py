@@ -7,6 +7,6 @@ instruction = ""               # the toy prompt is the bare question
 samples = 16
 temperatures = (1.0, 0.6)
 top_ps = (1.0, 0.9)
-pass_k = (1, 5)
+pass_k = (1, 8)
 max_new_tokens = 54
 threads = 1

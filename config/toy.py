@@ -1,6 +1,6 @@
 # The CPU-sized world: two cores, a few minutes. Needs data/findx_*.jsonl and out/toy/coldstart, which runs/toy.sh makes.
 #   python train.py config/toy.py --method=tapo --out_dir=out/toy/tapo
-init_from = "out/toy/coldstart"
+init_from = "out/toy/coldstart/final"
 problems = "data/findx_train.jsonl"
 eval_problems = "data/findx_validation.jsonl"
 instruction = ""            # the toy's questions are equations, its tokenizer has no English

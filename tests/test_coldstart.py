@@ -63,8 +63,9 @@ def config_of(**changes):
 
 
 def tiny_model():
-    return coldstart.start_model(config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                           num_key_value_heads=1, head_dim=8), "scratch", "cpu")[1]
+    c = config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                  head_dim=8)
+    return coldstart.start_model(c, "scratch", "cpu")[1]
 
 
 def toy_rows(tokenizer, batch_size):
@@ -265,8 +266,8 @@ def rollout_config(folder, tokenizer, **changes):
     save_problems(problems[:7], folder / "problems.jsonl")
     save_hf(tiny_model(), tokenizer, folder / "policy")
     return config_of(**{
-        "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"), "out_dir": str(folder), "world": "",
-        "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
+        "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"), "out_dir": str(folder),
+        "world": "", "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
         "max_synthesis_tokens": 100} | changes)
 
 

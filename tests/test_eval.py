@@ -415,18 +415,19 @@ def test_problems_are_paired_by_uid_and_not_by_place(tmp_path):
     content = json.loads(a.read_text())
     content["settings"][0]["per_problem"].reverse()
     (tmp_path / "b").write_text(json.dumps(content))
-    (d,) = evaluation.compare_runs([[a], [tmp_path / "b"]])
-    assert d["difference"] == d["low"] == d["high"] == 0 and d["p"] == 1
+    for pair in ([[a], [tmp_path / "b"]], [[tmp_path / "b"], [a]]):
+        (d,) = evaluation.compare_runs(pair)
+        assert d["difference"] == d["low"] == d["high"] == 0 and d["p"] == 1
 
 
 def test_groups_of_seeds_are_paired_seed_by_seed(tmp_path):
     base = [result(tmp_path / f"a{s}", [s, s, 1 + s]) for s in range(3)]
-    other = [result(tmp_path / f"b{s}", [s + 1, s + 2, 2 + s + (s == 2)]) for s in range(3)]
+    other = [result(tmp_path / f"b{s}", [s + 1 - 3 * (s == 2), s + 2, 2 + s + 2 * (s == 2)]) for s in range(3)]
     third = [result(tmp_path / f"c{s}", [s, s, 1 + s]) for s in range(3)]
     d, same = evaluation.compare_runs([base, other, third])
-    assert d["by_seed"] == pytest.approx([4 / 24, 4 / 24, 5 / 24]) and d["difference"] == pytest.approx(13 / 72)
-    assert (d["low"], d["high"]) == pytest.approx(evaluation.t_interval([4 / 24, 4 / 24, 5 / 24]))
-    assert d["p"] == evaluation.sign_flip_p([1 / 8, 2 / 8, 4 / 24])
+    assert d["by_seed"] == pytest.approx([4 / 24, 4 / 24, 3 / 24]) and d["difference"] == pytest.approx(11 / 72)
+    assert (d["low"], d["high"]) == pytest.approx(evaluation.t_interval([4 / 24, 4 / 24, 3 / 24]))
+    assert d["p"] == evaluation.sign_flip_p([0, 2 / 8, 5 / 24]) == 0.5  # problem by problem, after a mean over seeds
     assert same["difference"] == 0 and same["baseline"] == "+".join(map(str, base))
 
 
