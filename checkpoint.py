@@ -1,7 +1,7 @@
 """What a run leaves on disk: whole or not at all.
 
     out_dir/step_000040/     a plain Hugging Face folder (transformers and vLLM load it) with, beside the weights,
-        train_state.pt       the optimiser's moments
+        optimizer/           AdamW's moments, by torch.distributed.checkpoint: saved by N processes, loaded by any M
         meta.json            step and config; written last, a folder without it does not count
     out_dir/metrics.jsonl    one row a step
     out_dir/rollouts/        every rollout and reflection of every step
@@ -14,14 +14,21 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from configurator import diff_configs
 from model import save_hf
 
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
-              "out_dir", "parity_alarm"}
+              "out_dir", "parity_alarm", "replicas", "cpu_offload", "timeout_minutes"}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -45,23 +52,40 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int, config: dict, keep_last: int) -> None:
-    """Write one checkpoint, then delete all but the newest keep_last. OSError (disk full) leaves the older ones intact."""
+    """Write one checkpoint, then delete all but the newest keep_last; all processes call this together.
+
+    ValueError when it cannot be written (disk full): the older ones are intact and the message names the newest of them.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
     partial = folder.with_name("." + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_hf(model, tokenizer, partial)
-        torch.save(optimizer.state_dict(), partial / "train_state.pt")
-        (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except Exception as e:  # safetensors and torch.save each wrap "no space left" in an exception of their own
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        if first:
+            save_hf(model, tokenizer, partial, state_dict=weights)
+        dcp.save(moments, checkpoint_id=partial / "optimizer", no_dist=not dist.is_initialized())
+        if first:
+            (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+    except Exception as e:  # safetensors and dcp each wrap "no space left" in an exception of their own
         shutil.rmtree(partial, ignore_errors=True)
         older = checkpoints(folder.parent)
         where = older[-1] if older else "the start, as there is no earlier checkpoint"
         reason = " ".join(str(e).split())
         raise ValueError(f"cannot save {folder} ({reason}); free space, then --resume=True goes on from {where}") from e
-    for old in checkpoints(folder.parent)[:-keep_last]:
-        shutil.rmtree(old)
+    if first:
+        for old in checkpoints(folder.parent)[:-keep_last]:
+            shutil.rmtree(old)
+
+
+def load_optimizer(folder: Path, model, optimizer) -> None:
+    """Put the moments of a checkpoint back, whatever number of processes wrote them."""
+    moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
+    set_optimizer_state_dict(model, optimizer, moments["optimizer"])
 
 
 def find_start(config: dict) -> tuple[int, str]:

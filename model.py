@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -473,9 +474,9 @@ class CausalLM(nn.Module):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
         Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
-        are of softmax(logits / temperature), what was sampled (trap 2). teacher (see teacher_divergence) adds divergence
-        (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt; positions (B,T) follow from
-        the cache where not given; logits are not divided by the temperature."""
+        are of softmax(logits / temperature), what was sampled (trap 2). teacher, see teacher_divergence, adds a
+        divergence (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt; positions (B,T)
+        follow from the cache where not given; logits are not divided by the temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
         prefill = cache is not None and cache.length == 0
         if positions is None:  # right-padded rows start at column 0, those of a cache at its `starts`
@@ -530,20 +531,27 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 # Hugging Face folders
 
 
-def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0) -> CausalLM:
+def load_hf(
+    folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0, wrap=None
+) -> CausalLM:
     """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on `device`.
 
     The model is made on the meta device and tensors are read into it one by one: peak host memory is one model. Of
     generation_config.json only the end-of-sequence ids are read: no penalty or top-k hides in a checkpoint (trap 3).
-    num_tokens: see ModelConfig. FileNotFoundError for absent files, ValueError for wrong contents, one line each."""
+    num_tokens: see ModelConfig. wrap(model) shards the still empty model (parallel.shard): each process then keeps its part
+    of every tensor. FileNotFoundError for absent files, ValueError for wrong contents, one line each."""
     folder = _find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
     if (folder / "generation_config.json").is_file():
         eos = ModelConfig(eos_token_id=_read_json(folder / "generation_config.json").get("eos_token_id")).eos_token_id
         config.eos_token_id = tuple(dict.fromkeys(config.eos_token_id + eos))
     with torch.device("meta"):
-        model = CausalLM(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        model = CausalLM(config).to(dtype)
+    if wrap is not None:
+        wrap(model)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    expected = {name: tuple(p.shape) for name, p in parameters.items()}
     missing = set(expected)
     for file in _weight_files(folder):
         try:
@@ -552,10 +560,7 @@ def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", 
                     if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
                         continue  # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied head
                     _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
-                    module, _, attribute = name.rpartition(".")
-                    # copy: a tensor that still maps the file would change when the file does
-                    parameter = nn.Parameter(tensors.get_tensor(name).to(dtype, copy=True))
-                    setattr(model.get_submodule(module), attribute, parameter)
+                    _fill(parameters[name], tensors.get_tensor(name))
                     missing.discard(name)
         except SafetensorError as e:
             raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
@@ -613,6 +618,15 @@ def save_hf(
     # Plain sampling, spelled out: where top_k is absent transformers takes 50.
     plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "eos_token_id": config["eos_token_id"]}
     _write_json(folder / "generation_config.json", plain | special | (generation_config or {}))
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no communication either way."""
+    if isinstance(parameter, DTensor):
+        tensor = tensor.to(parameter.device)
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(tensor)
 
 
 def _find_folder(folder_or_hub_id: str | Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 import reflect
 from data import Problem
+from parallel import whole
 from rollout import Batch, Rollout, collate
 
 
@@ -50,5 +51,5 @@ def student_and_teacher(model, teacher, batch: Batch, rollouts: list[Rollout], p
     with torch.no_grad():
         hidden = teacher(seen.inputs)                                                             # (B, T', d)
         hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))            # (B, T, d)
-    return model(batch.inputs, batch.targets, temperature=temperature,
-                 teacher=(hidden, teacher.head_weight.detach(), beta, clip))
+    head = None if teacher is model else whole(teacher.output_weight)                             # None: the student's own
+    return model(batch.inputs, batch.targets, temperature=temperature, teacher=(hidden, head, beta, clip))

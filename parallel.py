@@ -7,6 +7,7 @@ ranks may decode for different lengths of time; outside it every rank runs the s
 
 Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for sampling.
 """
+import atexit
 import contextlib
 import datetime
 import os
@@ -15,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from metrics import add_up
 from rollout import Rollout, microbatches
 
 
 def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
-    """(rank, world size, device of this process). Joins torchrun's process group if there is one.
+    """(rank, world size, device of this process). Joins torchrun's process group if there is one, and ends with it.
 
     timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
     """
@@ -32,6 +34,7 @@ def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=timeout_minutes))
+    atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -89,11 +92,14 @@ def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
 def balance(rollouts: list[Rollout], tokens_per_microbatch: int, rank: int, world: int) -> list[list[int]]:
     """This rank's micro-batches, as indices into the rollouts of all ranks; the same number of them on every rank.
 
-    Micro-batches are cut from the whole step's rollouts sorted by length and dealt like cards, so that neighbours in length
-    go to different ranks. A rank that comes out short repeats a row at zero weight: index i stands there as -1 - i.
+    They are cut from the whole step's rollouts sorted by length and dealt like cards, so that every rank gets its share of
+    long ones. A rank that comes out short runs a batch with index len(rollouts): the caller puts rollout.FILLER there.
     """
     batches = microbatches(rollouts, tokens_per_microbatch)
     mine = batches[rank::world]
-    while len(mine) < -(-len(batches) // world):
-        mine.append([-1 - batches[-1][-1]])
-    return mine
+    return mine + [[len(rollouts)]] * (-(-len(batches) // world) - len(mine))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered (on all ranks at once); a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

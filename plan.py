@@ -1,7 +1,7 @@
 """What a run will cost, from config.json and the knobs alone, before anything is loaded.
 
     python train.py config/aime.py --plan=True                          # for the GPUs that config/aime.py names
-    python train.py config/toy.py --plan=True --plan_gpus=2 --plan_gpu_gb=24
+    python train.py config/aime.py --plan=True --plan_gpus=2 --plan_gpu_gb=24 --init_from=FOLDER    # one config.json is enough
 
 Every number follows from model.py: parameters are counted on the meta device, activations are what a block leaves for its
 backward pass, sampling is its cache. tests/test_plan.py holds the formulas against measured bytes. Responses are taken at
@@ -11,11 +11,13 @@ fragmentation. Deliberately missing: time, which depends on the machine; fp32 at
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, flops_per_token
+from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, flops_per_token, num_params
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
@@ -82,14 +84,17 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     model (FSDP2). reflections: a process writes at most so many a step. full_divergence: OPSD over the whole vocabulary.
     """
     with torch.device("meta"):
-        model = CausalLM(config)
-    params, blocks, L, V = list(model.parameters()), model.model["layers"], config.num_hidden_layers, config.num_tokens
-    total, block = (sum(p.numel() for p in some) for some in (params, blocks[0].parameters()))
-    root, head = total - L * block, config.vocab_size * config.hidden_size   # root: embedding, final norm, head, one FSDP unit
+        model = CausalLM(replace(config, num_hidden_layers=1))               # all layers are alike
+    block = list(model.model["layers"].parameters())
+    n_tensors, L, V = len(list(model.parameters())), config.num_hidden_layers, config.num_tokens
+    n_tensors, block, matrices = (n_tensors + (L - 1) * len(block), sum(w.numel() for w in block),
+                                  L * sum(w.numel() for w in block if w.dim() == 2))
+    root = num_params(model) - block                                         # embedding, final norm, head: one FSDP unit
+    total, head = root + L * block, config.vocab_size * config.hidden_size
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
-    autocast, matrices = c == 2 and not sharded, sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    autocast = c == 2 and not sharded
     share = 0 if offload else 4 * -(-total // world_size)                    # fp32, one number a parameter
-    parts = {"weights": share, "moments": 2 * share + 4 * len(params), "reference": share * reference_model}
+    parts = {"weights": share, "moments": 2 * share + 4 * n_tensors, "reference": share * reference_model}
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
@@ -111,6 +116,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         "reduction": (c + 4) * root * sharded}                 # of the root's gradient, last, when the activations are gone
     update = parts["gradients"] + parts["compute copies"] + max(
         parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])
+
+    parts["temporaries"] = update - sum(parts[name] for name in ("gradients", "compute copies", "activations"))
 
     # Sampling: rollouts, then reflections, whose prompts hold two whole responses; prompts are prefilled once.
     parts["unsharded"] = c * (total + root * reference_model) if sharded else parts["compute copies"]
@@ -148,70 +155,74 @@ def what_fits(limit: float, sizes: dict) -> dict | None:
     return turned
 
 
-def longest_question(path: str, instruction: str) -> int | None:
-    """Tokens of the longest prompt of a problem file, from above: mathematics has two or more characters a token."""
+def longest_question(path: str, instruction: str) -> int:
+    """Tokens of a problem file's longest prompt, from above: mathematics has two characters a token or more. 0: no file."""
     if not Path(path).is_file():
-        return None
+        return 0
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return max(len(row.get("question") or row.get("problem") or "") for row in rows) // 2 + len(instruction) // 2 + 32
+    return (max(len(row.get("question") or row.get("problem") or "") for row in rows) + len(instruction)) // 2 + 32
+
+
+def machine(config: dict) -> tuple[str, int, float]:
+    """(device, processes, bytes of memory of each): what plan_gpus and plan_gpu_gb say, else what is found here."""
+    cuda = torch.cuda.is_available() and config["device"] != "cpu"
+    processes = config["plan_gpus"] or int(os.environ.get("WORLD_SIZE", 0)) or (torch.cuda.device_count() if cuda else 1)
+    if config["plan_gpu_gb"]:
+        return "cuda", processes, config["plan_gpu_gb"] * GIB
+    if cuda:
+        return "cuda", processes, torch.cuda.get_device_properties(0).total_memory
+    if config["plan_gpus"]:
+        raise ValueError(f"plan_gpus = {config['plan_gpus']}, but there is no GPU here to measure; add --plan_gpu_gb=80 or so")
+    return "cpu", processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
 def plan_table(config: dict) -> str:
-    """The plan of a run as text. config: train.py's resolved knobs; plan_gpus and plan_gpu_gb describe a machine that is
-    not this one. The last lines warn, with the knobs to turn, where a GPU's memory is exceeded."""
-    c, model = config, read_model_config(config["init_from"])
-    gpus = c.get("plan_gpus") or int(os.environ.get("WORLD_SIZE", 0)) or max(1, torch.cuda.device_count())
-    elsewhere = c.get("plan_gpus") or c.get("plan_gpu_gb")
-    device = "cuda" if elsewhere or (torch.cuda.is_available() and c["device"] != "cpu") else "cpu"
-    memory = (c["plan_gpu_gb"] * GIB if c.get("plan_gpu_gb") else torch.cuda.get_device_properties(0).total_memory
-              if torch.cuda.is_available() else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    found = longest_question(c["problems"], c["instruction"])
-    prompt = found or ASSUMED_PROMPT
-    rollouts = c["prompts_per_step"] * c["samples_per_prompt"]
-    reflections = c["prompts_per_step"] * c["m_max"] if c["method"] in ("tapo", "sft") and c["prefix_mode"] != "copy" else 0
-    reference = bool(c["log_kl"] or c["kl_coef"] or (c["method"] == "opsd" and c["opsd_teacher"] == "initial"))
-    sizes = {key: c[key] for key in ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype", "samples_per_prompt",
-                                     "max_synthesis_tokens")}
-    sizes |= {"config": model, "longest_prompt": prompt, "reflections": -(-reflections // gpus), "reference_model": reference,
-              "world_size": gpus // c.get("replicas", 1), "offload": c.get("offload", False), "device": device,
-              "full_divergence": c["method"] == "opsd" and c["opsd_loss"] == "jsd",
-              "checkpoint_activations": c.get("checkpoint_activations", False)}
+    """The plan of a run as text, from train.py's resolved knobs. Its last lines warn where memory is exceeded, with the
+    knobs to turn."""
+    c, model = SimpleNamespace(**{"replicas": 1, "offload": False} | config), read_model_config(config["init_from"])
+    device, processes, memory = machine(config)
+    found = longest_question(c.problems, c.instruction)
+    prompt, rollouts = found or ASSUMED_PROMPT, c.prompts_per_step * c.samples_per_prompt
+    reflections = c.prompts_per_step * c.m_max if c.method in ("tapo", "sft") and c.prefix_mode != "copy" else 0
+    sizes = {key: config[key] for key in ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype", "samples_per_prompt",
+                                          "max_synthesis_tokens", "checkpoint_activations")}
+    sizes |= {"config": model, "longest_prompt": prompt, "reflections": -(-reflections // processes), "device": device,
+              "reference_model": bool(c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial")),
+              "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd",
+              "world_size": processes // c.replicas, "offload": c.offload}
     p = memory_plan(**sizes)
 
-    row = prompt + c["max_new_tokens"]
-    rows = rollouts + reflections
-    batches = -(-rows // (max(1, c["tokens_per_microbatch"] // row) * gpus))
-    written = rollouts * c["max_new_tokens"] + reflections * (c["max_synthesis_tokens"] or 2 * c["max_new_tokens"])
-    passes = c["updates_per_step"] * (3 + sizes["checkpoint_activations"] + reference) + (c["updates_per_step"] > 1)
-    flops = flops_per_token(model, row) / 3 * (rows * row * passes + written + c["prompts_per_step"] * prompt)
+    rows, row = rollouts + reflections, prompt + c.max_new_tokens
+    batches = -(-rows // (max(1, c.tokens_per_microbatch // row) * processes))
+    sampled = rollouts * c.max_new_tokens + reflections * (c.max_synthesis_tokens or 2 * c.max_new_tokens)
+    passes = c.updates_per_step * (3 + c.checkpoint_activations + sizes["reference_model"]) + (c.updates_per_step > 1)
+    flops = flops_per_token(model, row) / 3 * (rows * row * passes + sampled) / processes  # a third: one forward pass
 
-    def line(name, *shown):
-        return f"  {name:<12}{p[name] / GIB:8.2f}  = " + " + ".join(f"{label} {p[key] / GIB:.2f}" for label, key in shown if p[key])
+    def line(total: str, **shown: str) -> str:
+        terms = " + ".join(f"{name.replace('_', ' ')} {p[key] / GIB:.2f}" for name, key in shown.items() if p[key])
+        return f"  {total:<10} {p[total] / GIB:7.2f}  {terms}"
 
-    last = max(("head", "block"), key=p.get)
-    sampled = max((name for name in ("rollouts", "reflections") if name in p), key=p.get)
-    with torch.device("meta"):
-        n = sum(x.numel() for x in CausalLM(model).parameters())
+    largest = max((name for name in ("rollouts", "reflections") if name in p), key=p.get)
     text = [
-        f"model      {c['init_from']}: {n:,} parameters, products in {c['dtype']}; "
-        + (f"{gpus} x {memory / GIB:.0f} GiB" if device == "cuda" else f"{gpus} process(es) on a CPU with {memory / GIB:.0f} GiB"),
-        f"one step   {c['prompts_per_step']} prompts x {c['samples_per_prompt']} = {rollouts} rollouts"
-        + (f" + at most {reflections} reflections" if reflections else "")
-        + f", rows of at most {prompt:,} + {c['max_new_tokens']:,} tokens" + ("" if found else " (prompt length assumed)"),
-        f"at most    {written:,} tokens sampled, {rows * row:,} trained on, {batches} micro-batches a process, "
-        f"{flops / gpus / 1e15:,.3g} PFLOP a process",
-        "memory of one process in GiB",
-        line("persistent", ("fp32 weights", "weights"), ("AdamW", "moments"), ("reference", "reference")),
-        line("update", ("gradients", "gradients"), (f"{c['dtype']} copies", "compute copies"), ("activations", "activations"),
-             (f"its {last}", last)),
-        line("sampling", ("whole model", "unsharded"), (f"{sampled}", sampled)),
-        f"              {'; '.join(f'{key} {p[key] / GIB:.2f}' for key in p if ':' in key)}",
-        f"  {'peak':<12}{p['peak'] / GIB:8.2f}  of {memory / GIB:.0f}, {USABLE:.0%} of it for tensors"]
+        f"model       {c.init_from}, {num_params(model):,} parameters, products in {c.dtype}",
+        f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
+        f"one step    {c.prompts_per_step} prompts x {c.samples_per_prompt} = {rollouts} rollouts, <= {reflections} reflections",
+        f"at most     {prompt:,} + {c.max_new_tokens:,} tokens a row{'' if found else ' (prompt length assumed)'}",
+        f"            {sampled:,} tokens sampled, {rows * row:,} trained on",
+        f"            on each process {batches} micro-batches, {flops / 1e15:.3g} PFLOP",
+        "memory of a process, GiB",
+        line("persistent", weights="weights", AdamW="moments", reference="reference"),
+        line("update", gradients="gradients", copies="compute copies", activations="activations",
+             temporaries="temporaries"),
+        line("sampling", whole_model="unsharded", **{largest: largest}),
+        "                      " + ", ".join(f"{key} {p[key] / GIB:.2f}" for key in p if ":" in key),
+        f"  {'peak':<10} {p['peak'] / GIB:7.2f}  of {USABLE * memory / GIB:.2f} ({USABLE:.0%} of {memory / GIB:.0f})"]
     if p["peak"] > USABLE * memory:
         turned = what_fits(USABLE * memory, sizes)
-        fix = ", ".join(f"--{k}={v}" for k, v in turned.items()) if turned else "no knob is enough: more or larger GPUs, a smaller model"
-        text.append(f"WARNING: {p['peak'] / GIB:.1f} GiB do not fit; what would: {fix}")
-    if device == "cuda" and c["dtype"] == "float32":
-        text.append("WARNING: dtype = 'float32' on a GPU may run attention without a fused kernel, whose (T, T) scores are not "
-                    "counted; use --dtype=bfloat16")
+        fix = ("set " + " ".join(f"--{key}={value}" for key, value in turned.items()) if turned else
+               "no knob is enough, use more or larger GPUs")
+        text.append(f"WARNING: {p['peak'] / GIB:.1f} GiB do not fit into {USABLE * memory / GIB:.1f}; {fix}")
+    if device == "cuda" and c.dtype == "float32":
+        text.append("WARNING: dtype = 'float32' on a GPU may find no fused attention, whose (T,T) scores are not counted here; "
+                    "set --dtype=bfloat16")
     return "\n".join(text)

@@ -54,6 +54,10 @@ class Rollout:
     ots_weights: list[float] | None = None    # ... and the Eq. 7 weight of every token, whether or not it was used
 
 
+# Stands in where a process has nothing left to do but must keep step with the others: one token that counts nowhere.
+FILLER = Rollout("", "", [0], [0], [PREFIX], finished=True, text="", is_reflection=True)
+
+
 def row_noise(key: tuple[int, ...], n: int) -> np.ndarray:
     """n uniforms in [0, 1) that depend on the counters in `key` alone (Philox, a counter-based generator)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).random(n)
@@ -100,7 +104,7 @@ def generate(
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad sampling knobs.
     """
     if not 0 < top_p <= 1 or temperature < 0:
-        raise ValueError(f"top_p = {top_p}, temperature = {temperature}: top_p must be in (0, 1] and temperature >= 0; fix the knob")
+        raise ValueError(f"top_p = {top_p}, temperature = {temperature}: top_p must be in (0, 1], temperature at least 0")
     limit = model.config.max_position_embeddings
     for prompt in prompts:
         if not 0 < len(prompt) <= limit - max_new_tokens:

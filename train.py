@@ -3,6 +3,7 @@
     python train.py config/toy.py                         # two CPU cores, about two minutes
     python train.py config/toy.py --method=grpo           # also opsd, sft
     python train.py config/toy.py --resume=True           # continue where out_dir stopped
+    torchrun --nproc_per_node=8 train.py config/aime.py   # FSDP2 over 8 GPUs; --nnodes=2 --rdzv_endpoint=HOST:PORT for more
 
 One step: K rollouts for each problem, scored; right and wrong ones of a group paired (Eq. 3); from every pair the policy
 writes a micro-reflective trajectory; advantages per group (Eq. 1, 4, 5); one update on L_orig + lam * L_ref (Eq. 6, 8).
@@ -11,6 +12,7 @@ Deliberately missing: a value model, a KL penalty by default, a reward model, re
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -20,6 +22,7 @@ from types import SimpleNamespace
 import torch
 
 import opsd
+import parallel
 import reflect
 import reward
 from advantage import (
@@ -34,7 +37,7 @@ from advantage import (
     token_weights,
     train_mask,
 )
-from checkpoint import find_start, keep_log, save_checkpoint, write_lines
+from checkpoint import find_start, keep_log, load_optimizer, save_checkpoint, write_lines
 from configurator import configure, print_config, run_script, save_config
 from data import (
     BOXED_INSTRUCTION,
@@ -48,7 +51,8 @@ from data import (
 )
 from metrics import add_up, console_line, means, rollout_sums, warnings_of
 from model import load_hf, num_params
-from rollout import EVALUATION, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate, microbatches
+from parallel import balance, gather, reduce_sums, unsharded, whole
+from rollout import EVALUATION, FILLER, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 method = "tapo"                # 'tapo' | 'grpo' (Eq. 2 alone) | 'opsd' (arXiv 2601.18734) | 'sft' (maximum likelihood on y_ref)
@@ -111,6 +115,9 @@ save_interval = 50             # steps; the last step is always saved
 keep_last = 2                  # checkpoints kept
 parity_alarm = 0.1             # mean |sampler - trainer log-prob| above this warns: healthy is 1e-5 in fp32, 0.02 in bf16
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
+replicas = 1                   # HSDP: shard within world_size / replicas ranks (a node), replicate across; 1 = shard over all
+cpu_offload = False            # keep shards of weights and moments in host memory
+timeout_minutes = 60.0         # a collective that waits longer ends the job: longer than any rank may decode alone
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
 
@@ -199,11 +206,14 @@ def score(rollouts: list[Rollout], problem_of: dict[int, Problem]) -> None:
             r.reward, r.grade = 0.0, "truncated"
 
 
-def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocast) -> dict[str, float]:
-    """Alg. 1 lines 21-22: one step's loss over all micro-batches, `updates_per_step` times -> sums for the train/* metrics.
+def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, device, autocast) -> dict[str, float]:
+    """Alg. 1 lines 21-22: the loss of the whole step's rollouts, `updates_per_step` times -> sums for the train/* metrics.
 
-    teacher_of: per rollout the prompt of its OPSD teacher; None for every other method.
+    Every rank is given all rollouts and works on its share of micro-batches. teacher_of: per rollout the prompt of its OPSD
+    teacher; None for every other method.
     """
+    batches = balance(rollouts, c.tokens_per_microbatch, rank, world)
+    rollouts, teacher_of = [*rollouts, FILLER], teacher_of and [*teacher_of, None]
     is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
     flags = {"diagnosis": c.diagnosis, "train_prefix": c.train_prefix}
     trained = [int(train_mask(torch.ones(1, len(r.roles)), torch.tensor([r.roles]), is_reflection[i:i + 1], **flags).sum())
@@ -216,7 +226,6 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocas
     # CRITICAL: the one denominator, counted over the whole step by the mask the loss uses, before the first backward.
     scale = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
                         loss_agg=c.loss_agg, loss_norm=c.loss_norm) * (trained > 0)
-    batches = microbatches(rollouts, c.tokens_per_microbatch)
 
     def batch_of(index: list[int]):
         return collate([rollouts[i] for i in index], scale[index].tolist()).to(device)
@@ -265,7 +274,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocas
             if c.kl_coef:       # on those only: elsewhere the estimate is not one of the KL
                 kl = kl_to_ref(logprobs, ref_logprobs, own * mask)
                 loss = loss + c.kl_coef * (batch.loss_scale[:, None] * kl).sum()
-            loss.backward()
+            (loss * world).backward()  # FSDP averages gradients over ranks; the denominator is already that of all of them
 
             with torch.no_grad():
                 constructed = mask * batch.is_reflection[:, None]
@@ -278,28 +287,29 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, device, autocas
                 if c.log_kl or c.kl_coef:
                     add_up(sums, {"train/kl_ref": kl_to_ref(logprobs, ref_logprobs, own).sum(), "train/kl_ref#": own.sum()})
                 raw = ots_weights(logprobs, entropy, c.w_min, c.w_max)  # whatever the flags: what Eq. 7 says of every token
-                rows += [(rollouts[i], logprobs[row], raw[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
-        sums["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+                rows += [(i, logprobs[row], raw[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for r, logprobs, raw in rows:
-        completion = slice(len(r.prompt_ids) - 1, len(r.prompt_ids) - 1 + len(r.completion_ids))
-        r.logprobs, r.ots_weights = logprobs[completion].tolist(), raw[completion].tolist()
-    return {name: float(value) for name, value in sums.items()}
+    for i, logprobs, raw in gather([(i, logprobs.tolist(), raw.tolist()) for i, logprobs, raw in rows]):
+        completion = slice(len(rollouts[i].prompt_ids) - 1, len(rollouts[i].prompt_ids) - 1 + len(rollouts[i].completion_ids))
+        rollouts[i].logprobs, rollouts[i].ots_weights = logprobs[completion], raw[completion]
+    return reduce_sums({name: float(value) for name, value in sums.items()}) | {"train/grad_norm": float(grad_norm)}
 
 
-def evaluate(model, tokenizer, problems, prompts, stop_ids, c) -> dict[str, float]:
+def evaluate(model, tokenizer, problems, prompts, stop_ids, c, rank=0, world=1) -> dict[str, float]:
     """Pass@1 on held-out problems at the training temperature. The full protocol (T 0.6, Pass@k, intervals) is eval.py's."""
+    numbers, problems = range(len(problems))[rank::world], problems[rank::world]
     completions = generate(
         model, [prompts[p.uid] for p in problems], c.eval_samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
-        keys=[(c.seed, EVALUATION, i) for i in range(len(problems))], temperature=c.temperature, max_rows=c.max_rows,
-        progress="evaluation")
+        keys=[(c.seed, EVALUATION, i) for i in numbers], temperature=c.temperature, max_rows=c.max_rows,
+        progress="evaluation" if rank == 0 else "")
     rows = [(problem, completion) for problem, group in zip(problems, completions, strict=True) for completion in group]
     grades = reward.grade_many([completion_text(tokenizer, x) for _, x in rows], [problem.answer for problem, _ in rows])
-    return {"eval/pass1": sum(g.reward for g, (_, x) in zip(grades, rows, strict=True) if x.finished) / len(rows),
-            "eval/truncated": sum(not x.finished for _, x in rows) / len(rows),
-            "eval/length": sum(len(x.ids) for _, x in rows) / len(rows)}
+    sums = {"eval/pass1": sum(g.reward for g, (_, x) in zip(grades, rows, strict=True) if x.finished),
+            "eval/truncated": sum(not x.finished for _, x in rows), "eval/length": sum(len(x.ids) for _, x in rows)}
+    return means(reduce_sums(sums | {name + "#": len(rows) for name in sums}))
 
 
 def learning_rate_at(step: int, c) -> float:
@@ -318,33 +328,43 @@ def main() -> None:
     c = SimpleNamespace(**config)
     check_config(c)
     first_step, load_from = find_start(config)
-    print_config(config)
+    rank, world, device = parallel.start(c.device, c.timeout_minutes)
+    if c.prompts_per_step % world:
+        raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the {world} processes; use a multiple")
+    say = print if rank == 0 else lambda *_, **__: None
+    if rank == 0:
+        print_config(config)
     if c.threads:
         torch.set_num_threads(c.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
-    # bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would move nothing (trap 19)
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
 
+    # Explicit FSDP2, none with one process. bf16 is for products only: weights, gradients and AdamW's moments stay fp32,
+    # or lr 1e-6 would move nothing (trap 19).
+    wrap = None if world == 1 else functools.partial(
+        parallel.shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.cpu_offload)
+    autocast = contextlib.nullcontext()
+    if c.dtype == "bfloat16" and world == 1:
+        autocast = torch.autocast(device, dtype=torch.bfloat16)
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
-    model = load_hf(load_from, device=device, num_tokens=len(tokenizer))
+    model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in training + held_out}
     for p in training + held_out:
         check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
     ref_model = None            # the frozen start
     if c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial"):
-        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer)).requires_grad_(False)
+        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer), wrap=wrap).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay, fused=True)
     if first_step:
-        optimizer.load_state_dict(torch.load(Path(load_from) / "train_state.pt", map_location=device))
-    print(batch_table(model, training, prompts, stop_ids, tokenizer, c, device), flush=True)
+        load_optimizer(Path(load_from), model, optimizer)
+    say(batch_table(model, training, prompts, stop_ids, tokenizer, c, device, world), flush=True)
 
     out = Path(c.out_dir)
-    save_config(config, out)
-    tokenizer.save_pretrained(out / "tokenizer")
-    keep_log(out / "metrics.jsonl", first_step)
+    if rank == 0:
+        save_config(config, out)
+        tokenizer.save_pretrained(out / "tokenizer")
+        keep_log(out / "metrics.jsonl", first_step)
     dry_steps = 0               # in a row without an eligible query
     for step in range(first_step, c.max_steps):
         clock = [time.perf_counter()]
@@ -353,24 +373,26 @@ def main() -> None:
             clock.append(time.perf_counter())
             return clock[-1] - clock[-2]
 
-        # Algorithm 1, lines 1-6: K rollouts of every query, scored
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         problem_of = dict(queries)
-        with autocast:
-            rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, step)
-        sums = {"time/generate": lap()}
-        score(rollouts, problem_of)
-        sums["time/grade"] = lap()
-
-        # lines 8-14: from the mistakes among them, micro-reflective trajectories, scored alike
-        outcomes, selected = [], {}
-        if c.method in ("tapo", "sft"):
-            with autocast:
+        with unsharded(model), autocast:
+            # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each process takes its share of the queries.
+            rollouts = sample_rollouts(model, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
+            sums = {"time/generate": lap()}
+            score(rollouts, problem_of)
+            sums["time/grade"] = lap()
+            # lines 8-14: from the mistakes among them, micro-reflective trajectories, scored alike
+            outcomes, selected = [], {}
+            if c.method in ("tapo", "sft"):
                 outcomes, selected = build_reflections(model, tokenizer, rollouts, problem_of, stop_ids, c, step)
-            score([r for r in outcomes if isinstance(r, Rollout)], problem_of)
-            dry_steps = 0 if selected["eligible"] else dry_steps + 1
-        everything = rollouts + [r for r in outcomes if isinstance(r, Rollout) and (r.reward > 0 or c.ref_negatives)]
-        sums["time/reflect"] = lap()
+                score([r for r in outcomes if isinstance(r, Rollout)], problem_of)
+            sums["time/reflect"] = lap()
+        # From here on every process knows all of them, in the same order for any number of processes.
+        rollouts = sorted(gather(rollouts), key=lambda r: r.query)
+        outcomes, selected = gather(outcomes), reduce_sums(selected)
+        reflections = [r for r in outcomes if isinstance(r, Rollout) and (r.reward > 0 or c.ref_negatives)]
+        everything = rollouts + sorted(reflections, key=lambda r: r.query)
+        dry_steps = 0 if selected.get("eligible") else dry_steps + 1
 
         # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5)
         values = advantages(torch.tensor([r.reward for r in everything]), [r.query for r in everything],
@@ -385,7 +407,8 @@ def main() -> None:
         teacher_of = None
         if c.method == "opsd":
             teacher_of = opsd.teacher_prompts(tokenizer, rollouts, problem_of, c.template, (c.seed, PAIRING, step))
-        sums |= update(model, ref_model, optimizer, everything, teacher_of, c, device, autocast)
+        lap()
+        sums |= update(model, ref_model, optimizer, everything, teacher_of, c, rank, world, device, autocast)
         sums |= {"train/lr": learning_rate_at(step, c), "time/update": lap(), "time/step": clock[-1] - clock[0]}
 
         done = step + 1
@@ -395,27 +418,28 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with autocast:
-                metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c)
-            print(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
-        write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [
-            {"step": done, "question": problem_of[r.query].question, "gold": problem_of[r.query].answer,
-             "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
-        with open(out / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"step": done} | metrics) + "\n")
-        print(console_line(done, metrics, c), flush=True)
+            with unsharded(model), autocast:
+                metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
+            say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
+        if rank == 0:
+            write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [
+                {"step": done, "question": problem_of[r.query].question, "gold": problem_of[r.query].answer,
+                 "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
+            with open(out / "metrics.jsonl", "a") as log:
+                log.write(json.dumps({"step": done} | metrics) + "\n")
+        say(console_line(done, metrics, c), flush=True)
         for warning in warnings_of(metrics, dry_steps, c):
-            print(f"WARNING: {warning}", flush=True)
+            say(f"WARNING: {warning}", flush=True)
         if done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
             save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
 
 
-def batch_table(model, training, prompts, stop_ids, tokenizer, c, device) -> str:
+def batch_table(model, training, prompts, stop_ids, tokenizer, c, device, world) -> str:
     """What the knobs amount to, printed once at start."""
     lengths = sorted(len(ids) for ids in prompts.values())
     constructions = f", at most {c.prompts_per_step * c.m_max} reflections" if c.method in ("tapo", "sft") else ""
     return "\n".join([
-        f"model        {num_params(model):,} parameters ({model.config.model_type}) on {device}, compute in {c.dtype}",
+        f"model        {num_params(model):,} parameters ({model.config.model_type}) on {world} x {device}, compute in {c.dtype}",
         f"problems     {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "
         f"{c.max_steps} steps are {c.max_steps * c.prompts_per_step / len(training):.2f} epochs",
         f"one step     {c.prompts_per_step} prompts x {c.samples_per_prompt} samples = "

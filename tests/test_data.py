@@ -205,7 +205,7 @@ def test_overlap_finds_reworded_copies_and_ignores_common_phrases():
                   Problem("e3", "What is $2^{10}$?", "1")]
     train = [Problem("copy", STATEMENT.format(3, 4).replace(" ", "  ").upper(), "1"),
              Problem("edit", STATEMENT.format(8, 9), "1"),
-             Problem("inside", "Story. " + STATEMENT.format(3, 4) + " Then double it." * 30, "1"),
+             Problem("inside", STATEMENT.format(3, 4) + "".join(f" Then add {i}." for i in range(30)), "1"),
              Problem("phrase", "In a triangle with sides 13, 14 and 15 the inscribed circle touches one side at P. "
                      "The ratio of areas is in lowest terms." + BOILERPLATE, "1"),
              Problem("short", "What is 2^10 ?", "1"), Problem("other", "What is 2^11?", "1")]

@@ -327,12 +327,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(start, tmp_path, m
 
     run(start, tmp_path / "out", monkeypatch, max_steps=2, method="grpo")
     before = weights_of(tmp_path / "out/step_000002")
-    for victim in ("save_hf", "torch.save"):
+    for victim in ("save_hf", "dcp.save"):
         with monkeypatch.context() as patch:
             patch.setattr(f"checkpoint.{victim}", full)
             with pytest.raises(ValueError, match=r"cannot save .*step_000004 .*No space left.*goes on from .*step_000002"):
-                optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
                 model, tokenizer = load_hf(start / "model"), toy.make_tokenizer()
+                optimizer = torch.optim.AdamW(model.parameters())
                 checkpoint.save_checkpoint(tmp_path / "out/step_000004", model, tokenizer, optimizer, 4, {}, keep_last=1)
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step_000002"]
     assert not list((tmp_path / "out").glob(".step*"))
