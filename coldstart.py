@@ -8,9 +8,8 @@ SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + r
 over both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling,
 cached in out_dir/examples.jsonl, so that an interrupted phase goes on), or from solutions that somebody wrote.
 The result is out_dir/final, a Hugging Face folder.
-Deliberately missing: several processes; pages of examples packed into one row.
+Deliberately missing: examples packed into one row.
 """
-import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import parallel
 import reflect
 import toy
-from checkpoint import find_start, keep_log, save_checkpoint, write_lines
+from checkpoint import find_start, keep_log, load_optimizer, save_checkpoint, write_lines
 from configurator import configure, print_config, run_script, save_config
 from data import (
     BOXED_INSTRUCTION,
@@ -36,13 +36,16 @@ from data import (
     save_problems,
     stop_ids_of,
 )
+from metrics import means
 from model import CausalLM, ModelConfig, load_hf, num_params
-from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate, microbatches
+from parallel import balance, gather, reduce_sums, unsharded, whole
+from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate
 from train import learning_rate_at, sample_rollouts, score
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
 world = ""                     # 'findx' | 'chain': examples from toy.py; '' = from `problems`
+levels: tuple = ()             # of the world's difficulty levels, () = all
 problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
 from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
 eval_problems = ""             # held-out jsonl; a toy world has its own
@@ -86,6 +89,9 @@ keep_last = 1
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
+replicas = 1                   # several processes: see train.py
+cpu_offload = False
+timeout_minutes = 60.0
 # --- the new model of init_from = 'scratch' --------------------------------------------------------------------------
 hidden_size = 64
 intermediate_size = 160
@@ -162,6 +168,9 @@ def collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return inputs, targets, mask
 
 
+FILLER = Row([0], [0], [0.0])  # stands in where a process has nothing left to do: counts nowhere
+
+
 def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
     """The batch of one step: a function of (seed, step), so that resuming needs no state."""
     rng = np.random.default_rng((c.seed, EXAMPLES, step))
@@ -221,7 +230,7 @@ def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) 
     return results
 
 
-def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
+def rollout_rows(tokenizer, stop_ids, c, rank, world, device, wrap) -> list[Row]:
     """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found; both formats as rows.
 
     A round of queries is appended to examples.jsonl as one line; what stands there is not sampled again.
@@ -229,22 +238,26 @@ def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
     path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rounds = [json.loads(line) for line in lines if line.endswith("\n")]  # without a last line that a kill has torn
-    write_lines(path, rounds)
+    if rank == 0:
+        write_lines(path, rounds)
     n_rounds = -(-len(training) // c.queries_per_round)
-    bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds"), None
+    bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds", disable=True if rank > 0 else None), None
     usable = [result for results in rounds for result in results if "completion_ids" in result]
     while len(rounds) < n_rounds and len(usable) < c.n_sft + c.n_ift:
         if model is None:
-            model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer))
+            model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
         number = len(rounds)
         queries = problems_for_step(training, c.seed, number, c.queries_per_round)
-        queries = [(query, problem) for query, problem in queries if query < len(training)]  # one epoch, no more
+        queries = [(query, p) for query, p in queries if query < len(training)][rank::world]  # one epoch, no more
         prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
-        rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
-        score(rollouts, dict(queries))
-        rounds.append(construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, number))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(rounds[-1], ensure_ascii=False) + "\n")
+        with unsharded(model):
+            rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
+            score(rollouts, dict(queries))
+            results = construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, number)
+        rounds.append(sorted(gather(results), key=lambda result: result["query"]))
+        if rank == 0:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(rounds[-1], ensure_ascii=False) + "\n")
         usable += [result for result in rounds[-1] if "completion_ids" in result]
         bar.update()
         bar.set_postfix_str(f"{len(usable)} examples", refresh=False)
@@ -255,7 +268,8 @@ def rollout_rows(tokenizer, stop_ids, c, device) -> list[Row]:
                          "start from a model that solves some of them, or raise samples_per_prompt")
     # distinct trajectories while there are enough of them, else some are seen in both formats
     sft, ift = usable[:c.n_sft], usable[max(0, len(usable) - c.n_ift):]
-    print(f"{len(training):,} problems -> {len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
+    if rank == 0:
+        print(f"{len(training):,} problems -> {len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
     return [Row(r["prompt_ids"], r["completion_ids"], [float(c.train_prefix or role != PREFIX) for role in r["roles"]])
             for r in sft] + [
             Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in ift]
@@ -273,14 +287,14 @@ def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, li
 # the measurements that decide whether RL can start from here
 
 
-def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> dict[str, float]:
+def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, rank, world) -> dict[str, float]:
     """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
 
     reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses
     for the model's own wrong responses, the shares that are parsed and that give a trajectory (constructed); of these,
     the shares that end right and that are localised (keep exactly what stands before the end of the first error).
     """
-    queries = list(enumerate(held_out))
+    queries = list(enumerate(held_out))[rank::world]
     several = SimpleNamespace(**vars(c) | {"samples_per_prompt": c.eval_samples})
     rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, several, 0)
     score(rollouts, dict(queries))
@@ -297,17 +311,18 @@ def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c) -> 
             "right": [r["outcome"] == "kept" for r in built],
             "localised": [len(r["prefix"]) == toy.first_error(held_out[r["query"]].question, r["wrong"])
                           for r in built]}
-    return {f"eval/{name}": sum(values) / len(values) for name, values in counts.items() if values}
+    sums = {f"eval/{name}": sum(values) for name, values in counts.items()}
+    return means(reduce_sums(sums | {f"eval/{name}#": len(values) for name, values in counts.items()}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_model(c, load_from: str, device: str):
+def start_model(c, load_from: str, device: str, wrap):
     """Tokenizer and model to go on with: a folder's, or for 'scratch' the toy tokenizer and a new Qwen3."""
     if load_from != "scratch":
         tokenizer = load_tokenizer(load_from)
-        return tokenizer, load_hf(load_from, device=device, num_tokens=len(tokenizer))
+        return tokenizer, load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     tokenizer = toy.make_tokenizer()
     torch.manual_seed(c.seed)
     model = CausalLM(ModelConfig(
@@ -319,31 +334,32 @@ def start_model(c, load_from: str, device: str):
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(c.init_std / 0.02)  # model.py initialises for widths of 1000
-    return tokenizer, model.to(device)
+    model = model.to(device)
+    return tokenizer, wrap(model) if wrap else model
 
 
-def update(model, optimizer, rows: list[Row], c, device, autocast) -> dict[str, float]:
-    """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over the whole batch."""
+def update(model, optimizer, rows: list[Row], c, rank, world, device, autocast) -> dict[str, float]:
+    """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over the whole batch of all processes."""
     # CRITICAL: one denominator, counted before the first backward; a mean per micro-batch would weigh short rows more
     total = max(1.0, sum(sum(r.loss_mask) for r in rows))
     loss = torch.zeros((), device=device)
-    for index in microbatches(rows, c.tokens_per_microbatch):
-        inputs, targets, mask = (t.to(device) for t in collate([rows[i] for i in index]))
+    for index in balance(rows, c.tokens_per_microbatch, rank, world):
+        inputs, targets, mask = (t.to(device) for t in collate([[*rows, FILLER][i] for i in index]))
         with autocast:
             logprobs, _ = model(inputs, targets)
         part = -torch.where(mask > 0, logprobs, 0.0).sum() / total
-        part.backward()
+        (part * world).backward()  # FSDP averages gradients over processes
         loss += part.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/trained_tokens": total}
+    return reduce_sums({"train/loss": loss.item()}) | {"train/grad_norm": norm.item(), "train/trained_tokens": total}
 
 
 def write_problem_files(c, folder: Path) -> None:
     """The toy world's splits as problem files, for train.py and eval.py."""
     for split, n in zip(toy.SPLITS, c.n_problems, strict=True):
-        save_problems(toy.make_problems(c.world, split, n), folder / f"{c.world}_{split}.jsonl")
+        save_problems(toy.make_problems(c.world, split, n, levels=c.levels or None), folder / f"{c.world}_{split}.jsonl")
 
 
 def main() -> None:
@@ -355,61 +371,69 @@ def main() -> None:
         print(f"{out / 'final'} is finished; nothing to resume")
         return
     first_step, load_from = find_start(config)
-    print_config(config)
+    rank, world, device = parallel.start(c.device, c.timeout_minutes)
+    say = print if rank == 0 else lambda *_, **__: None
     if c.threads:
         torch.set_num_threads(c.threads)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
-    autocast = torch.autocast(device, dtype=torch.bfloat16) if c.dtype == "bfloat16" else contextlib.nullcontext()
-    save_config(config, out)
+    wrap, autocast = parallel.precision(c, world, device)
+    if rank == 0:
+        print_config(config)
+        save_config(config, out)
 
-    tokenizer, model = start_model(c, load_from, device)
+    tokenizer, model = start_model(c, load_from, device, wrap)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     if c.world:
-        write_problem_files(c, Path(c.problems_dir))
-        questions = [p.question for p in toy.make_problems(c.world, "train", c.n_problems[0])]
-        held_out, max_steps = toy.make_problems(c.world, "validation", c.n_eval), c.max_steps
+        if rank == 0:
+            write_problem_files(c, Path(c.problems_dir))
+        questions = [p.question for p in toy.make_problems(c.world, "train", c.n_problems[0], levels=c.levels or None)]
+        held_out, max_steps = toy.make_problems(c.world, "validation", c.n_eval, levels=c.levels or None), c.max_steps
     else:
         with autocast:
-            rows = rollout_rows(tokenizer, stop_ids, c, device) if c.from_rollouts else solution_rows(tokenizer, c)
+            rows = (rollout_rows(tokenizer, stop_ids, c, rank, world, device, wrap) if c.from_rollouts
+                    else solution_rows(tokenizer, c))
         held_out = load_problems(c.eval_problems) if c.eval_problems else []
         max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
-        print(f"{len(rows):,} examples, {max_steps:,} steps")
+        say(f"{len(rows):,} examples, {max_steps:,} steps")
     prompts = render_prompts(tokenizer, held_out, model, c)
     schedule = SimpleNamespace(**vars(c) | {"max_steps": max_steps})
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay, fused=True)
     if first_step:
-        optimizer.load_state_dict(torch.load(Path(load_from) / "train_state.pt", map_location=device))
-    keep_log(out / "metrics.jsonl", first_step)
-    print(f"{num_params(model.config):,} parameters on {device}", flush=True)
+        load_optimizer(Path(load_from), model, optimizer)
+    if rank == 0:
+        keep_log(out / "metrics.jsonl", first_step)
+    say(f"{num_params(model):,} parameters on {world} x {device}", flush=True)
 
-    bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps")
+    bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=True if rank > 0 else None)
     started, done = time.perf_counter(), first_step
     for step in range(first_step, max_steps):
         batch = toy_rows(tokenizer, questions, c, step) if c.world else [
             row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, schedule)
-        metrics = update(model, optimizer, batch, c, device, autocast) | {"train/lr": learning_rate_at(step, schedule)}
+        metrics = update(model, optimizer, batch, c, rank, world, device, autocast) | {"train/lr": learning_rate_at(step, schedule)}
         done = step + 1
         bar.update()
         stop = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with autocast:
-                metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c)
+            with unsharded(model), autocast:
+                metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
             shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
-            bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | {shown} | "
-                      f"{time.perf_counter() - started:.0f} s")
-        with open(out / "metrics.jsonl", "a") as log:
-            log.write(json.dumps({"step": done} | metrics | {"time/elapsed": time.perf_counter() - started}) + "\n")
+            if rank == 0:
+                bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | {shown} | "
+                          f"{time.perf_counter() - started:.0f} s")
+        if rank == 0:
+            with open(out / "metrics.jsonl", "a") as log:
+                elapsed = {"time/elapsed": time.perf_counter() - started}
+                log.write(json.dumps({"step": done} | metrics | elapsed) + "\n")
         if stop:
             break
         if done < max_steps and c.save_interval and done % c.save_interval == 0:
             save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
     bar.close()
     save_checkpoint(out / "final", model, tokenizer, optimizer, done, config, c.keep_last)
-    print(f"saved {out / 'final'} after {done} steps")
+    say(f"saved {out / 'final'} after {done} steps")
 
 
 if __name__ == "__main__":

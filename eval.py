@@ -41,6 +41,7 @@ init_from = ""                 # Hugging Face folder or hub id
 problems = ""                  # problem files, separated by commas; each is scored by itself
 world = ""                     # or a toy world: 'findx' | 'chain'
 split = "test"                 # of the toy world
+levels: tuple = ()             # of the toy world, () = all
 n_problems = 0                 # the first so many of each file; 0 = all
 instruction = BOXED_INSTRUCTION  # appended to every question; the same as in training
 out = "out/eval"               # writes OUT.json and OUT.samples.jsonl
@@ -178,7 +179,7 @@ def load_sets(c) -> dict[str, list[Problem]]:
     if bool(c.world) == bool(c.problems):
         raise ValueError(f"problems = {c.problems!r} and world = {c.world!r}: set exactly one of them")
     if c.world:
-        return {f"{c.world}_{c.split}": toy.make_problems(c.world, c.split, c.n_problems)}
+        return {f"{c.world}_{c.split}": toy.make_problems(c.world, c.split, c.n_problems, levels=c.levels or None)}
     sets, holder = {}, {}
     for path in c.problems.split(","):
         name = Path(path).stem

@@ -10,6 +10,7 @@ Deliberately missing: tensor, pipeline and context parallelism, a second copy of
 import atexit
 import contextlib
 import datetime
+import functools
 import os
 
 import torch
@@ -55,6 +56,18 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     for block in model.model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)
+
+
+def precision(c, world: int, device: str) -> tuple:
+    """(wrap, autocast): how to shard a model (None with one process), and the context to run it in.
+
+    bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would move nothing (trap 19).
+    With one process autocast makes the bf16 copies, with several FSDP does when it gathers.
+    """
+    if world > 1:
+        wrap = functools.partial(shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.cpu_offload)
+        return wrap, contextlib.nullcontext()
+    return None, torch.autocast(device, dtype=torch.bfloat16, enabled=c.dtype == "bfloat16")
 
 
 @contextlib.contextmanager

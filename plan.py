@@ -85,16 +85,14 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     """
     with torch.device("meta"):
         model = CausalLM(replace(config, num_hidden_layers=1))               # all layers are alike
-    block = list(model.model["layers"].parameters())
-    n_tensors, L, V = len(list(model.parameters())), config.num_hidden_layers, config.num_tokens
-    n_tensors, block, matrices = (n_tensors + (L - 1) * len(block), sum(w.numel() for w in block),
-                                  L * sum(w.numel() for w in block if w.dim() == 2))
-    root = num_params(model) - block                                         # embedding, final norm, head: one FSDP unit
-    total, head = root + L * block, config.vocab_size * config.hidden_size
+    L, V, layer = config.num_hidden_layers, config.num_tokens, list(model.model["layers"].parameters())
+    block, matrices = sum(w.numel() for w in layer), L * sum(w.numel() for w in layer if w.dim() == 2)
+    root, head = num_params(model) - block, config.vocab_size * config.hidden_size  # root: one FSDP unit of embedding, norm, head
+    total, tensors = root + L * block, len(list(model.parameters())) + (L - 1) * len(layer)
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
     autocast = c == 2 and not sharded
     share = 0 if offload else 4 * -(-total // world_size)                    # fp32, one number a parameter
-    parts = {"weights": share, "moments": 2 * share + 4 * n_tensors, "reference": share * reference_model}
+    parts = {"weights": share, "moments": 2 * share + 4 * tensors, "reference": share * reference_model}
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
@@ -116,7 +114,6 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         "reduction": (c + 4) * root * sharded}                 # of the root's gradient, last, when the activations are gone
     update = parts["gradients"] + parts["compute copies"] + max(
         parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])
-
     parts["temporaries"] = update - sum(parts[name] for name in ("gradients", "compute copies", "activations"))
 
     # Sampling: rollouts, then reflections, whose prompts hold two whole responses; prompts are prefilled once.

@@ -428,8 +428,8 @@ def _read(gold: str) -> None:
 
 
 def _serve() -> None:
-    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is killed; the next one is
-    there in milliseconds. Requests and replies are lines of JSON; ends when its input does."""
+    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is killed; the next one
+    is there in milliseconds. Requests and replies are lines of JSON; ends when its input does."""
     import logging
     import resource
     import signal

@@ -28,7 +28,7 @@ LARGEST_X, LARGEST_VALUE = 15, 99
 # What the author of the cold-start set writes: share of each kind of example. The first three are ordinary solutions.
 # give_up / (give_up + reflective) is how seldom the author looks again after a mistake, well above one half on purpose.
 SHARES = {
-    "findx": {"direct": 0.15, "reflective": 0.15, "give_up": 0.35, "micro": 0.26, "full": 0.04, "solve": 0.05},
+    "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
     "chain": {"direct": 0.35, "reflective": 0.10, "give_up": 0.15, "micro": 0.30, "full": 0.05, "solve": 0.05},
 }
 
@@ -244,10 +244,11 @@ def wrong_solution(rng: np.random.Generator, question: str) -> str:
     guess, draw = wrong_guess(rng, question), rng.random()
     if draw < 0.5:                                     # an honest check, and then its answer all the same
         return trial(question, guess) + boxed(guess)
-    if draw < 0.7:                                     # two honest checks
+    if draw < 0.7:                                     # a reflection that did not help: check two fails, or is bent
         word = "low" if guess < answer_of(question) else "high"
         again = wrong_guess(rng, question, exclude=(guess,))
-        return trial(question, guess) + f"Wait, {guess} is too {word}. " + trial(question, again) + boxed(again)
+        second = trial(question, again, {1: target_of(question)} if draw < 0.6 else {})
+        return trial(question, guess) + f"Wait, {guess} is too {word}. " + second + boxed(again)
     where, written = random_slip(rng, question, guess)
     if draw < 0.8:                                     # evidence bent until it fits
         where, written = 1, target_of(question)
@@ -278,7 +279,7 @@ def audit(question: str, text: str) -> list[Judgement]:
     target. Text that is no statement at all is an error that ends at its next delimiter.
     """
     judged: list[Judgement] = []
-    findx, position, guess, stop = is_findx(question), 0, None, ". " if is_findx(question) else ".\n"
+    findx, position, guess = is_findx(question), 0, None
 
     def judge(ok: bool, label: str, written: int, true: int, reflection: str) -> bool:
         judged.append(Judgement(position, ok, f"{label}{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
@@ -302,8 +303,9 @@ def audit(question: str, text: str) -> list[Judgement]:
             return malformed()
         position, written = statement.end(), int(statement[3])
         instead = f", not {written}" if written != true else ""
+        # findx names the wrong number only: a check, its diagnosis and a second try have to fit into 54 tokens
         if not judge(statement[2] == operation and written == true, label, written, true,
-                     f"Wait, {operation} is {true}{instead}{stop}"):
+                     f"Wait, {written} is wrong. " if findx else f"Wait, {operation} is {true}{instead}.\n"):
             return judged
         carried[i] = written
     if findx:
@@ -391,7 +393,7 @@ def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -
 # Tokenizer
 
 WORDS = ("Try ", "Step ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
-         " is too high. ", " is right. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
+         " is too high. ", " is right. ", " is wrong. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
 TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>", "</reflection>",
         "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>", "<solve>")
 CHARACTERS = "0123456789+-*=()x?}.,: \n"
@@ -403,7 +405,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer():
-    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 61 ids in all.
+    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 62 ids in all.
 
     Longest match first; any other character becomes the unknown id, which data.render_prompt refuses.
     """

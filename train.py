@@ -10,9 +10,7 @@ writes a micro-reflective trajectory; advantages per group (Eq. 1, 4, 5); one up
 
 Deliberately missing: a value model, a KL penalty by default, a reward model, replay, top-p in rollouts.
 """
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -337,13 +335,7 @@ def main() -> None:
     if c.threads:
         torch.set_num_threads(c.threads)
 
-    # Explicit FSDP2, none with one process. bf16 is for products only: weights, gradients and AdamW's moments stay fp32,
-    # or lr 1e-6 would move nothing (trap 19).
-    wrap = None if world == 1 else functools.partial(
-        parallel.shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.cpu_offload)
-    autocast = contextlib.nullcontext()
-    if c.dtype == "bfloat16" and world == 1:
-        autocast = torch.autocast(device, dtype=torch.bfloat16)
+    wrap, autocast = parallel.precision(c, world, device)  # explicit FSDP2; neither with one process in fp32
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)

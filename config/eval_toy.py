@@ -2,7 +2,7 @@
 # Held-out problems of the toy world: at the training temperature, and as the paper evaluates (§4.1).
 world = "findx"
 split = "test"
-n_problems = 400               # of 1,218
+levels = ("1",)                # as the cold start and RL: all of its test problems, about 370
 instruction = ""               # the toy prompt is the bare question
 samples = 16
 temperatures = (1.0, 0.6)

@@ -165,7 +165,7 @@ def test_three_steps_end_to_end_leave_a_model_problem_files_and_metrics(tmp_path
     rows = metrics(tmp_path)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["train/grad_norm"] > 0 for r in rows)
     assert [("eval/pass1" in r) for r in rows] == [False, True, True]
-    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 61
+    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 62
     assert len((tmp_path / "data" / "findx_train.jsonl").read_text().splitlines()) == 20
     with pytest.raises(ValueError, match="already holds a run"):
         run(tmp_path)

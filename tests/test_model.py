@@ -473,6 +473,7 @@ def test_teacher_divergence_equals_the_naive_one_and_trains_the_student_alone(ow
             )
             plain = student(ids[:, :-1], ids[:, 1:], temperature=temperature)
             assert torch.equal(logprobs, plain[0]) and torch.equal(entropy, plain[1])
+            assert not any(t._is_view() for t in (logprobs, entropy, divergence)), "FSDP loses its hook on a view"
         else:
             w = (student if own_head else teacher).head_weight.detach()
             divergence = advantage.generalised_jsd(

@@ -180,6 +180,7 @@ YYZ | YZY
 \text{yes} | \text{no}
 0 | \text{none}
 a | A
+e | E
 x^2+1 | X^2+1
 x^2+1 | y^2+1
 C | B
@@ -220,6 +221,8 @@ AB=4,CD=5 | 5, 4
 x=1,y=2 | y=1,x=2
 (5, 47), (7, 45) | (5,45),(7,47)
 2 | 2, 3
+1, 2 | 1, 2, 3
+1, 2, 3 | 1, 2
 2 | 2 \text{ or } 3
 2 | \{1,2,3\}
 \pm 2 | 2
@@ -231,6 +234,7 @@ x=1,y=2 | y=1,x=2
 \infty | -\infty
 (-\infty,1)\cup(1,\infty) | (-\infty,\infty)
 \frac{5}{19} < \frac{7}{21} | \frac{7}{21} < \frac{5}{19}
+\begin{pmatrix}\frac{1}{3} \\ 1 \end{pmatrix} | \begin{pmatrix}0.33333333 \\ 1 \end{pmatrix}
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}
 """
 

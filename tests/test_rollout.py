@@ -306,7 +306,7 @@ def test_no_prompts_or_a_progress_bar_are_no_special_case():
 
 @pytest.mark.parametrize("knobs,message", [
     (dict(top_p=0.0), "top_p must be in"), (dict(top_p=1.1), "top_p must be in"),
-    (dict(temperature=-0.5), "temperature >= 0"), (dict(prompts=[[1], []]), "a prompt of 0 tokens"),
+    (dict(temperature=-0.5), "temperature = -0.5"), (dict(prompts=[[1], []]), "a prompt of 0 tokens"),
     (dict(prompts=[[1], [1] * 45]), "a prompt of 45 tokens"), (dict(max_new_tokens=64), "the context of 64")])
 def test_bad_input_is_refused_with_one_line(knobs, message):
     """Guards: positions beyond the context, where the model silently talks nonsense."""
@@ -480,6 +480,18 @@ def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(lo
         assert other_loss == pytest.approx(loss, abs=1e-6)
         for name, g in gradients.items():
             torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7, rtol=1e-4)
+
+
+def test_filler_takes_part_and_counts_nowhere():
+    """A rank with nothing left to do runs it to keep step. Guards: a missing gradient (FSDP waits), or one that is not 0."""
+    model = tiny_model()
+    batch = collate([rollout.FILLER], [0.0])
+    logprobs, entropy = model(batch.inputs, batch.targets)
+    weights = token_weights(logprobs, entropy, batch.roles, batch.is_reflection)
+    old, advantage = logprobs.detach(), batch.advantages[:, None]
+    policy_loss(logprobs, old, advantage, batch.completion_mask, weights, batch.loss_scale, 0.2)[0].backward()
+    assert logprobs.shape == (1, 1) and batch.completion_mask.item() == 1
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -213,7 +213,10 @@ def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
         assert all((m[0] == m[1]) == (m[2] == "ok") for m in marks)
         # what the audit calls wrong is the last number that the prefix states
         assert re.findall(r"\d+", prefix)[-1] == marks[-1][0]
-        slips += "not" in reflection
+        named = re.search(r"Wait, (\d+) is wrong\. $|, not (\d+)\.\n$", reflection)
+        if named:  # a slip: the reflection names the number that is wrong
+            assert (named[1] or named[2]) == marks[-1][0]
+        slips += bool(named)
     assert slips > 50
 
 
@@ -271,7 +274,7 @@ def test_the_tokenizer_reloads_from_its_folder_with_template_and_special_ids(tok
     for t in (tokenizer, again):
         ids = t.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
         assert t.decode(ids) == f"<|user|>{QUESTION}<|assistant|>"
-        assert t.eos_token == "<|im_end|>" and t.eos_token_id != t.pad_token_id and len(t) == 61
+        assert t.eos_token == "<|im_end|>" and t.eos_token_id != t.pad_token_id and len(t) == 62
     text = "Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. <|im_end|>"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
 

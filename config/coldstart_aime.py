@@ -1,0 +1,24 @@
+# torchrun --nproc_per_node=8 coldstart.py config/coldstart_aime.py
+# The paper's cold start (§3.2): Qwen3-8B learns to diagnose itself, from its own right and wrong rollouts on DeepScaleR.
+init_from = "Qwen/Qwen3-8B"    # §4.1
+problems = "data/deepscaler.jsonl"  # §3.2: about 40k queries
+from_rollouts = True           # §3.2: one corrective trajectory per query at most
+out_dir = "out/aime/coldstart"
+
+n_sft = 30000                  # §3.2: question -> trajectory
+n_ift = 15000                  # §3.2: synthesis prompt -> analysis + reconstruction
+epochs = 3                     # §3.2
+learning_rate = 5e-6           # §3.2: cosine
+warmup_steps = 50              # §3.2
+
+# Not in the paper:
+batch_size = 32
+samples_per_prompt = 8         # K of the training that follows
+max_new_tokens = 8192
+max_synthesis_tokens = 9216
+max_rows = 16                  # before there are gradients and moments: twice config/aime.py's
+queries_per_round = 64         # 8 to a GPU
+tokens_per_microbatch = 32768
+checkpoint_activations = True
+dtype = "bfloat16"
+eval_interval = 0

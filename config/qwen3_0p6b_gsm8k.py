@@ -1,0 +1,28 @@
+# python train.py config/qwen3_0p6b_gsm8k.py
+# The smallest honest run on a real model: Qwen3-0.6B, non-thinking, GSM8K, one GPU of 24 GiB. Before it:
+#   python data.py gsm8k && python data.py gsm8k_train
+#   python coldstart.py config/coldstart_qwen3_0p6b_gsm8k.py
+# After it, paired with the start:
+#   python eval.py --init_from=out/gsm8k/tapo/step_000200 --problems=data/gsm8k.jsonl --max_new_tokens=512 --samples=4 \
+#     --dtype=bfloat16 --max_rows=64 --out=out/gsm8k/eval_tapo
+# Baseline: add --method=grpo --out_dir=out/gsm8k/grpo. None of these numbers is the paper's but K, Eq. 3's and lr.
+# --plan=True, prompts taken for 1,024 tokens: peak PEAK GiB = persistent PERS + update UPD or sampling SAMP.
+init_from = "out/gsm8k/coldstart/final"
+problems = "data/gsm8k_train.jsonl"
+eval_problems = "data/gsm8k.jsonl"
+out_dir = "out/gsm8k/tapo"
+
+max_steps = 200
+prompts_per_step = 16
+samples_per_prompt = 8
+max_new_tokens = 512           # GSM8K needs 150 to 300
+max_synthesis_tokens = 768
+max_rows = 24                  # reflections decide: 3,328 tokens of keys and values a row, 0.36 GiB
+learning_rate = 1e-6
+warmup_steps = 10
+tokens_per_microbatch = 4096   # or 16384 with checkpoint_activations
+dtype = "bfloat16"
+eval_interval = 100
+eval_samples = 1               # of 1,319 problems: a standard error of 1.3 points
+plan_gpus = 1
+plan_gpu_gb = 24.0
