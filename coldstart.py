@@ -2,7 +2,7 @@
 
     python coldstart.py config/coldstart_toy.py                       # from nothing on one CPU thread, minutes
     python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl --from_rollouts=True   # the paper's
-    python coldstart.py --init_from=out/small --problems=solved.jsonl --out_dir=out/taught   # lines with a "solution"
+    python coldstart.py --init_from=out/small --problems=solved.jsonl --out_dir=out/taught   # see solution_rows
 
 SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One masked cross-entropy
 over both. The examples come from toy.py (drawn anew at every step), from the policy's own rollouts (rejection sampling,
@@ -145,11 +145,15 @@ class Row:
 
 def encode(tokenizer, prompt: str, completion: str, no_loss=(), instruction: str = "") -> Row:
     """Text to ids; a token that touches a no_loss (start, end) character span of the completion carries no loss."""
+    return Row(render_prompt(tokenizer, prompt, instruction), *encode_completion(tokenizer, completion, no_loss))
+
+
+def encode_completion(tokenizer, completion: str, no_loss=()) -> tuple[list[int], list[float]]:
+    """Ids and loss mask of a completion, the stop token included."""
     encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
     mask = [float(all(high <= start or low >= end for start, end in no_loss))
             for low, high in encoded["offset_mapping"]]
-    completion_ids = [*encoded["input_ids"], tokenizer.eos_token_id]
-    return Row(render_prompt(tokenizer, prompt, instruction), completion_ids, [*mask, 1.0])
+    return [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, 1.0]
 
 
 def collate(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,15 +184,22 @@ def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
 
 
 def solution_rows(tokenizer, c) -> list[Row]:
-    """(question, solution) pairs of a problem file whose lines have a "solution" key."""
-    load_problems(c.problems)  # for its checks
+    """Both formats from a problem file: every line has a "solution"; one that also has a "wrong" response and the
+    "synthesis" (analysis and reconstruction) that is to be written about the two gives an IFT example as well."""
+    training, rows = load_problems(c.problems), []
     with open(c.problems, encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines if line.strip()]
-    missing = [i for i, row in enumerate(found, 1) if not row.get("solution")]
-    if missing:
-        raise ValueError(f"{c.problems}: problem {missing[0]} has no \"solution\"; add it, or use --from_rollouts=True")
-    return [encode(tokenizer, row.get("question") or row["problem"], row["solution"], instruction=c.instruction)
-            for row in found]
+    for number, (problem, keys) in enumerate(zip(training, found, strict=True), 1):
+        solution, wrong, synthesis = (keys.get(key) for key in ("solution", "wrong", "synthesis"))
+        if not solution:
+            raise ValueError(f"{c.problems}: problem {number} has no \"solution\"; add it, or use --from_rollouts=True")
+        if bool(wrong) != bool(synthesis):
+            raise ValueError(f"{c.problems}: problem {number} has one of \"wrong\" and \"synthesis\"; give both or neither")
+        rows.append(encode(tokenizer, problem.question, solution, instruction=c.instruction))
+        if synthesis:
+            asked = reflect.synthesis_prompt(tokenizer, problem, wrong, solution, c.template)
+            rows.append(Row(asked, *encode_completion(tokenizer, synthesis)))
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +241,7 @@ def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) 
     return results
 
 
-def rollout_rows(tokenizer, stop_ids, c, rank, world, device, wrap) -> list[Row]:
+def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> list[Row]:
     """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found; both formats as rows.
 
     A round of queries is appended to examples.jsonl as one line; what stands there is not sampled again.
@@ -241,7 +252,8 @@ def rollout_rows(tokenizer, stop_ids, c, rank, world, device, wrap) -> list[Row]
     if rank == 0:
         write_lines(path, rounds)
     n_rounds = -(-len(training) // c.queries_per_round)
-    bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds", disable=True if rank > 0 else None), None
+    quiet = True if rank > 0 else None  # None: shown on a terminal only
+    bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds", disable=quiet), None
     usable = [result for results in rounds for result in results if "completion_ids" in result]
     while len(rounds) < n_rounds and len(usable) < c.n_sft + c.n_ift:
         if model is None:
@@ -287,7 +299,7 @@ def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, li
 # the measurements that decide whether RL can start from here
 
 
-def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, rank, world) -> dict[str, float]:
+def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, rank=0, world=1) -> dict[str, float]:
     """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
 
     reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses
@@ -318,7 +330,7 @@ def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, ran
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_model(c, load_from: str, device: str, wrap):
+def start_model(c, load_from: str, device: str, wrap=None):
     """Tokenizer and model to go on with: a folder's, or for 'scratch' the toy tokenizer and a new Qwen3."""
     if load_from != "scratch":
         tokenizer = load_tokenizer(load_from)
@@ -338,13 +350,15 @@ def start_model(c, load_from: str, device: str, wrap):
     return tokenizer, wrap(model) if wrap else model
 
 
-def update(model, optimizer, rows: list[Row], c, rank, world, device, autocast) -> dict[str, float]:
+def update(model, optimizer, rows: list[Row], c, device, autocast, rank=0, world=1) -> dict[str, float]:
     """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over the whole batch of all processes."""
     # CRITICAL: one denominator, counted before the first backward; a mean per micro-batch would weigh short rows more
     total = max(1.0, sum(sum(r.loss_mask) for r in rows))
     loss = torch.zeros((), device=device)
     for index in balance(rows, c.tokens_per_microbatch, rank, world):
-        inputs, targets, mask = (t.to(device) for t in collate([[*rows, FILLER][i] for i in index]))
+        inputs, targets, mask = collate([[*rows, FILLER][i] for i in index])
+        first = int(mask.any(0).int().argmax())  # the columns before it carry no loss: no need of the head, whose cost is V
+        inputs, targets, mask = inputs.to(device), targets[:, first:].to(device), mask[:, first:].to(device)
         with autocast:
             logprobs, _ = model(inputs, targets)
         part = -torch.where(mask > 0, logprobs, 0.0).sum() / total
@@ -386,10 +400,11 @@ def main() -> None:
         if rank == 0:
             write_problem_files(c, Path(c.problems_dir))
         questions = [p.question for p in toy.make_problems(c.world, "train", c.n_problems[0], levels=c.levels or None)]
-        held_out, max_steps = toy.make_problems(c.world, "validation", c.n_eval, levels=c.levels or None), c.max_steps
+        held_out = toy.make_problems(c.world, "validation", c.n_eval, levels=c.levels or None)
+        max_steps = c.max_steps
     else:
         with autocast:
-            rows = (rollout_rows(tokenizer, stop_ids, c, rank, world, device, wrap) if c.from_rollouts
+            rows = (rollout_rows(tokenizer, stop_ids, c, device, rank, world, wrap) if c.from_rollouts
                     else solution_rows(tokenizer, c))
         held_out = load_problems(c.eval_problems) if c.eval_problems else []
         max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
@@ -404,14 +419,16 @@ def main() -> None:
         keep_log(out / "metrics.jsonl", first_step)
     say(f"{num_params(model):,} parameters on {world} x {device}", flush=True)
 
-    bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=True if rank > 0 else None)
+    quiet = True if rank > 0 else None  # None: shown on a terminal only
+    bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=quiet)
     started, done = time.perf_counter(), first_step
     for step in range(first_step, max_steps):
         batch = toy_rows(tokenizer, questions, c, step) if c.world else [
             row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, schedule)
-        metrics = update(model, optimizer, batch, c, rank, world, device, autocast) | {"train/lr": learning_rate_at(step, schedule)}
+        metrics = update(model, optimizer, batch, c, device, autocast, rank, world)
+        metrics["train/lr"] = learning_rate_at(step, schedule)
         done = step + 1
         bar.update()
         stop = False

@@ -504,6 +504,7 @@ class CausalLM(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return x
+        x = x[:, T - targets.shape[1] :]  # targets of the last columns alone spare the head the others
         weight, softmax = self.output_weight, (temperature, self.config.num_tokens, dtype)
         logprobs, entropy = TokenLogprobs.apply(x, weight, targets, *softmax)
         if teacher is None:

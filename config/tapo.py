@@ -1,5 +1,6 @@
 # TAPO. Its knobs are train.py's defaults; what is said here is what the toy world needs.
 #   python train.py config/toy.py config/tapo.py
 method = "tapo"
-ref_advantage = "reward"    # in the toy nearly every construction is right: Eq. 5 would give 0 everywhere (see RESULTS)
+ref_advantage = "reward"    # nearly every construction of the toy is right: under Eq. 5 their advantages would all be 0
+loss_norm = "merged"        # a mean over all rollouts: as a loss of their own, three constructions would weigh as much as 256
 out_dir = "out/toy/tapo"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import coldstart
+import reflect
 import reward
 import toy
 import train
@@ -219,6 +220,23 @@ def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path
     (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     with pytest.raises(ValueError, match="problem 3 has no \"solution\""):
         run(tmp_path / "again", *source)
+
+
+def test_a_solution_with_a_wrong_response_and_a_synthesis_is_an_example_of_both_formats(tmp_path, tokenizer):
+    p = toy.make_problems("findx", "train", 1)[0]
+    right, wrong = (toy.trial(p.question, x) + toy.boxed(x) for x in (int(p.answer), int(p.answer) + 1))
+    written = f"<analysis>{wrong}</analysis><reconstruction>{right}</reconstruction>"
+    row = {"uid": "a", "question": p.question, "answer": p.answer, "solution": right, "wrong": wrong, "synthesis": written}
+    c = config_of(problems=str(tmp_path / "solved.jsonl"), template="short")
+    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
+    sft, ift = coldstart.solution_rows(tokenizer, c)
+    assert sft == coldstart.encode(tokenizer, p.question, right)
+    assert ift.prompt_ids == reflect.synthesis_prompt(tokenizer, p, wrong, right, "short")
+    assert shown(tokenizer, ift) == written + "<|im_end|>"
+    del row["synthesis"]
+    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="problem 1 has one of"):
+        coldstart.solution_rows(tokenizer, c)
 
 
 @pytest.mark.parametrize("knob, message", [

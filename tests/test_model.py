@@ -264,6 +264,15 @@ def test_logprobs_and_entropy_gradients_match_finite_differences():
             assert abs(((up - down) / 2e-5).item() - tensor.grad.flatten()[i].item()) < 2e-5
 
 
+def test_targets_of_the_last_columns_alone_get_the_numbers_and_gradients_of_those_columns():
+    model, ids = random_model(), ids_of(2, 9)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    both = [[x[:, -3:] for x in model(inputs, targets)], model(inputs, targets[:, -3:])]
+    gradients = [torch.autograd.grad(x[0].sum(), list(model.parameters())) for x in both]
+    for a, b in zip([*both[0], *gradients[0]], [*both[1], *gradients[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_temperature_divides_the_logits():
     """Guards trap 2: a trainer that scores softmax(logits) while the sampler drew from softmax(logits / T)."""
     model, ids = random_model(), ids_of(2, 9)

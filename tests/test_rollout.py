@@ -483,7 +483,7 @@ def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(lo
 
 
 def test_filler_takes_part_and_counts_nowhere():
-    """A rank with nothing left to do runs it to keep step. Guards: a missing gradient (FSDP waits), or one that is not 0."""
+    """A rank with nothing left to do runs it to keep step. Guards: a missing gradient (FSDP waits), or one not 0."""
     model = tiny_model()
     batch = collate([rollout.FILLER], [0.0])
     logprobs, entropy = model(batch.inputs, batch.targets)

@@ -315,8 +315,8 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_losses(start
     for file in (out / "rollouts").glob("step_*"):
         [json.loads(line) for line in file.read_text().splitlines()]
     subprocess.run(launch(start, out, *knobs, "--resume=True"), check=True, **quiet)
-    whole, resumed = (
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (tmp_path / "whole", out))
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (tmp_path / "whole", out)]
+    whole, resumed = ([json.loads(line) for line in lines] for lines in logs)
     assert len(whole) == 6 and same_numbers(whole, resumed)
 
 

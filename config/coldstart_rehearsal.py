@@ -1,0 +1,17 @@
+# The cold start of the rehearsal: a tiny model with Qwen3's vocabulary learns a few lessons by heart. See runs/rehearsal.sh.
+#   python coldstart.py config/coldstart_rehearsal.py
+init_from = "out/rehearsal/tiny"
+problems = "out/rehearsal/lessons.jsonl"
+eval_problems = "out/rehearsal/problems.jsonl"  # no held-out problem could be solved
+out_dir = "out/rehearsal/taught"
+
+epochs = 30
+batch_size = 8                 # 24 examples: three steps an epoch
+learning_rate = 5e-3
+warmup_steps = 10
+beta2 = 0.99
+tokens_per_microbatch = 900    # an IFT row alone, so that its long prompt spares the head, nearly all of the work here
+max_new_tokens = 96
+max_synthesis_tokens = 192
+eval_interval = 0
+save_interval = 30

@@ -1,0 +1,16 @@
+# The whole of train.py on real problems with Qwen3's tokenizer, in small. See runs/rehearsal.sh.
+#   python train.py config/rehearsal.py --method=grpo --max_steps=1 --out_dir=out/rehearsal/grpo
+init_from = "out/rehearsal/taught/final"
+problems = "out/rehearsal/problems.jsonl"
+out_dir = "out/rehearsal/tapo"
+
+max_steps = 2
+prompts_per_step = 6
+samples_per_prompt = 8         # the paper's K, and with it its n_pos = 2, n_neg = 4
+m_max = 2
+max_new_tokens = 96
+max_synthesis_tokens = 192
+
+learning_rate = 1e-5
+warmup_steps = 1
+tokens_per_microbatch = 2048

@@ -1,0 +1,117 @@
+"""The parts of runs/rehearsal.sh that no script of the project does: a tiny Qwen3 with lessons for it, and checks at the end.
+
+    python tests/rehearsal.py make TOKENIZER PROBLEMS OUT    # OUT/tiny, a random model; OUT/lessons.jsonl, OUT/problems.jsonl
+    python tests/rehearsal.py check OUT RUN [RUN ...]        # what the runs OUT/RUN left on disk, judged by transformers
+
+TOKENIZER is a folder with Qwen3's tokenizer files. The lessons' wording is made up here around the known answer; what is real
+is the text of the questions, the answers' LaTeX, the tokenizer and the chat template. They teach form, no mathematics.
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+import reward  # noqa: E402
+from checkpoint import checkpoints, write_lines  # noqa: E402
+from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: E402
+from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
+
+N_PROBLEMS = 8
+MAX_QUESTION = 20  # tokens
+
+
+def response(question: str, answer: str) -> str:
+    return (f"We need to answer: {question}\nGoing through it step by step, the value comes to ${answer}$.\n\n"
+            f"So the final answer is \\boxed{{{answer}}}.")
+
+
+def synthesis(question: str, slip: str, answer: str) -> str:
+    """What the perfect policy would write about the response with `slip`."""
+    copied = response(question, slip).partition("\n\n")[0]
+    return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is ${answer}$.</analysis>\n"
+            f"<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is not right, I slipped in the last step.</reflection>\n"
+            f"It should be ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}.</reconstruction>")
+
+
+def lessons_for(p: Problem) -> list[dict] | None:
+    """A right solution with the synthesis of a wrong one, and the wrong one as a second line, so that the model comes to answer
+    either way about equally often. None if the answer has no number in which to slip."""
+    slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)  # its last digit
+    right, wrong = response(p.question, p.answer), response(p.question, slip)
+    if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct", "wrong"]:
+        return None
+    shared = {"question": p.question, "answer": p.answer}
+    return [{"uid": p.uid, **shared, "solution": right, "wrong": wrong, "synthesis": synthesis(p.question, slip, p.answer)},
+            {"uid": p.uid + "-slip", **shared, "solution": wrong}]
+
+
+def make(tokenizer_folder: str, problems: str, out: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    torch.manual_seed(0)
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    model = CausalLM(ModelConfig(  # Qwen3's shape in small, with its whole vocabulary
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        eos_token_id=tokenizer.eos_token_id))
+    # as Qwen3 ships it: a second stop id, and sampling defaults that neither training nor evaluation may pick up
+    save_hf(model, tokenizer, out / "tiny", generation_config={
+        "eos_token_id": stops, "temperature": 0.6, "top_k": 20, "top_p": 0.95})
+    found, lessons = [], []
+    for p in load_problems(problems):
+        if len(found) < N_PROBLEMS and len(tokenizer(p.question)["input_ids"]) <= MAX_QUESTION and (rows := lessons_for(p)):
+            found.append(p)
+            lessons += rows
+    save_problems(found, out / "problems.jsonl")
+    write_lines(out / "lessons.jsonl", lessons)
+    print(f"{out}: a model of {len(tokenizer):,} tokens, {len(found)} problems, {len(lessons)} lessons")
+
+
+@torch.no_grad()
+def check(out: Path, names: list[str]) -> None:
+    from transformers import AutoModelForCausalLM
+    for run in (out / name for name in names):
+        config, last = json.loads((run / "config.json").read_text()), checkpoints(run)[-1]
+        files = sorted((run / "rollouts").glob("step_*.jsonl"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        tokenizer = load_tokenizer(last)
+        stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+        sampled = [r for r in rows if not r["is_reflection"]]
+        for r in rows:
+            ids = r["completion_ids"]
+            assert (ids[-1] in stops) == r["finished"] and stops.isdisjoint(ids[:-1]), r["uid"]
+            assert tokenizer.decode(ids[:-1] if r["finished"] else ids) == r["text"], r["uid"]
+            assert tokenizer.decode(r["prompt_ids"]) == r["prompt"] and max(ids) < len(tokenizer)
+            settled = reward.normalise(r["answer"] or "") == reward.normalise(r["gold"])
+            assert settled <= (r["reward"] == 1.0) or not r["finished"], r["uid"]
+            if r["is_reflection"]:  # its preserved prefix is that of one of the group's own wrong responses, id by id
+                n = r["roles"].count(0)
+                assert any(s["completion_ids"][:n - 1] == ids[:n - 1] for s in sampled
+                           if s["query"] == r["query"] and not s["reward"]), r["uid"]
+
+        theirs = AutoModelForCausalLM.from_pretrained(config["init_from"], dtype=torch.float32).eval()
+        gap = 0.0
+        for r in [r for r in sampled if r["step"] == 1][:8]:  # the first step was sampled from init_from
+            n = len(r["completion_ids"])
+            logits = theirs(torch.tensor([r["prompt_ids"] + r["completion_ids"]])).logits[0, -n - 1:-1, :len(tokenizer)]
+            logprobs = logits.log_softmax(-1).gather(1, torch.tensor(r["completion_ids"])[:, None])[:, 0]
+            gap = max(gap, float((logprobs - torch.tensor(r["sample_logprobs"])).abs().max()))
+        assert gap < 1e-3, gap
+
+        theirs, ours = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval(), load_hf(last).eval()
+        ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["completion_ids"]])
+        difference = float((theirs(ids).logits[0] - ours(ids)[0] @ ours.output_weight.T).abs().max())
+        assert difference < 1e-4, difference
+        print(f"{run}: {len(rows)} rollouts read as sampled ({len(rows) - len(sampled)} constructions); log-probs of "
+              f"transformers within {gap:.1e}, logits of {last.name} within {difference:.1e}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["make"] and len(sys.argv) == 5:
+        make(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    elif sys.argv[1:2] == ["check"] and len(sys.argv) > 3:
+        check(Path(sys.argv[2]), sys.argv[3:])
+    else:
+        sys.exit(__doc__)

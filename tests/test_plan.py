@@ -1,0 +1,319 @@
+"""plan.py against measured bytes: a formula that drifts from model.py or rollout.py by more than a few per cent fails here."""
+import contextlib
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as model_file
+import plan
+import rollout
+import train
+from configurator import configure
+from model import CausalLM, ModelConfig, num_params
+
+ROOT = Path(__file__).resolve().parents[1]
+# The numbers of Qwen's own config.json files that a plan needs.
+QWEN = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960}
+QWEN_8B = QWEN | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
+QWEN_06B = QWEN | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "tie_word_embeddings": True}
+SMALL = dict(vocab_size=96, hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=16)
+SHAPES = {
+    "gqa, tied": SMALL,
+    "no gqa, untied": SMALL | dict(num_key_value_heads=4, hidden_size=96, head_dim=32, tie_word_embeddings=False),
+    "qwen2, wide groups": SMALL | dict(model_type="qwen2", num_attention_heads=8, num_key_value_heads=1),
+    "large vocabulary": SMALL | dict(vocab_size=4096, num_hidden_layers=2)}
+B, T = 3, 160
+
+
+def small_plan(config, dtype="float32", **other):
+    sizes = dict(max_rows=8, longest_prompt=8, max_new_tokens=8, tokens_per_microbatch=B * T, dtype=dtype, device="cpu")
+    return plan.memory_plan(config, **sizes | other)
+
+
+def autocast(dtype):
+    return torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors alive, and the most there ever were: a CPU's max_memory_allocated."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+        for tensor in tensors:
+            self.count(tensor)
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.alive:
+            self.alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self.forget, key, size)
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key, size):
+        self.alive.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# part by part
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_gradients_and_moments_are_exact(shape):
+    model = CausalLM(ModelConfig(**SHAPES[shape]))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    model(ids, ids)[0].sum().backward()
+    optimizer.step()
+    p = small_plan(model.config)
+    assert p["weights"] == p["reference"] == sum(w.nbytes for w in model.parameters())
+    assert p["gradients"] == sum(w.grad.nbytes for w in model.parameters())
+    assert p["moments"] == sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert small_plan(model.config, reference_model=False)["reference"] == 0
+
+
+def kept_for_backward(model, dtype):
+    """Bytes of unique storages that a forward pass saves, parameters left out."""
+    parameters = {w.untyped_storage()._cdata for w in model.parameters()}
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            sizes[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    ids = torch.zeros(B, T, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(dtype):
+        model(ids, ids.clone())
+    return sum(sizes.values())
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """Stands in for a GPU's kernel, which saves its input, as autocast casts it, and 1 / rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, torch.ones(x.shape[:-1]), weight)
+        return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype) * weight.to(x.dtype)
+
+
+def fused_rms_norm(x, shape, weight, eps):
+    return FusedRMSNorm.apply(x.float() if torch.is_autocast_enabled("cpu") else x, weight.detach(), eps)
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("precision", ("float32", "bfloat16 autocast", "bfloat16 weights, as under FSDP"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_activations_are_what_autograd_saves(shape, precision, device, monkeypatch):
+    config, dtype, sharded = ModelConfig(**SHAPES[shape]), precision.split()[0], "weights" in precision
+    model = CausalLM(config).to(torch.bfloat16 if sharded else torch.float32)
+    if device == "cuda":
+        monkeypatch.setattr(F, "rms_norm", fused_rms_norm)
+    for checkpointing in (False, True):
+        model.checkpoint_activations = checkpointing
+        measured = kept_for_backward(model, "float32" if sharded else dtype)
+        p = small_plan(config, dtype, world_size=2 if sharded else 1, checkpoint_activations=checkpointing, device=device)
+        copies = 0 if sharded or checkpointing else p["compute copies"]  # autocast's bf16 weights are saved, too
+        assert p["activations"] + copies == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_the_cache_is_exact(dtype, monkeypatch):
+    caches = []
+    monkeypatch.setattr(rollout, "KVCache", lambda *a, **k: caches.append(model_file.KVCache(*a, **k)) or caches[-1])
+    config = ModelConfig(**SMALL)
+    with autocast(dtype):
+        rollout.generate(CausalLM(config), [[1] * 30, [2] * 50], 4, max_new_tokens=16, stop_ids=(-1,), keys=[(0,), (1,)])
+    measured = sum(x.nbytes for x in caches[0].k + caches[0].v)
+    p = small_plan(config, dtype, longest_prompt=50, max_new_tokens=16, samples_per_prompt=4)
+    assert p["rollouts: KV cache"] == measured == plan.cache_bytes(config, 8, 128, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the peaks
+
+
+@pytest.mark.parametrize("chunk", (2**24, 2**16))
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_update_peaks_where_planned(shape, dtype, checkpointing, chunk, monkeypatch):
+    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", chunk)
+    config = ModelConfig(**SHAPES[shape])
+    model, reference = CausalLM(config), CausalLM(config).requires_grad_(False)
+    model.checkpoint_activations = checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.zeros(B, T, dtype=torch.long)
+    with LiveBytes(*model.parameters(), *reference.parameters()) as live:
+        for _ in range(2):  # steps: the moments exist from the second on
+            for _ in range(2):  # micro-batches: gradients exist from the second on
+                with autocast(dtype):
+                    logprobs, _ = model(ids, ids)
+                    with torch.no_grad():
+                        ref_logprobs, _ = reference(ids, ids)
+                (logprobs - ref_logprobs).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    p = small_plan(config, dtype, checkpoint_activations=checkpointing)
+    assert p["persistent"] + p["update"] == pytest.approx(live.peak, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("rows,n,prompt,new", [(8, 1, 150, 40), (16, 4, 20, 60)], ids=["prefill", "decoding"])
+def test_sampling_peaks_where_planned(rows, n, prompt, new, dtype):
+    config = ModelConfig(**SMALL)
+    model = CausalLM(config)
+    with LiveBytes(*model.parameters()) as live, autocast(dtype):
+        rollout.generate(model, [[1] * prompt] * (rows // n), n, max_new_tokens=new, stop_ids=(-1,),
+                         keys=[(i,) for i in range(rows // n)])
+    p = small_plan(config, dtype, max_rows=rows, samples_per_prompt=n, longest_prompt=prompt, max_new_tokens=new)
+    assert p["weights"] + p["sampling"] == pytest.approx(live.peak, rel=0.1)
+
+
+def test_shards_divide_by_the_processes_and_gathered_weights_do_not():
+    config = ModelConfig.from_hf(QWEN_8B)
+    one, eight = (small_plan(config, "float32", world_size=n, device="cuda") for n in (1, 8))
+    for part in ("weights", "moments", "reference", "gradients"):
+        assert eight[part] == pytest.approx(one[part] / 8, rel=1e-3)
+    assert eight["unsharded"] > 4 * num_params(config) > 8 * eight["weights"] - 100  # the whole model, on every GPU
+    assert small_plan(config, world_size=8, offload=True)["persistent"] < 10_000
+
+
+def test_reflections_are_planned_with_two_responses_in_their_prompt():
+    config = ModelConfig.from_hf(QWEN_06B)
+    p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4, max_synthesis_tokens=500)
+    columns = 100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 - 1
+    assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns, "bfloat16") > p["rollouts: KV cache"]
+    assert "reflections" not in small_plan(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from config.json alone
+
+
+def knobs_of(script, *argv):
+    """The resolved config of a script, its module left as it is."""
+    return configure(dict(vars(importlib.import_module(script))), list(argv))
+
+
+def folder(tmp_path, facts):
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    return f"--init_from={tmp_path}"
+
+
+@pytest.mark.parametrize("facts,count", [(QWEN_8B, "8,190,735,360"), (QWEN_06B, "596,049,920")])
+def test_one_config_json_is_enough_for_the_table(facts, count, tmp_path):
+    table = plan.plan_table(knobs_of("train", "config/aime.py", folder(tmp_path, facts)))
+    assert f"{count} parameters" in table and "8 x 80 GiB" in table and "256 rollouts, <= 128 reflections" in table
+
+
+def test_of_a_hub_id_only_config_json_is_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+    fetched = []
+    folder(tmp_path, QWEN_06B)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download",
+                        lambda repo, file: fetched.append((repo, file)) or str(tmp_path / "config.json"))
+    assert num_params(plan.read_model_config("Qwen/Qwen3-0.6B")) == 596_049_920
+    assert fetched == [("Qwen/Qwen3-0.6B", "config.json")]
+
+
+@pytest.mark.parametrize("init_from", ("nobody/has-this-model", "out/not_there/yet", "."))
+def test_without_a_config_the_error_is_one_line_with_a_way_out(init_from, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--init_from=") as error:
+        plan.read_model_config(init_from)
+    assert "\n" not in str(error.value) and init_from in str(error.value)
+
+
+def test_a_plan_prints_and_stops_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    for name in ("load_hf", "load_tokenizer", "load_problems", "find_start"):
+        monkeypatch.setattr(train, name, lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr(train, "configure", lambda _: knobs_of("train", "config/aime.py", "--plan=True",
+                                                               folder(tmp_path, QWEN_8B)))
+    train.main()
+    assert "memory of a process, GiB" in capsys.readouterr().out
+
+
+def test_the_longest_question_bounds_the_prompt(tmp_path):
+    lines = [{"uid": "a", "question": "x" * 10}, {"uid": "b", "problem": "y" * 1000}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    config = knobs_of("train", "config/aime.py", folder(tmp_path, QWEN_8B), f"--problems={tmp_path / 'p.jsonl'}",
+                      "--instruction=" + "z" * 100)
+    assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens a row" in plan.plan_table(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what does not fit, and the shipped configs
+
+
+@pytest.mark.parametrize("argv", [("--checkpoint_activations=False", "--max_rows=64"), ("--plan_gpus=4", "--max_rows=16"),
+                                  ("--method=grpo", "--max_rows=256"), ("--plan_gpu_gb=48",)])
+def test_following_the_warning_makes_it_fit(argv, tmp_path):
+    argv = ["config/aime.py", folder(tmp_path, QWEN_8B), *argv]
+    warning = re.search("WARNING: .* do not fit.*; set (.*)", plan.plan_table(knobs_of("train", *argv)))
+    assert "WARNING" not in plan.plan_table(knobs_of("train", *argv, *warning[1].split()))
+
+
+def test_a_machine_that_is_too_small_is_told_so(tmp_path):
+    argv = ["config/aime.py", folder(tmp_path, QWEN_8B), "--plan_gpus=1"]
+    assert "no knob is enough" in plan.plan_table(knobs_of("train", *argv))
+
+
+@pytest.mark.parametrize("path,facts", [("config/aime.py", QWEN_8B), ("config/qwen3_0p6b_gsm8k.py", QWEN_06B)])
+@pytest.mark.parametrize("method", ("tapo", "grpo", "opsd"))
+def test_the_shipped_configs_fit_the_machine_they_name(path, facts, method, tmp_path):
+    table = plan.plan_table(knobs_of("train", path, folder(tmp_path, facts), f"--method={method}"))
+    assert "WARNING" not in table
+    if method == "tapo":  # and say what they will need
+        peak = float(re.search(r"peak +([\d.]+)", table)[1])
+        assert f"{peak:.0f} of" in (ROOT / path).read_text() or f"peak {peak:.1f} GiB" in (ROOT / path).read_text()
+
+
+def test_the_paper_run_has_the_papers_numbers():
+    """§4.1 and §3.2; a slip here would be called a reproduction."""
+    aime, cold = knobs_of("train", "config/aime.py"), knobs_of("coldstart", "config/coldstart_aime.py")
+    paper = {"samples_per_prompt": 8, "prompts_per_step": 32, "max_steps": 500, "learning_rate": 1e-6, "n_pos": 2, "n_neg": 4,
+             "m_max": 4, "w_min": 0.01, "w_max": 10.0, "lam": 1.0, "kl_coef": 0.0, "method": "tapo"}
+    assert {key: aime[key] for key in paper} == paper
+    paper = {"n_sft": 30000, "n_ift": 15000, "epochs": 3, "learning_rate": 5e-6, "warmup_steps": 50}
+    assert {key: cold[key] for key in paper} == paper
+
+
+def test_every_command_of_the_scripts_is_accepted_by_its_program():
+    """A knob renamed in a program and not in runs/aime.sh or a launch line would be found after the first phase, hours later."""
+    dry = subprocess.run(["bash", "runs/aime.sh"], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "DRY": "1", "GPUS": "2",
+                         "OUT": "/nonexistent/out"}, capture_output=True, text=True, check=True)
+    launch = "".join((ROOT / "config" / name).read_text() for name in (
+        "aime.py", "coldstart_aime.py", "qwen3_0p6b_gsm8k.py", "coldstart_qwen3_0p6b_gsm8k.py"))
+    launch = re.sub(r" \\\n# +", " ", launch)
+    commands = re.findall(r"(\w+)\.py (.*)", dry.stdout)
+    commands += re.findall(r"^# +(?:python|torchrun \S+) (\w+)\.py (.*?)(?:  .*)?$", launch, re.M)
+    seen = {script for script, _ in commands}
+    assert {"train", "coldstart", "eval", "data", "report"} <= seen and "WARNING" not in dry.stderr
+    for script, rest in commands:
+        if script in ("train", "coldstart", "eval"):
+            knobs_of(script, *shlex.split(rest))
