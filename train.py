@@ -211,7 +211,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     teacher; None for every other method.
     """
     batches = balance(rollouts, c.tokens_per_microbatch, rank, world)
-    rollouts, teacher_of = [*rollouts, FILLER], teacher_of and [*teacher_of, None]
+    rollouts, teacher_of = [*rollouts, FILLER], teacher_of and [*teacher_of, None]  # where a rank has nothing left to do
     is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
     flags = {"diagnosis": c.diagnosis, "train_prefix": c.train_prefix}
     trained = [int(train_mask(torch.ones(1, len(r.roles)), torch.tensor([r.roles]), is_reflection[i:i + 1], **flags).sum())
@@ -220,7 +220,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
         trained = [n * (r.is_reflection and r.reward > 0) for n, r in zip(trained, rollouts, strict=True)]
     elif c.method == "opsd":  # needs a teacher who has seen a right solution
         trained = [n * (prompt is not None) for n, prompt in zip(trained, teacher_of, strict=True)]
-    trained = torch.tensor(trained)
+    trained = torch.tensor([*trained[:-1], 0])  # the filler counts nowhere
     # CRITICAL: the one denominator, counted over the whole step by the mask the loss uses, before the first backward.
     scale = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
                         loss_agg=c.loss_agg, loss_norm=c.loss_norm) * (trained > 0)

@@ -8,8 +8,8 @@ max_steps = 2
 prompts_per_step = 6
 samples_per_prompt = 8         # the paper's K, and with it its n_pos = 2, n_neg = 4
 m_max = 2
-max_new_tokens = 96
-max_synthesis_tokens = 192
+max_new_tokens = 64
+max_synthesis_tokens = 128
 
 learning_rate = 1e-5
 warmup_steps = 1

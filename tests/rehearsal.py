@@ -21,17 +21,16 @@ from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: 
 from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
 
 N_PROBLEMS = 8
-MAX_QUESTION = 20  # tokens
+MAX_QUESTION = 24  # tokens
 
 
-def response(question: str, answer: str) -> str:
-    return (f"We need to answer: {question}\nGoing through it step by step, the value comes to ${answer}$.\n\n"
-            f"So the final answer is \\boxed{{{answer}}}.")
+def response(answer: str) -> str:
+    return f"Let us go through it step by step.\nThe value comes to ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}."
 
 
-def synthesis(question: str, slip: str, answer: str) -> str:
+def synthesis(slip: str, answer: str) -> str:
     """What the perfect policy would write about the response with `slip`."""
-    copied = response(question, slip).partition("\n\n")[0]
+    copied = response(slip).partition("\n\n")[0]
     return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is ${answer}$.</analysis>\n"
             f"<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is not right, I slipped in the last step.</reflection>\n"
             f"It should be ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}.</reconstruction>")
@@ -41,11 +40,11 @@ def lessons_for(p: Problem) -> list[dict] | None:
     """A right solution with the synthesis of a wrong one, and the wrong one as a second line, so that the model comes to answer
     either way about equally often. None if the answer has no number in which to slip."""
     slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)  # its last digit
-    right, wrong = response(p.question, p.answer), response(p.question, slip)
+    right, wrong = response(p.answer), response(slip)
     if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct", "wrong"]:
         return None
     shared = {"question": p.question, "answer": p.answer}
-    return [{"uid": p.uid, **shared, "solution": right, "wrong": wrong, "synthesis": synthesis(p.question, slip, p.answer)},
+    return [{"uid": p.uid, **shared, "solution": right, "wrong": wrong, "synthesis": synthesis(slip, p.answer)},
             {"uid": p.uid + "-slip", **shared, "solution": wrong}]
 
 

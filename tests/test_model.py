@@ -419,7 +419,7 @@ def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatc
 
 
 def test_several_tokens_at_once_can_follow_a_prompt_at_positions_the_cache_knows():
-    """Guards: the mask of folded query heads for more than one new token; positions counted from the padding."""
+    """Guards: the mask of folded query heads for more than one new token; positions that restart after it."""
     model, ids = random_model(tiny(kv_heads=1)), ids_of(2, 11)
     prompts, starts, _ = left_padded([ids[0, :6].tolist(), ids[1, :4].tolist()])
     with torch.no_grad():

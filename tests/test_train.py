@@ -54,8 +54,8 @@ def run(start, out, monkeypatch, **knobs):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def author(monkeypatch):
-    """Replace the sampler: of every group the first response is right, and every synthesis is the perfect one."""
+def author(monkeypatch, solved=lambda query: True):
+    """Replace the sampler: of a solved query's group the first response is right, and every synthesis is the perfect one."""
     tokenizer = toy.make_tokenizer()
 
     def complete(text):
@@ -75,7 +75,7 @@ def author(monkeypatch):
                     body = toy.solution(rng, question, "reflective")[0]
                 groups.append([complete(f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")])
             else:
-                kinds = ["direct", *["give_up"] * (n - 1)]
+                kinds = ["direct" if solved(key[3]) else "give_up", *["give_up"] * (n - 1)]
                 groups.append([complete(toy.solution(rng, text, kind)[0]) for kind in kinds])
         return groups
 
