@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,7 +30,8 @@ from model import save_hf
 
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
-              "out_dir", "parity_alarm", "replicas", "cpu_offload", "timeout_minutes"}
+              "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes",
+              "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations"}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -70,7 +73,7 @@ def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int, config
             (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
-    except Exception as e:  # safetensors and dcp each wrap "no space left" in an exception of their own
+    except (OSError, SafetensorError, CheckpointException) as e:  # "no space left", as each of the writers puts it
         shutil.rmtree(partial, ignore_errors=True)
         older = checkpoints(folder.parent)
         where = older[-1] if older else "the start, as there is no earlier checkpoint"

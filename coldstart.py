@@ -90,7 +90,7 @@ device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
 replicas = 1                   # several processes: see train.py
-cpu_offload = False
+offload = False
 timeout_minutes = 60.0
 # --- the new model of init_from = 'scratch' --------------------------------------------------------------------------
 hidden_size = 64

@@ -65,7 +65,7 @@ def precision(c, world: int, device: str) -> tuple:
     With one process autocast makes the bf16 copies, with several FSDP does when it gathers.
     """
     if world > 1:
-        wrap = functools.partial(shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.cpu_offload)
+        wrap = functools.partial(shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
         return wrap, contextlib.nullcontext()
     return None, torch.autocast(device, dtype=torch.bfloat16, enabled=c.dtype == "bfloat16")
 

@@ -48,8 +48,9 @@ from data import (
     stop_ids_of,
 )
 from metrics import add_up, console_line, means, rollout_sums, warnings_of
-from model import load_hf, num_params
+from model import load_hf
 from parallel import balance, gather, reduce_sums, unsharded, whole
+from plan import plan_table
 from rollout import EVALUATION, FILLER, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate
 
 # --- what is learned -------------------------------------------------------------------------------------------------
@@ -106,7 +107,11 @@ beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0
 tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
+checkpoint_activations = False  # recompute every block in the backward pass: a third more work, the memory of one block
 # --- evaluation, saving, machine ---------------------------------------------------------------------------------------
+plan = False                   # print what the run will cost, from config.json alone, and stop
+plan_gpus = 0                  # ... on so many GPUs; 0 = what is here
+plan_gpu_gb = 0.0              # ... of so much memory
 eval_interval = 50             # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem, at `temperature`
 save_interval = 50             # steps; the last step is always saved
@@ -114,7 +119,7 @@ keep_last = 2                  # checkpoints kept
 parity_alarm = 0.1             # mean |sampler - trainer log-prob| above this warns: healthy is 1e-5 in fp32, 0.02 in bf16
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 replicas = 1                   # HSDP: shard within world_size / replicas ranks (a node), replicate across; 1 = shard over all
-cpu_offload = False            # keep shards of weights and moments in host memory
+offload = False                # keep shards of weights and moments in host memory
 timeout_minutes = 60.0         # a collective that waits longer ends the job: longer than any rank may decode alone
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
@@ -325,6 +330,10 @@ def main() -> None:
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)
+    cost = plan_table(config)
+    if c.plan:
+        print(cost)
+        return
     first_step, load_from = find_start(config)
     rank, world, device = parallel.start(c.device, c.timeout_minutes)
     if c.prompts_per_step % world:
@@ -332,6 +341,7 @@ def main() -> None:
     say = print if rank == 0 else lambda *_, **__: None
     if rank == 0:
         print_config(config)
+        print(cost, flush=True)
     if c.threads:
         torch.set_num_threads(c.threads)
 
@@ -339,6 +349,7 @@ def main() -> None:
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
+    model.checkpoint_activations = c.checkpoint_activations
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in training + held_out}
     for p in training + held_out:
@@ -350,7 +361,7 @@ def main() -> None:
                                   weight_decay=c.weight_decay, fused=True)
     if first_step:
         load_optimizer(Path(load_from), model, optimizer)
-    say(batch_table(model, training, prompts, stop_ids, tokenizer, c, device, world), flush=True)
+    say(run_table(training, prompts, stop_ids, tokenizer, c, device, world), flush=True)
 
     out = Path(c.out_dir)
     if rank == 0:
@@ -426,17 +437,14 @@ def main() -> None:
             save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
 
 
-def batch_table(model, training, prompts, stop_ids, tokenizer, c, device, world) -> str:
-    """What the knobs amount to, printed once at start."""
+def run_table(training, prompts, stop_ids, tokenizer, c, device, world) -> str:
+    """What the loaded run amounts to, printed once at start beside the plan."""
     lengths = sorted(len(ids) for ids in prompts.values())
-    constructions = f", at most {c.prompts_per_step * c.m_max} reflections" if c.method in ("tapo", "sft") else ""
     return "\n".join([
-        f"model        {num_params(model):,} parameters ({model.config.model_type}) on {world} x {device}, compute in {c.dtype}",
-        f"problems     {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "
+        f"processes   {world} on {device}, compute in {c.dtype}",
+        f"problems    {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "
         f"{c.max_steps} steps are {c.max_steps * c.prompts_per_step / len(training):.2f} epochs",
-        f"one step     {c.prompts_per_step} prompts x {c.samples_per_prompt} samples = "
-        f"{c.prompts_per_step * c.samples_per_prompt} rollouts{constructions}, {c.updates_per_step} update(s)",
-        f"stop ids     {', '.join(f'{i} {tokenizer.convert_ids_to_tokens(i)}' for i in stop_ids)}"])
+        f"stop ids    {', '.join(f'{i} {tokenizer.convert_ids_to_tokens(i)}' for i in stop_ids)}"])
 
 
 if __name__ == "__main__":

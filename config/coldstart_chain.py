@@ -1,6 +1,8 @@
-# The cold start of the other toy world; slower, because three operations must be right in a row.
+# The cold start of the other toy world; slower, because several operations must be right in a row. Not tuned yet.
 #   python coldstart.py config/coldstart_toy.py config/coldstart_chain.py
 world = "chain"
+levels = ()                 # 2 to 5 operations
+n_problems = (8000, 500, 1000)
 out_dir = "out/chain/coldstart"
 
 max_steps = 6000

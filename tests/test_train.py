@@ -5,6 +5,7 @@ constructions: it writes toy solutions, right and wrong, and the perfect synthes
 """
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -233,6 +234,7 @@ def test_learning_rate_is_a_function_of_the_step():
 
 def test_a_run_that_cannot_learn_says_so(start, tmp_path, monkeypatch, capsys):
     """Bug: loss 0 for a night. All rewards equal, all truncated: each has its own warning."""
+    monkeypatch.setattr(train, "stop_ids_of", lambda *_: (10**6,))  # an id that is never sampled: nothing ever ends
     row = run(start, tmp_path / "out", monkeypatch, max_steps=1, max_new_tokens=3)[0]
     printed = capsys.readouterr().out
     assert "WARNING: this step cannot learn: in every group all rewards are equal" in printed and "too hard" in printed
@@ -337,6 +339,21 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(start, tmp_path, m
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step_000002"]
     assert not list((tmp_path / "out").glob(".step*"))
     assert all(torch.equal(p, before[name]) for name, p in weights_of(tmp_path / "out/step_000002").items())
+
+
+def test_a_write_that_really_fails_ends_in_one_line(start, tmp_path):
+    """Bug: safetensors and torch.distributed.checkpoint raise exceptions of their own, one not even an Exception."""
+    out, limit = tmp_path / "out", 60_000  # bytes a file may have: the weights need 82,000
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(launch(start, out, "--max_steps=1", "--method=grpo"), capture_output=True, text=True,
+                          preexec_fn=small_files)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: cannot save" in done.stderr and "goes on from the start" in done.stderr
+    assert checkpoint.checkpoints(out) == [] and not list(out.glob(".step*"))
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1  # what was computed is kept
 
 
 def test_only_the_newest_checkpoints_are_kept(start, tmp_path, monkeypatch):
