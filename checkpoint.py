@@ -12,6 +12,7 @@ Data order, noise and learning rate are functions of the step counter: there is 
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from configurator import diff_configs
 from model import save_hf
+
+# With one process dcp warns that it assumes one process.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",

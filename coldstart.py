@@ -77,6 +77,7 @@ beta1 = 0.9
 beta2 = 0.999
 grad_clip = 1.0
 tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
+checkpoint_activations = False  # recompute every block in the backward pass
 # --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------
 eval_interval = 200            # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem
@@ -395,6 +396,7 @@ def main() -> None:
         save_config(config, out)
 
     tokenizer, model = start_model(c, load_from, device, wrap)
+    model.checkpoint_activations = c.checkpoint_activations
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     if c.world:
         if rank == 0:

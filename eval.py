@@ -236,13 +236,10 @@ def reflection_flags(question: str, text: str, exact: bool) -> tuple[bool, bool]
     """(reflects, located): does the response reflect, and on a real error that it names rightly?
 
     By rule a marker in the text is a reflection, and whoever ends correct after one is taken to have found the error
-    (the judge asks for more). exact, for the toy world: the first false statement is followed by the truth about it.
+    (the judge asks for more). exact, for the toy world: what the first reflection says of the mistake is true.
     """
     reflects = reflect.reflects(text)
-    if not reflects or not exact:
-        return reflects, reflects
-    error = next((judged for judged in toy.audit(question, text) if not judged.ok), None)
-    return True, error is not None and error.reflection != "" and text.startswith(error.reflection, error.end)
+    return reflects, reflects and (not exact or toy.diagnosis_is_true(question, text))
 
 
 def load_model(c, tokenizer, prompts: dict[str, list[int]]):

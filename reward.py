@@ -507,6 +507,8 @@ def _ask(request: dict, timeout_s: float) -> dict:
             worker = _idle.pop() if _idle else None
         first_time = worker is None
         worker = worker or _start()
+        if worker is None:
+            return {"status": "error", "why": "no worker started in time"}
         try:
             worker.stdin.write(json.dumps(request | {"limit": timeout_s}).encode() + b"\n")
             reply = _receive(worker, timeout_s + SLACK_S)
@@ -538,17 +540,19 @@ def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
     return json.loads(line)
 
 
-def _start() -> subprocess.Popen:
+def _start() -> subprocess.Popen | None:
+    """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to end a run."""
     worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     with _lock:
         _alive.add(worker)
     reply = _receive(worker, START_LIMIT_S)
-    if not reply or reply["status"] != "ready":
-        _kill(worker)
-        why = reply["status"] if reply else "it died or was too slow"
-        raise RuntimeError(f"the grader's worker did not start ({why}); is math-verify installed?")
-    return worker
+    if reply and reply["status"] == "ready":
+        return worker
+    _kill(worker)
+    if reply:
+        raise ValueError(f"the grader's worker cannot work ({reply['status']}); is math-verify installed?")
+    return None
 
 
 def _kill(worker: subprocess.Popen) -> None:

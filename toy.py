@@ -327,6 +327,20 @@ def first_error(question: str, text: str) -> int | None:
     return next((judgement.end for judgement in audit(question, text) if not judgement.ok), None)
 
 
+def diagnosis_is_true(question: str, text: str) -> bool:
+    """Does the first reflection of a text say something true about a real mistake of it?
+
+    A guess that is called too low right behind its check is too low; else the first false statement is followed by the
+    truth about it.
+    """
+    said = re.search(r"Try (\d+): [^.]* (?:low|high|ok)\. Wait, \1 is too (low|high)\. ", text)
+    if said and is_findx(question):
+        guess, answer = int(said[1]), answer_of(question)
+        return guess != answer and (guess < answer) == (said[2] == "low")
+    error = next((judged for judged in audit(question, text) if not judged.ok), None)
+    return error is not None and error.reflection != "" and text.startswith(error.reflection, error.end)
+
+
 def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     """(analysis, prefix, reflection, correction) of the perfect micro-reflective trajectory for any wrong solution.
 

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # The whole method at a size two CPU cores can carry: a small model learns to reason from nothing (cold start), then goes on
 # with GRPO, TAPO and OPSD from the same start; tables and out/toy/report.html at the end. Finished parts are skipped, an
-# interrupted one is resumed. SEEDS=5 repeats the three methods with five seeds, WORLD=chain takes the other world.
+# interrupted one is resumed. SEEDS=5 repeats the three methods with five seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
-SEEDS=${SEEDS:-1} WORLD=${WORLD:-findx} OUT=${OUT:-out/toy}
+SEEDS=${SEEDS:-1} OUT=${OUT:-out/toy}
 export OMP_NUM_THREADS=1
-mkdir -p "$OUT/eval"
+mkdir -p "$OUT/eval" "$OUT/logs"
 
-train() {  # train NAME SEED: one run, its lines marked with its name
+train() {  # train NAME SEED: one run, its lines on the console marked with its name
   python train.py config/toy.py "config/$1.py" --seed="$2" --out_dir="$OUT/$1_s$2" --init_from="$OUT/coldstart/final" --resume=True 2>&1 |
-    tee -a "$OUT/$1_s$2.log" | grep --line-buffered -E "^(step|WARNING|error|Traceback)" | sed -u "s/^/[$1 s$2] /"
+    tee -a "$OUT/logs/$1_s$2.log" | grep --line-buffered -E "^(step|WARNING|error|Traceback)" | sed -u "s/^/[$1 s$2] /"
 }
 evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with top-p 0.9
-  [ -f "$OUT/eval/$1.json" ] || python eval.py config/eval_toy.py --world="$WORLD" --init_from="$2" --out="$OUT/eval/$1" \
-    > "$OUT/eval/$1.log" 2>&1 || { tail -n 20 "$OUT/eval/$1.log"; return 1; }
+  local log="$OUT/logs/eval_$1.log"
+  [ -f "$OUT/eval/$1.json" ] || python eval.py config/eval_toy.py --init_from="$2" --out="$OUT/eval/$1" > "$log" 2>&1 ||
+    { tail -n 20 "$log"; return 1; }
   echo "== evaluated $1"
 }
 
@@ -24,12 +25,12 @@ python coldstart.py config/coldstart_toy.py --out_dir="$OUT/coldstart" --resume=
 evaluate coldstart "$OUT/coldstart/final" & waiting=$!
 
 for ((seed = 0; seed < SEEDS; seed++)); do
-  echo "== GRPO, TAPO and OPSD, seed $seed, two at a time"
+  echo "== GRPO, TAPO and OPSD, seed $seed, two processes at a time"
   wait $waiting
-  train grpo $seed & grpo=$!
   train tapo $seed & tapo=$!
-  wait $grpo; wait $tapo
+  train grpo $seed
   train opsd $seed & opsd=$!
+  wait $tapo
   evaluate grpo_s$seed "$OUT/grpo_s$seed/step_000060"
   evaluate tapo_s$seed "$OUT/tapo_s$seed/step_000060"
   wait $opsd
@@ -37,7 +38,7 @@ for ((seed = 0; seed < SEEDS; seed++)); do
 done
 wait $waiting
 
-join() { local list=""; for ((s = 0; s < SEEDS; s++)); do list+="${list:++}$OUT/eval/$1_s$s.json"; done; echo "$list"; }
-python eval.py --compare="$(join grpo),$(join tapo),$(join opsd)"
-python report.py "$OUT"/{tapo,grpo,opsd}_s* --evals="$(ls "$OUT"/eval/*.json | paste -sd,)" --out="$OUT/report.html"
-echo "== open $OUT/report.html"
+list() { for ((s = 0; s < SEEDS; s++)); do echo "$OUT/eval/$1_s$s.json"; done | paste -sd+; }
+for log in "$OUT"/logs/eval_*.log; do grep -A 3 "95 % intervals over problems" "$log"; done
+python eval.py --compare="$(list grpo),$(list tapo),$(list opsd)"
+python report.py "$OUT"/{tapo,grpo,opsd}_s* --evals="$(ls "$OUT"/eval/*.json | grep -v samples | paste -sd,)" --out="$OUT/report.html"

@@ -544,7 +544,7 @@ def test_what_a_library_prints_is_not_taken_for_a_grade(stand_in):
 
 def test_a_missing_math_verify_stops_the_run_and_is_named(stand_in):
     (stand_in / "math_verify" / "__init__.py").write_text("raise ImportError('not here')")
-    with pytest.raises(RuntimeError, match="ImportError: not here.*is math-verify installed"):
+    with pytest.raises(ValueError, match="ImportError: not here.*is math-verify installed"):
         grade(box("y"), r"\good")
     assert not pids()
 

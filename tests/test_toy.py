@@ -300,3 +300,16 @@ def test_solutions_fit_their_token_budgets(tokenizer):
     assert longest["direct"] <= 26 and longest["reflective"] + 1 <= 54   # + 1: the stop token
     for rng, p in samples("chain", 300, seed=8):
         assert length(toy.solution(rng, p.question, "reflective")[0]) + 1 <= 80
+
+
+def test_a_diagnosis_is_true_only_of_a_mistake_that_was_made():
+    """ERR in the toy world. Bug: any "Wait" counts as having found the error."""
+    q = "x*7-21=35"
+    tried = "Try 6: 6*7=42, 42-21=21 low. "
+    assert toy.diagnosis_is_true(q, tried + "Wait, 6 is too low. " + "Try 8: 8*7=56, 56-21=35 ok. ")
+    assert toy.diagnosis_is_true(q, "Try 6: 6*7=42, 42-21=35 ok. Wait, 35 is wrong. ")
+    for said in ("Wait, 6 is too high. ", "Wait, 5 is too low. ", "Wait, 21 is wrong. ", ""):
+        assert not toy.diagnosis_is_true(q, tried + said)
+    assert not toy.diagnosis_is_true(q, "Try 8: 8*7=56, 56-21=35 ok. Wait, 8 is too low. ")
+    assert toy.diagnosis_is_true("9+4-2=?", "Step 1: 9+4=12\nWait, 9+4 is 13, not 12.\n")
+    assert not toy.diagnosis_is_true("9+4-2=?", "Step 1: 9+4=12\nWait, 9+4 is 14, not 12.\n")
