@@ -333,7 +333,7 @@ def diagnosis_is_true(question: str, text: str) -> bool:
     A guess that is called too low right behind its check is too low; else the first false statement is followed by the
     truth about it.
     """
-    said = re.search(r"Try (\d+): [^.]* (?:low|high|ok)\. Wait, \1 is too (low|high)\. ", text)
+    said = re.search(r"Try (\d+): [^.]* (?:low|high)\. Wait, \1 is too (low|high)\. ", text)
     if said and is_findx(question):
         guess, answer = int(said[1]), answer_of(question)
         return guess != answer and (guess < answer) == (said[2] == "low")
