@@ -6,7 +6,8 @@
 Every number follows from model.py: parameters are counted on the meta device, activations are what a block leaves for its
 backward pass, sampling is its cache. tests/test_plan.py holds the formulas against measured bytes. Responses are taken at
 their cap, so this is an upper bound; it counts tensors, and USABLE leaves the rest of a GPU to the CUDA context, NCCL and
-fragmentation. Deliberately missing: time, which depends on the machine; fp32 attention on a GPU where no fused kernel exists.
+fragmentation. Deliberately missing: time, which depends on the machine; RoPE's tables, some kilobytes; fp32 attention on a GPU
+where no fused kernel exists.
 """
 import json
 import os

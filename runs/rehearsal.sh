@@ -16,7 +16,7 @@ say() { echo "== $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) $*"; }
 run() {  # run LOG COMMAND: all of its output to OUT/LOG.log, the lines a person reads to the screen
   local log="$OUT/$1.log"; shift
   python "$@" > "$log" 2>&1 || { tail -n 20 "$log"; return 1; }
-  grep -E "^(step|WARNING|examples|saved|filter|written|deepscaler|[0-9,]+ problems ->)" "$log" | cut -c1-200 || true
+  grep -E "^(step|WARNING|saved|filter:|written|[a-z0-9_]+: [0-9,]+ rows|[0-9,]+ problems ->)" "$log" | cut -c1-200 || true
 }
 
 say "real problems"
