@@ -31,8 +31,8 @@ def read_model_config(init_from: str) -> ModelConfig:
     path = Path(init_from).expanduser() / "config.json"
     if not path.is_file():
         if path.parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", init_from):
-            raise FileNotFoundError(f"no config.json at {path.parent}; for a plan any folder or hub id of the same architecture "
-                                    "will do, e.g. --init_from=Qwen/Qwen3-8B")
+            raise FileNotFoundError(f"no config.json at {path.parent}; pass a Hugging Face folder or a hub id (--plan=True needs "
+                                    "only the same architecture, e.g. --init_from=Qwen/Qwen3-8B)")
         from huggingface_hub import hf_hub_download
         try:
             path = Path(hf_hub_download(init_from, "config.json"))
@@ -64,7 +64,17 @@ def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool, device: 
     block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
     block += (2 * q + 2 * kv) * c + 4 * heads + q * c            # attention: rotated q, k, v, result, log-sum-exp; o_proj's input
     block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c        # MLP: gate, silu(gate), up, their product
-    return block, d * r, norm(d, 1) + d * r + 24                 # 24: ids and targets (int64), log-sum-exp, entropy
+    # cos and sin of a row's positions; ids and targets (int64), log-sum-exp, entropy
+    return block, d * r, norm(d, 1) + d * r + config.head_dim * c + 24
+
+
+def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Numbers in the model, in one block, in the matrices of all blocks; and how many tensors. On the meta device."""
+    with torch.device("meta"):
+        model = CausalLM(replace(config, num_hidden_layers=1))  # all blocks are alike
+    L, block = config.num_hidden_layers, list(model.model["layers"].parameters())
+    size, matrices = sum(w.numel() for w in block), sum(w.numel() for w in block if w.dim() == 2)
+    return num_params(model) + (L - 1) * size, size, L * matrices, len(list(model.parameters())) + (L - 1) * len(block)
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
@@ -84,12 +94,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     dtype: of products; masters, gradients and AdamW's moments are fp32. world_size: processes that share one copy of the
     model (FSDP2). reflections: a process writes at most so many a step. full_divergence: OPSD over the whole vocabulary.
     """
-    with torch.device("meta"):
-        model = CausalLM(replace(config, num_hidden_layers=1))               # all layers are alike
-    L, V, layer = config.num_hidden_layers, config.num_tokens, list(model.model["layers"].parameters())
-    block, matrices = sum(w.numel() for w in layer), L * sum(w.numel() for w in layer if w.dim() == 2)
-    root, head = num_params(model) - block, config.vocab_size * config.hidden_size  # root: one FSDP unit of embedding, norm, head
-    total, tensors = root + L * block, len(list(model.parameters())) + (L - 1) * len(layer)
+    total, block, matrices, tensors = count_parameters(config)
+    L, V, root = config.num_hidden_layers, config.num_tokens, total - config.num_hidden_layers * block
+    head = config.vocab_size * config.hidden_size
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
     autocast = c == 2 and not sharded
     share = 0 if offload else 4 * -(-total // world_size)                    # fp32, one number a parameter
@@ -162,22 +169,23 @@ def longest_question(path: str, instruction: str) -> int:
 
 
 def machine(config: dict) -> tuple[str, int, float]:
-    """(device, processes, bytes of memory of each): what plan_gpus and plan_gpu_gb say, else what is found here."""
+    """(device, processes, bytes of memory of each): for plan = True what plan_gpus and plan_gpu_gb say, else what is here."""
+    asked, gb = (config["plan"] and config[key] for key in ("plan_gpus", "plan_gpu_gb"))
     cuda = torch.cuda.is_available() and config["device"] != "cpu"
-    processes = config["plan_gpus"] or int(os.environ.get("WORLD_SIZE", 0)) or (torch.cuda.device_count() if cuda else 1)
-    if config["plan_gpu_gb"]:
-        return "cuda", processes, config["plan_gpu_gb"] * GIB
+    processes = asked or int(os.environ.get("WORLD_SIZE", 0)) or (torch.cuda.device_count() if cuda and config["plan"] else 1)
+    if gb:
+        return "cuda", processes, gb * GIB
     if cuda:
         return "cuda", processes, torch.cuda.get_device_properties(0).total_memory
-    if config["plan_gpus"]:
-        raise ValueError(f"plan_gpus = {config['plan_gpus']}, but there is no GPU here to measure; add --plan_gpu_gb=80 or so")
+    if asked:
+        raise ValueError(f"plan_gpus = {asked}, but there is no GPU here to measure; add --plan_gpu_gb=80 or so")
     return "cpu", processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
 def plan_table(config: dict) -> str:
     """The plan of a run as text, from train.py's resolved knobs. Its last lines warn where memory is exceeded, with the
     knobs to turn."""
-    c, model = SimpleNamespace(**{"replicas": 1, "offload": False} | config), read_model_config(config["init_from"])
+    c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, processes, memory = machine(config)
     found = longest_question(c.problems, c.instruction)
     prompt, rollouts = found or ASSUMED_PROMPT, c.prompts_per_step * c.samples_per_prompt
@@ -202,7 +210,7 @@ def plan_table(config: dict) -> str:
 
     largest = max((name for name in ("rollouts", "reflections") if name in p), key=p.get)
     text = [
-        f"model       {c.init_from}, {num_params(model):,} parameters, products in {c.dtype}",
+        f"model       {c.init_from}, {count_parameters(model)[0]:,} parameters, products in {c.dtype}",
         f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
         f"one step    {c.prompts_per_step} prompts x {c.samples_per_prompt} = {rollouts} rollouts, <= {reflections} reflections",
         f"at most     {prompt:,} + {c.max_new_tokens:,} tokens a row{'' if found else ' (prompt length assumed)'}",

@@ -220,6 +220,10 @@ def knobs_of(script, *argv):
     return configure(dict(vars(importlib.import_module(script))), list(argv))
 
 
+def table_of(*argv):
+    return plan.plan_table(knobs_of("train", *argv, "--plan=True"))
+
+
 def folder(tmp_path, facts):
     (tmp_path / "config.json").write_text(json.dumps(facts))
     return f"--init_from={tmp_path}"
@@ -227,7 +231,7 @@ def folder(tmp_path, facts):
 
 @pytest.mark.parametrize("facts,count", [(QWEN_8B, "8,190,735,360"), (QWEN_06B, "596,049,920")])
 def test_one_config_json_is_enough_for_the_table(facts, count, tmp_path):
-    table = plan.plan_table(knobs_of("train", "config/aime.py", folder(tmp_path, facts)))
+    table = table_of("config/aime.py", folder(tmp_path, facts))
     assert f"{count} parameters" in table and "8 x 80 GiB" in table and "256 rollouts, <= 128 reflections" in table
 
 
@@ -261,9 +265,15 @@ def test_a_plan_prints_and_stops_before_anything_is_loaded(tmp_path, monkeypatch
 def test_the_longest_question_bounds_the_prompt(tmp_path):
     lines = [{"uid": "a", "question": "x" * 10}, {"uid": "b", "problem": "y" * 1000}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    config = knobs_of("train", "config/aime.py", folder(tmp_path, QWEN_8B), f"--problems={tmp_path / 'p.jsonl'}",
-                      "--instruction=" + "z" * 100)
-    assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens a row" in plan.plan_table(config)
+    table = table_of("config/aime.py", folder(tmp_path, QWEN_8B), f"--problems={tmp_path}/p.jsonl", "--instruction=" + "z" * 100)
+    assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens a row" in table and "assumed" not in table
+
+
+def test_plan_gpus_speaks_of_plans_alone(tmp_path, monkeypatch):
+    """A run on another machine than its config file was planned for must be measured against the machine it is on."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = knobs_of("train", "config/aime.py", folder(tmp_path, QWEN_06B), "--device=cpu")
+    assert plan.machine(config)[:2] == ("cpu", 2) and plan.machine(config | {"plan": True}) == ("cuda", 8, 80 * plan.GIB)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,19 +284,19 @@ def test_the_longest_question_bounds_the_prompt(tmp_path):
                                   ("--method=grpo", "--max_rows=256"), ("--plan_gpu_gb=48",)])
 def test_following_the_warning_makes_it_fit(argv, tmp_path):
     argv = ["config/aime.py", folder(tmp_path, QWEN_8B), *argv]
-    warning = re.search("WARNING: .* do not fit.*; set (.*)", plan.plan_table(knobs_of("train", *argv)))
-    assert "WARNING" not in plan.plan_table(knobs_of("train", *argv, *warning[1].split()))
+    warning = re.search("WARNING: .* do not fit.*; set (.*)", table_of(*argv))
+    assert "WARNING" not in table_of(*argv, *warning[1].split())
 
 
 def test_a_machine_that_is_too_small_is_told_so(tmp_path):
     argv = ["config/aime.py", folder(tmp_path, QWEN_8B), "--plan_gpus=1"]
-    assert "no knob is enough" in plan.plan_table(knobs_of("train", *argv))
+    assert "no knob is enough" in table_of(*argv)
 
 
 @pytest.mark.parametrize("path,facts", [("config/aime.py", QWEN_8B), ("config/qwen3_0p6b_gsm8k.py", QWEN_06B)])
 @pytest.mark.parametrize("method", ("tapo", "grpo", "opsd"))
 def test_the_shipped_configs_fit_the_machine_they_name(path, facts, method, tmp_path):
-    table = plan.plan_table(knobs_of("train", path, folder(tmp_path, facts), f"--method={method}"))
+    table = table_of(path, folder(tmp_path, facts), f"--method={method}")
     assert "WARNING" not in table
     if method == "tapo":  # and say what they will need
         peak = float(re.search(r"peak +([\d.]+)", table)[1])

@@ -290,11 +290,14 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, 
     assert len(calls) == 7
 
 
-def test_generate_leaves_the_model_in_the_mode_it_found():
-    model = tiny_model()
+def test_sampling_is_in_eval_mode_without_a_graph_and_leaves_the_model_in_the_mode_it_found():
+    """Guards: a graph over every decoded token that fills the memory; a training loop that goes on in eval mode."""
+    model, during = tiny_model(), set()
+    model.register_forward_pre_hook(lambda *_: during.add((model.training, torch.is_grad_enabled())))
     assert model.training and draw(model) and model.training
     model.eval()
     assert draw(model) and not model.training
+    assert during == {(False, False)} and torch.is_grad_enabled()
 
 
 def test_no_prompts_or_a_progress_bar_are_no_special_case():
