@@ -378,6 +378,7 @@ def write_problem_files(c, folder: Path) -> None:
 
 
 def main() -> None:
+    """Examples, then masked cross-entropy on them until the epochs, the steps or stop_at_pass1 end it; out_dir/final."""
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)

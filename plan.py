@@ -64,8 +64,7 @@ def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool, device: 
     block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
     block += (2 * q + 2 * kv) * c + 4 * heads + q * c            # attention: rotated q, k, v, result, log-sum-exp; o_proj's input
     block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c        # MLP: gate, silu(gate), up, their product
-    # cos and sin of a row's positions; ids and targets (int64), log-sum-exp, entropy
-    return block, d * r, norm(d, 1) + d * r + config.head_dim * c + 24
+    return block, d * r, norm(d, 1) + d * r + 24                 # 24: ids and targets (int64), log-sum-exp, entropy
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:

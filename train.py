@@ -327,6 +327,7 @@ def learning_rate_at(step: int, c) -> float:
 
 
 def main() -> None:
+    """Algorithm 1: the loop over steps, each phase one call."""
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)

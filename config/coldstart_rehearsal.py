@@ -5,12 +5,13 @@ problems = "out/rehearsal/lessons.jsonl"
 eval_problems = "out/rehearsal/problems.jsonl"  # no held-out problem could be solved
 out_dir = "out/rehearsal/taught"
 
-epochs = 50
+epochs = 60
 batch_size = 4                 # 24 examples: six steps an epoch
 learning_rate = 5e-3
 warmup_steps = 20
 beta2 = 0.99
 tokens_per_microbatch = 900    # an IFT row alone, so that its long prompt spares the head, nearly all of the work here
+temperature = 0.7              # as in RL
 max_new_tokens = 64
 max_synthesis_tokens = 128
 eval_interval = 0

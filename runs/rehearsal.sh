@@ -39,19 +39,19 @@ run coldstart coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/taugh
   --from_rollouts=True --queries_per_round=4 --epochs=1 --learning_rate=1e-5 --eval_problems= --out_dir="$OUT/coldstart"
 say "difficulty filter (§4.1)"
 run filter eval.py config/filter_deepscaler.py --init_from="$OUT/coldstart/final" --problems="$OUT/problems.jsonl" \
-  --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" --max_new_tokens=64 --dtype=float32
+  --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" --temperatures="(0.7,)" --max_new_tokens=64 --dtype=float32
 
 for method in tapo grpo opsd; do
   say "$method"
   run $method train.py config/rehearsal.py --method=$method --init_from="$OUT/coldstart/final" --problems="$OUT/filtered.jsonl" \
-    --out_dir="$OUT/$method"
+    --out_dir="$OUT/$method" --max_steps=$([ $method = tapo ] && echo 2 || echo 1)
 done
 
 say "evaluation: five sets in one run"
-run eval eval.py config/eval_aime.py --init_from="$OUT/tapo/step_000002" --out="$OUT/eval" --n_problems=4 --samples=5 \
+run eval eval.py config/eval_aime.py --init_from="$OUT/tapo/step_000002" --out="$OUT/eval" --n_problems=2 --samples=5 \
   --problems="$OUT/problems.jsonl,$OUT/data/gsm8k.jsonl,$OUT/data/aime24.jsonl,$OUT/data/aime25.jsonl,$OUT/data/hmmt_feb25.jsonl" \
   --max_new_tokens=64 --dtype=float32
-grep -A9 "pass@1" "$OUT/eval.log" | cut -c1-200
+grep -A5 "pass@1" "$OUT/eval.log"
 python report.py "$OUT"/{tapo,grpo,opsd} --evals="$OUT/eval.json" --out="$OUT/report.html"
 
 say "what is on disk, judged by transformers"

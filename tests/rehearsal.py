@@ -95,9 +95,10 @@ def check(out: Path, names: list[str]) -> None:
         for r in [r for r in sampled if r["step"] == 1][:8]:  # the first step was sampled from init_from
             n = len(r["completion_ids"])
             logits = theirs(torch.tensor([r["prompt_ids"] + r["completion_ids"]])).logits[0, -n - 1:-1, :len(tokenizer)]
-            logprobs = logits.log_softmax(-1).gather(1, torch.tensor(r["completion_ids"])[:, None])[:, 0]
+            logprobs = (logits.double() / config["temperature"]).log_softmax(-1)
+            logprobs = logprobs.gather(1, torch.tensor(r["completion_ids"])[:, None])[:, 0]
             gap = max(gap, float((logprobs - torch.tensor(r["sample_logprobs"])).abs().max()))
-        assert gap < 1e-3, gap
+        assert gap < 1e-4, gap
 
         theirs, ours = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval(), load_hf(last).eval()
         ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["completion_ids"]])

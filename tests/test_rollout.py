@@ -157,6 +157,15 @@ def test_the_tail_of_a_large_vocabulary_can_be_drawn():
     assert len(sample(logits.expand(3000, -1), u, 1.0, 1.0)[0].unique()) > 900
 
 
+def test_logprobs_of_a_large_vocabulary_are_exact():
+    """torch.log_softmax adds 150k small terms to a large one in fp32 on a CPU, and loses some of them."""
+    logits = torch.full((1, 151_669), -22.0) + torch.rand(1, 151_669, generator=torch.Generator().manual_seed(0))
+    logits[0, 5] = 0.0
+    token, logprob = sample(logits, torch.tensor([0.0], dtype=torch.float64), 1.0, 1.0)
+    assert logprob.item() == pytest.approx(logits.double().log_softmax(-1)[0, token].item(), abs=1e-6)
+    assert logits[0, 5] == 0.0  # the caller's logits are left alone
+
+
 def test_temperature_zero_is_greedy_and_every_sample_the_same():
     """Guards: a division by zero, and an argmax of something else than the trainer's distribution."""
     model = tiny_model()
