@@ -8,7 +8,7 @@ max_steps = 2
 prompts_per_step = 6
 samples_per_prompt = 8         # the paper's K, and with it its n_pos = 2, n_neg = 4
 temperature = 0.7              # quietens what a model taught so briefly leaves in the tail of 151,669 tokens
-max_new_tokens = 64
+max_new_tokens = 80
 max_synthesis_tokens = 128
 
 learning_rate = 1e-5

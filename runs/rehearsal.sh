@@ -39,7 +39,7 @@ run coldstart coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/taugh
   --from_rollouts=True --queries_per_round=4 --epochs=1 --learning_rate=1e-5 --eval_problems= --out_dir="$OUT/coldstart"
 say "difficulty filter (§4.1)"
 run filter eval.py config/filter_deepscaler.py --init_from="$OUT/coldstart/final" --problems="$OUT/problems.jsonl" \
-  --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" --temperatures="(0.7,)" --max_new_tokens=64 --dtype=float32
+  --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" --temperatures="(0.7,)" --max_new_tokens=80 --dtype=float32
 
 for method in tapo grpo opsd; do
   say "$method"
