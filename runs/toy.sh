@@ -10,8 +10,9 @@ export OMP_NUM_THREADS=1
 mkdir -p "$OUT/eval" "$OUT/logs"
 
 train() {  # train NAME SEED: one run, its lines on the console marked with its name
+  [ ! -f "$OUT/$1_s$2/step_000060/meta.json" ] || return 0
   python train.py config/toy.py "config/$1.py" --seed="$2" --out_dir="$OUT/$1_s$2" --init_from="$OUT/coldstart/final" --resume=True 2>&1 |
-    tee -a "$OUT/logs/$1_s$2.log" | grep --line-buffered -E "^(step|WARNING|error|Traceback)" | sed -u "s/^/[$1 s$2] /"
+    tee -a "$OUT/logs/$1_s$2.log" | { grep --line-buffered -E "^(step|WARNING|error|Traceback)" || true; } | sed -u "s/^/[$1 s$2] /"
 }
 evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with top-p 0.9
   local log="$OUT/logs/eval_$1.log"
