@@ -182,9 +182,28 @@ def test_an_update_peaks_where_planned(shape, dtype, checkpointing, chunk, monke
     assert p["persistent"] + p["update"] == pytest.approx(live.peak, rel=0.08)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("rows,n,prompt,new", [(8, 1, 150, 40), (16, 4, 20, 60)], ids=["prefill", "decoding"])
+@pytest.mark.parametrize("dtype,chunk", [("float32", 2**18), ("bfloat16", 2**24)])
+def test_a_full_divergence_peaks_where_planned(dtype, chunk, monkeypatch):
+    """OPSD's head holds ten tensors of a chunk's logits, not three."""
+    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", chunk)
+    config = ModelConfig(**SHAPES["large vocabulary"])
+    model, reference = CausalLM(config), CausalLM(config).requires_grad_(False)
+    ids = torch.zeros(B, T, dtype=torch.long)
+    with LiveBytes(*model.parameters(), *reference.parameters()) as live:
+        for _ in range(2):
+            with autocast(dtype):
+                with torch.no_grad():
+                    hidden = reference(ids)
+                divergence = model(ids, ids, teacher=(hidden, reference.head_weight.detach(), 0.5, 0.0))[2]
+            divergence.sum().backward()
+    p = small_plan(config, dtype, full_divergence=True)
+    assert p["persistent"] - p["moments"] + p["update"] == pytest.approx(live.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("rows,n,prompt,new,dtype", [(8, 1, 150, 8, "float32"), (8, 1, 150, 8, "bfloat16"),
+                                                     (16, 4, 20, 50, "float32"), (16, 4, 20, 50, "bfloat16")])
 def test_sampling_peaks_where_planned(rows, n, prompt, new, dtype):
+    """Eight long prompts peak in their prefill, sixteen rows of short ones while decoding."""
     config = ModelConfig(**SMALL)
     model = CausalLM(config)
     with LiveBytes(*model.parameters()) as live, autocast(dtype):
