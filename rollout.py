@@ -1,7 +1,7 @@
 """Rollouts: sampling completions with a KV cache, and packing them into training batches.
 
 `generate` is the whole sampler: every distinct prompt is prefilled once and its cache copied to K rows, rows decode in
-lockstep, finished rows are dropped. It knows token ids, never maths problems. Training consumes the very ids that were
+lockstep, those that have ended give way to those that wait. It knows token ids, never maths problems. Training consumes the very ids that were
 sampled here (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
 
 Noise is a function of counters (trap 7): row (seed, stream, step, query, sample) owns a stream of uniforms, one per
@@ -11,6 +11,7 @@ Deliberately missing: top-k, min-p, repetition penalties, beam search. Truncated
 only: the trainer scores the full softmax, so rollouts must be drawn from it (trap 2).
 """
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,8 @@ from model import KVCache
 
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2       # role of a token in a reflection; tokens of ordinary rollouts are all PREFIX
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, the second counter of every key
-DROP_EVERY = 8                                # tokens between two looks at which rows have finished (one host sync each)
+DROP_EVERY = 8                                # tokens between two looks at which rows have ended (each makes the host wait)
+DROP_SHARE = 1 / 8                            # they are dropped when so many have: that copies the whole cache
 
 
 @dataclass
@@ -101,7 +103,8 @@ def generate(
     """Sample n completions for every prompt -> one list of n Completions per prompt, in order.
 
     keys holds one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is appended here.
-    At most max_rows rows decode at once. `progress` labels a bar with tokens/s, shown on a terminal only; "" shows none.
+    At most max_rows rows decode at once; rows that wait take the place of those that have ended. `progress` labels a bar
+    with tokens/s, shown on a terminal only; "" shows none.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad sampling knobs.
     """
     if not 0 < top_p <= 1 or temperature < 0:
@@ -112,74 +115,76 @@ def generate(
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens + max_new_tokens = {max_new_tokens} does not fit the context of {limit}; "
                 "lower max_new_tokens or drop the problem")
-    # Prompts of like length decode together (less padding). A prompt with more than max_rows samples spans several jobs.
-    jobs = [(i, first, min(max_rows, n - first)) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for first in range(0, n, max_rows)]
+    # Prompts of like length decode together (less padding).
+    waiting = deque((i, j) for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) for j in range(n))
     completions = [[None] * n for _ in prompts]
+    device, width = model.head_weight.device, max_new_tokens + 1        # one column more: see draw
+    # What is known of a row lies in its slot, from its prefill until it is dropped; row b of the cache has slot[b].
+    free, owner = list(range(min(max_rows, len(waiting)))), {}
+    tokens = torch.zeros(len(free), width, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(free), width, device=device)
+    uniforms = torch.zeros(len(free), width, dtype=torch.float64, device=device)
+    drawn = torch.zeros(len(free), dtype=torch.int64, device=device)    # how many tokens it has
+    ended = torch.zeros(len(free), dtype=torch.bool, device=device)
+    slot, stops, cache = drawn[:0], torch.tensor(stop_ids, device=device), None
+
+    def draw(logits: torch.Tensor, slot: torch.Tensor) -> None:
+        """The next token of the rows in these slots. A row that has ended draws on until it is dropped, into the column
+        behind its last token: there it counts nowhere."""
+        at = slot, drawn[slot]
+        token, logprobs[at] = sample(logits, uniforms[at], temperature, top_p)
+        tokens[at] = token
+        drawn[slot] += ~ended[slot]
+        ended[slot] |= torch.isin(token, stops) | (drawn[slot] == max_new_tokens)
+
     training = model.training
     model.eval()
-    bar = tqdm(total=len(prompts) * n, desc=progress, unit=" rows", leave=False, disable=None if progress else True)
-    start, tokens_done = time.perf_counter(), 0
-    while jobs:
-        batch, rows = [], 0
-        while jobs and rows + jobs[0][2] <= max_rows:
-            batch.append(jobs.pop(0))
-            rows += batch[-1][2]
-        uniforms = np.stack([row_noise((*keys[i], first + j), max_new_tokens) for i, first, count in batch for j in range(count)])
-        results = _decode(model, [prompts[i] for i, _, _ in batch], [count for _, _, count in batch], torch.from_numpy(uniforms),
-                          max_new_tokens, stop_ids, temperature, top_p)
-        for (i, first, count) in batch:
-            for j in range(count):
-                completions[i][first + j] = results.pop(0)
-                tokens_done += len(completions[i][first + j].ids)
-        bar.set_postfix_str(f"{tokens_done / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
-        bar.update(rows)
+    bar = tqdm(total=len(waiting), desc=progress, unit=" rows", leave=False, disable=None if progress else True)
+    start, total = time.perf_counter(), 0
+    while waiting or owner:
+        if waiting and free:    # rows that wait take the place of rows that were dropped
+            joining = [free.pop() for _ in range(min(len(free), len(waiting)))]
+            owner |= {s: waiting.popleft() for s in joining}
+            noise = np.stack([row_noise((*keys[i], j), width) for i, j in (owner[s] for s in joining)])
+            distinct = list(dict.fromkeys(owner[s][0] for s in joining))
+            new, logits = prefill(model, [prompts[i] for i in distinct])
+            rows = torch.tensor([distinct.index(owner[s][0]) for s in joining], device=device)
+            new.keep(rows)
+            cache = new if cache is None else cache.append(new)
+            joining = torch.tensor(joining, device=device)
+            uniforms[joining], drawn[joining], ended[joining] = torch.from_numpy(noise).to(device), 0, False
+            draw(logits[rows], joining)
+            slot = torch.cat([slot, joining])
+        missing = max_new_tokens - torch.where(ended[slot], max_new_tokens, drawn[slot]).min()  # of the youngest row
+        for _ in range(min(DROP_EVERY, int(missing))):
+            last = tokens[slot, drawn[slot] - 1]
+            draw(model(last[:, None], cache=cache), slot)
+        # Dropping copies the cache, so a few rows that have ended are carried along.
+        live = ~ended[slot]
+        if live.sum() > len(slot) * (1 - DROP_SHARE):
+            continue
+        gone, slot = slot[~live], slot[live]
+        for s, end, ids, lps in zip(*(x.tolist() for x in (gone, drawn[gone], tokens[gone], logprobs[gone])), strict=True):
+            i, j = owner.pop(s)
+            completions[i][j] = Completion(ids[:end], lps[:end], finished=ids[end - 1] in stop_ids)
+            free.append(s)
+            total += end
+        cache = cache.keep(live.nonzero()[:, 0]) if owner else None
+        bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+        bar.update(len(gone))
     bar.close()
     model.train(training)
     return completions
 
 
-def _decode(model, prompts, counts, uniforms, max_new_tokens, stop_ids, temperature, top_p) -> list[Completion]:
-    """Prefill D distinct prompts once, expand prompt d to counts[d] rows, decode all R rows in lockstep. uniforms (R, C)."""
+def prefill(model, prompts: list[list[int]]) -> tuple[KVCache, torch.Tensor]:
+    """Keys and values of D prompts and the logits (D, V) of what follows each."""
     device = model.head_weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    width = int(lengths.max())
+    width = max(map(len, prompts))
     # Left-padded, so that all rows write the same cache column; the padding is masked by its length, never by token value.
-    inputs = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)         # (D, P)
-    starts = width - lengths                                                                     # (D,)
-    positions = (torch.arange(width, device=device) - starts[:, None]).clamp_(min=0)             # (D, P)
-    cache = KVCache(model.config, starts, width, dtype=model.compute_dtype, device=device)
-    logits = model(inputs, positions=positions, cache=cache)                                     # (D, V)
-
-    expand = torch.repeat_interleave(torch.arange(len(prompts), device=device), torch.tensor(counts, device=device))
-    cache.keep(expand)
-    logits, lengths = logits[expand], lengths[expand]                                            # (R, V), (R,)
-    uniforms, stops = uniforms.to(device), torch.tensor(stop_ids, device=device)
-    rows = len(expand)
-    tokens = torch.full((rows, max_new_tokens), -1, device=device)                               # (R, C)
-    logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    live = torch.arange(rows, device=device)      # live[b] = the output row that cache row b writes
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
-        token, logprob = sample(logits, uniforms[live, t], temperature, top_p)
-        tokens[live, t], logprobs[live, t] = token, logprob
-        done |= torch.isin(token, stops)
-        if (t + 1) % DROP_EVERY == 0:
-            keep = (~done).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) < len(done):
-                cache.keep(keep)
-                live, token, lengths, done = live[keep], token[keep], lengths[keep], done[keep]
-        if t + 1 < max_new_tokens:
-            logits = model(token[:, None], positions=(lengths + t)[:, None], cache=cache)
-
-    # A finished row decoded on until it was dropped: what counts ends with its first stop token.
-    is_stop = torch.isin(tokens, stops)
-    finished = is_stop.any(-1)
-    ends = torch.where(finished, is_stop.int().argmax(-1) + 1, max_new_tokens)
-    return [Completion(ids[:end], lps[:end], fin) for ids, lps, end, fin in
-            zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), finished.tolist(), strict=True)]
+    inputs = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)          # (D, P)
+    cache = KVCache(model.config, [width - len(p) for p in prompts], width, dtype=model.compute_dtype, device=device)
+    return cache, model(inputs, cache=cache)
 
 
 def completion_text(tokenizer, completion: Completion) -> str:

@@ -389,7 +389,7 @@ def left_padded(rows, garbage=50):
 @pytest.mark.parametrize("family", FAMILIES[:4] + FAMILIES[-1:], ids=str)
 @pytest.mark.parametrize("block", [4, 64])
 def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatch):
-    """Guards trap 8: positions or masks of left-padded rows, cache growth over a block's edge, rows mixed up by expand
+    """Guards trap 8: positions or masks of left-padded rows, cache growth over a block's edge, rows mixed up by keep
     or keep, a padded row's NaN."""
     monkeypatch.setattr(model_file, "CACHE_BLOCK", block)
     model = random_model(tiny(*family)).eval()
@@ -403,7 +403,7 @@ def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatc
         logits = model(ids, positions=positions, cache=cache)
         for i in range(4):
             torch.testing.assert_close(logits[i], expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
-        cache.expand(2)
+        cache.keep(torch.arange(4).repeat_interleave(2))
         live, lengths = list(range(8)), torch.tensor([len(rows[i // 2]) for i in range(8)])
         for t in range(7):
             if t == 3:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import model as model_file
 import rollout
 import toy
 from advantage import loss_scales, loss_totals, policy_loss, token_weights, train_mask
@@ -278,22 +279,45 @@ def test_the_padding_id_in_the_middle_is_a_token_like_any_other():
         torch.testing.assert_close(torch.tensor(c.logprobs), trainer_logprobs(model, prompt, c.ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("drop_every", [1, 3, 10**9])
-def test_dropping_finished_rows_changes_nothing(drop_every, monkeypatch):
+@pytest.mark.parametrize("drop_every,drop_share", [(1, 0), (3, 0.5), (10**9, 1)])
+def test_dropping_finished_rows_changes_nothing(drop_every, drop_share, monkeypatch):
     """Guards: cache, lengths, noise or output rows that lose their alignment when rows leave the batch."""
     model = tiny_model()
     expected = draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7))
     monkeypatch.setattr(rollout, "DROP_EVERY", drop_every)
+    monkeypatch.setattr(rollout, "DROP_SHARE", drop_share)
     assert same(draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7)), expected)
+
+
+def test_rows_that_wait_take_the_place_of_those_that_ended(monkeypatch, calls):
+    """Guards: a batch that shrinks to its longest row while others wait; a newcomer whose prompt is longer or shorter than
+    what the others have written, put at other positions or columns than its own; a cache that never lets columns go."""
+    monkeypatch.setattr(rollout, "DROP_EVERY", 1)
+    monkeypatch.setattr(rollout, "DROP_SHARE", 0)
+    monkeypatch.setattr(model_file, "CACHE_BLOCK", 4)
+    prompts = [*RAGGED, [1, 2, 4] * 10, [6] * 17]
+    model, widths = tiny_model(), []
+    expected = draw(model, prompts, n=4, max_new_tokens=30, stop_ids=(3, 7))
+    lengths = [len(c.ids) for group in expected for c in group]
+    assert min(lengths) < 5 and max(lengths) > 15
+    model.register_forward_hook(lambda _, args, kwargs, out: widths.append(kwargs["cache"].k[0].size(2)), with_kwargs=True)
+    assert same(draw(calls.of(model), prompts, n=4, max_new_tokens=30, stop_ids=(3, 7), max_rows=6), expected)
+    last_prefill = max(i for i, (_, tokens) in enumerate(calls) if tokens > 1)
+    decoded = [rows for rows, tokens in calls[:last_prefill] if tokens == 1]
+    assert set(decoded) == {6} and len(decoded) > 20
+    assert max(widths) <= 30 + 30 + 2 * 4 < sum(lengths) / 6 + 30
 
 
 def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, calls):
     """Guards: K prefills of one prompt, rows decoded on to the cap, a last forward pass whose logits nobody reads."""
     monkeypatch.setattr(rollout, "DROP_EVERY", 1)
+    monkeypatch.setattr(rollout, "DROP_SHARE", 0)
     groups = draw(calls.of(tiny_model()), n=4, max_new_tokens=50, stop_ids=(3, 7))
     lengths = [len(c.ids) for group in groups for c in group]
     assert calls[0] == (5, 6) and len(calls) == max(lengths) < 50
-    assert [rows for rows, _ in calls[1:]] == [sum(n > t for n in lengths) for t in range(1, max(lengths))]
+    decoded = [sum(n > t for n in lengths) for t in range(1, max(lengths))]
+    assert decoded[0] < 20, "some rows must end at once, with the token of the prefill: they are dropped one token later"
+    assert [rows for rows, _ in calls[1:]] == [20, *decoded[1:]]
     calls.clear()
     draw(calls.of(tiny_model()), n=2, max_new_tokens=7, stop_ids=())
     assert len(calls) == 7
