@@ -1,8 +1,8 @@
 """Rollouts: sampling completions with a KV cache, and packing them into training batches.
 
 `generate` is the whole sampler: every distinct prompt is prefilled once and its cache copied to K rows, rows decode in
-lockstep, those that have ended give way to those that wait. It knows token ids, never maths problems. Training consumes the very ids that were
-sampled here (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
+lockstep, those that have ended give way to those that wait. It knows token ids, never maths problems. Training consumes
+the very ids that were sampled here (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
 
 Noise is a function of counters (trap 7): row (seed, stream, step, query, sample) owns a stream of uniforms, one per
 position, so a row's sample does not depend on its batch mates, on the batch size, or on the process that draws it.
