@@ -121,7 +121,8 @@ def load_tokenizer(folder: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
-        why = str(e).splitlines()[0] if Path(folder).is_dir() else "neither a folder nor a hub id that can be reached"
+        why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it" if Path(folder).is_dir() else
+               "no folder here, and the hub did not serve it; download the model where there is a network and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer at {folder} has no chat template; "

@@ -20,6 +20,7 @@ import re
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,8 @@ import toy
 from configurator import configure, diff_configs, print_config, run_script
 from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer
 from data import render_prompt, save_problems, stop_ids_of
-from model import load_hf
+from model import load_hf, num_params
+from plan import eval_table
 from rollout import EVALUATION, completion_text, generate
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -44,7 +46,7 @@ split = "test"                 # of the toy world
 levels: tuple = ()             # of the toy world, () = all
 n_problems = 0                 # the first so many of each file; 0 = all
 instruction = BOXED_INSTRUCTION  # appended to every question; the same as in training
-out = "out/eval"               # writes OUT.json and OUT.samples.jsonl
+out = "out/eval"               # writes OUT.json, OUT.problems.txt (a line for each) and OUT.samples.jsonl
 resume = True                  # read back what OUT.samples.jsonl holds; False starts it anew
 seed = 0                       # the noise depends on (seed, uid, sample) only: two models see the same
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -57,6 +59,8 @@ max_rows = 256                 # rows that decode at once: the memory knob
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # 'float32' | 'bfloat16'
 threads = 0                    # CPU threads; 0 = torch's choice
+plan = False                   # print the memory it will need, from config.json alone, and stop
+plan_gpu_gb = 0.0              # ... on a GPU of so much memory; 0 = what is here
 # --- optional: a judge for ERR behind any OpenAI-compatible address, with the key in OPENAI_API_KEY -------------------
 judge_url = ""                 # e.g. http://localhost:8000/v1
 judge_model = ""
@@ -250,7 +254,9 @@ def load_model(c, tokenizer, prompts: dict[str, list[int]]):
     model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device, num_tokens=len(tokenizer)).eval()
     for uid, prompt in prompts.items():
         check_prompt_fits(uid, len(prompt), c.max_new_tokens, model.config.max_position_embeddings)
-    return model, stop_ids_of(tokenizer, model.config.eos_token_id)
+    stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
+    print(f"{num_params(model):,} parameters on {device}, stop ids {stop_ids}", flush=True)
+    return model, stop_ids
 
 
 def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
@@ -355,7 +361,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
                 print(json.dumps(kept | {"verdict": verdict}), file=file, flush=True)
                 verdicts[sample_key(row)] = verdict
                 done += 1
-        except (OSError, ValueError, LookupError, TypeError) as e:  # unreachable, timed out, no JSON, no chat reply
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:  # absent, late, cut off, no chat reply
             print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} verdicts "
                   f"({type(e).__name__}: {e}); no sample is lost, the same command asks for the rest", flush=True)
         finally:
@@ -445,6 +451,15 @@ def results_table(settings: list[dict]) -> str:
     return table(rows)
 
 
+def problems_table(settings: list[dict]) -> str:
+    """One line per problem: what hides behind a mean."""
+    rows = [["problem", "level", "set", "T", "top-p", "right", "samples", "truncated"]]
+    for s in settings:
+        rows += [[p["uid"], p["level"], s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(p["c"]), str(p["n"]),
+                  str(p["truncated"])] for p in s["per_problem"]]
+    return table(rows)
+
+
 def comparison_table(found: list[dict]) -> str:
     """One line per comparison; pass@1 in %, differences in points."""
     rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference",
@@ -487,7 +502,9 @@ def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -
     accuracy = {uid: sum(map(is_correct, rows)) / len(rows) for uid, rows in rows_of.items()}
     kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
     if not kept:
-        raise ValueError(f"no problem's accuracy is within [{c.filter_low}, {c.filter_high}]: no {c.filter_out}")
+        mean = sum(accuracy.values()) / len(accuracy)
+        raise ValueError(f"this run cannot learn: no problem's accuracy is within [{c.filter_low}, {c.filter_high}], the mean is "
+                         f"{mean:.2f}; take {'a stronger model or easier' if mean < 0.5 else 'harder'} problems")
     save_problems(kept, c.filter_out, {p.uid: {"accuracy": accuracy[p.uid]} for p in kept})
     too_hard = sum(value < c.filter_low for value in accuracy.values())
     print(f"filter: {c.filter_out} has {len(kept):,} of {len(problems):,} problems; "
@@ -504,6 +521,9 @@ def main() -> None:
         print(comparison_table(found))
         return
     check_config(c)
+    if c.plan:
+        print(eval_table(config))
+        return
     sets = load_sets(c)
     print_config(config)
 
@@ -521,6 +541,7 @@ def main() -> None:
                              for row in rows if row["reflects"]])
     result = {"config": config, "model": c.init_from, "settings": settings}
     write_json(result_path, result)
+    Path(c.out + ".problems.txt").write_text(problems_table(settings) + "\n", encoding="utf-8")
 
     print(f"\n{c.init_from}, at most {c.max_new_tokens:,} tokens; in %, 95 % intervals over problems")
     print(results_table(settings), flush=True)

@@ -2,6 +2,7 @@
 
     python train.py config/aime.py --plan=True                          # for the GPUs that config/aime.py names
     python train.py config/aime.py --plan=True --plan_gpus=2 --plan_gpu_gb=24 --init_from=FOLDER    # one config.json is enough
+    python eval.py config/eval_aime.py --plan=True --plan_gpu_gb=80 --init_from=FOLDER              # coldstart.py likewise
 
 Every number follows from model.py: parameters are counted on the meta device, activations are what a block leaves for its
 backward pass, sampling is its cache. tests/test_plan.py holds the formulas against measured bytes. Responses are taken at
@@ -38,7 +39,8 @@ def read_model_config(init_from: str) -> ModelConfig:
             path = Path(hf_hub_download(init_from, "config.json"))
         except Exception as e:  # no network, no such repository: the hub's own text runs over many lines
             raise FileNotFoundError(f"{init_from!r} is no folder here and the hub did not serve its config.json "
-                                    f"({type(e).__name__}); put that one file into a folder, --init_from=FOLDER") from None
+                                    f"({type(e).__name__}); download the model where there is a network and pass "
+                                    "--init_from=FOLDER (config.json alone is enough for --plan=True)") from None
     try:
         return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as e:
@@ -134,6 +136,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         cache = parts[f"{name}: KV cache"] = cache_bytes(config, rows, prompt + new - 1, dtype)
         # beside it: growing copies one layer's keys; sampling holds logits, log-probs, their exp and its sum in fp64
         decode = cache + max(cache // (2 * L), rows * V * 24, (rows * V * 4 + 2 * head) * autocast)
+        # rows that join later are few at a time: their prefill beside a full cache is left to the reserve
         prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * mlp + 4 * of_input)
         parts[f"{name}: prefill"], parts[name] = prefill, max(prefill, decode)
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
@@ -181,27 +184,87 @@ def machine(config: dict) -> tuple[str, int, float]:
     return "cpu", processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
+SHARED_KNOBS = ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype", "samples_per_prompt", "max_synthesis_tokens",
+                "checkpoint_activations", "offload")  # of train.py and coldstart.py, which memory_plan knows by the same name
+
+
 def plan_table(config: dict) -> str:
     """The plan of a run as text, from train.py's resolved knobs. Its last lines warn where memory is exceeded, with the
     knobs to turn."""
     c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, processes, memory = machine(config)
-    found = longest_question(c.problems, c.instruction)
-    prompt, rollouts = found or ASSUMED_PROMPT, c.prompts_per_step * c.samples_per_prompt
+    prompt, head = headline(c, model, processes, memory, device)
+    rollouts = c.prompts_per_step * c.samples_per_prompt
     reflections = c.prompts_per_step * c.m_max if c.method in ("tapo", "sft") and c.prefix_mode != "copy" else 0
-    sizes = {key: config[key] for key in ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype", "samples_per_prompt",
-                                          "max_synthesis_tokens", "checkpoint_activations")}
-    sizes |= {"config": model, "longest_prompt": prompt, "reflections": -(-reflections // processes), "device": device,
-              "reference_model": bool(c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial")),
-              "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd",
-              "world_size": processes // c.replicas, "offload": c.offload}
-    p = memory_plan(**sizes)
+    sizes = {key: config[key] for key in SHARED_KNOBS} | {
+        "config": model, "longest_prompt": prompt, "reflections": -(-reflections // processes), "device": device,
+        "reference_model": bool(c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial")),
+        "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd", "world_size": processes // c.replicas}
 
     rows, row = rollouts + reflections, prompt + c.max_new_tokens
     batches = -(-rows // (max(1, c.tokens_per_microbatch // row) * processes))
     sampled = rollouts * c.max_new_tokens + reflections * (c.max_synthesis_tokens or 2 * c.max_new_tokens)
     passes = c.updates_per_step * (3 + c.checkpoint_activations + sizes["reference_model"]) + (c.updates_per_step > 1)
     flops = flops_per_token(model, row) / 3 * (rows * row * passes + sampled) / processes  # a third: one forward pass
+    return "\n".join([
+        *head,
+        f"one step    {c.prompts_per_step} prompts x {c.samples_per_prompt} = {rollouts} rollouts, <= {reflections} reflections",
+        f"            {sampled:,} tokens sampled, {rows * row:,} trained on",
+        f"            on each process {batches} micro-batches, {flops / 1e15:.3g} PFLOP",
+        *memory_lines(sizes, memory)])
+
+
+def coldstart_table(config: dict) -> str:
+    """The plan of coldstart.py on its own rollouts (§3.2), from its knobs. While it samples, AdamW's moments do not exist yet,
+    but a second copy of the weights does, which is less."""
+    c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
+    device, processes, memory = machine(config)
+    prompt, head = headline(c, model, processes, memory, device)
+    sizes = {key: config[key] for key in SHARED_KNOBS} | {
+        "config": model, "longest_prompt": prompt, "reflections": -(-c.queries_per_round // processes), "device": device,
+        "reference_model": False, "world_size": processes // c.replicas}
+    return "\n".join([
+        *head, f"one round   {c.queries_per_round} prompts x {c.samples_per_prompt} rollouts, a construction each at most",
+        *memory_lines(sizes, memory)])
+
+
+def eval_table(config: dict) -> str:
+    """The plan of eval.py, from its knobs: weights in `dtype` and the rows that decode at once, on one device."""
+    c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
+    device, _, memory = machine(config | {"plan_gpus": 0})
+    prompt, head = headline(c, model, 1, memory, device)
+    limit = USABLE * memory
+
+    def peak(rows: int) -> int:
+        return eval_bytes(model, c.dtype, device, max_rows=rows, samples_per_prompt=c.samples, longest_prompt=prompt,
+                          max_new_tokens=c.max_new_tokens)
+
+    text = [*head, f"memory      {c.max_rows} rows at once, peak {peak(c.max_rows) / GIB:.2f} GiB of {limit / GIB:.2f} "
+                   f"({USABLE:.0%} of {memory / GIB:.0f}); without rows {peak(0) / GIB:.2f}"]
+    if peak(c.max_rows) > limit:
+        rows = next((rows for rows in range(c.max_rows - 1, 0, -1) if peak(rows) <= limit), 0)
+        text.append("WARNING: that does not fit; " + (f"set --max_rows={rows}" if rows else "use a larger GPU"))
+    return "\n".join(text)
+
+
+def eval_bytes(config: ModelConfig, dtype: str, device: str, **rows) -> int:
+    """Bytes of the weights in `dtype` and of the rows that decode at once; rows: memory_plan's words for them."""
+    parts = memory_plan(config, dtype=dtype, device=device, tokens_per_microbatch=1, **rows)
+    return count_parameters(config)[0] * getattr(torch, dtype).itemsize + (parts["rollouts"] if rows["max_rows"] else 0)
+
+
+def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: float, device: str) -> tuple[int, list[str]]:
+    """Tokens of the longest prompt, and the lines that every plan begins with."""
+    found = max(longest_question(path, c.instruction) for path in c.problems.split(","))
+    prompt = found or ASSUMED_PROMPT
+    return prompt, [f"model       {c.init_from}, {count_parameters(model)[0]:,} parameters, products in {c.dtype}",
+                    f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
+                    f"at most     {prompt:,} + {c.max_new_tokens:,} tokens a row{'' if found else ' (prompt length assumed)'}"]
+
+
+def memory_lines(sizes: dict, memory: float) -> list[str]:
+    """What a process keeps and what each phase needs beside it; where that is too much, the knobs to turn."""
+    p = memory_plan(**sizes)
 
     def line(total: str, **shown: str) -> str:
         terms = " + ".join(f"{name.replace('_', ' ')} {p[key] / GIB:.2f}" for name, key in shown.items() if p[key])
@@ -209,12 +272,6 @@ def plan_table(config: dict) -> str:
 
     largest = max((name for name in ("rollouts", "reflections") if name in p), key=p.get)
     text = [
-        f"model       {c.init_from}, {count_parameters(model)[0]:,} parameters, products in {c.dtype}",
-        f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
-        f"one step    {c.prompts_per_step} prompts x {c.samples_per_prompt} = {rollouts} rollouts, <= {reflections} reflections",
-        f"at most     {prompt:,} + {c.max_new_tokens:,} tokens a row{'' if found else ' (prompt length assumed)'}",
-        f"            {sampled:,} tokens sampled, {rows * row:,} trained on",
-        f"            on each process {batches} micro-batches, {flops / 1e15:.3g} PFLOP",
         "memory of a process, GiB",
         line("persistent", weights="weights", AdamW="moments", reference="reference"),
         line("update", gradients="gradients", copies="compute copies", activations="activations",
@@ -227,7 +284,7 @@ def plan_table(config: dict) -> str:
         fix = ("set " + " ".join(f"--{key}={value}" for key, value in turned.items()) if turned else
                "no knob is enough, use more or larger GPUs")
         text.append(f"WARNING: {p['peak'] / GIB:.1f} GiB do not fit into {USABLE * memory / GIB:.1f}; {fix}")
-    if device == "cuda" and c.dtype == "float32":
+    if sizes["device"] == "cuda" and sizes["dtype"] == "float32":
         text.append("WARNING: dtype = 'float32' on a GPU may find no fused attention, whose (T,T) scores are not counted here; "
                     "set --dtype=bfloat16")
-    return "\n".join(text)
+    return text

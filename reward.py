@@ -162,23 +162,26 @@ def normalise(answer: str) -> str:
         return _rational(s)
     if "boxed" in s:  # some golds carry their box
         s = extract_boxed(s) or s
-    s = s.translate(_UNICODE)
+    s = s if s.isascii() and "~" not in s else s.translate(_UNICODE)
     if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
         s = s.replace("\\\\", "\\")
     s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s  # 11,\! 111: a comma that separates thousands, not answers
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
-    s = re.sub(r"(?<!\.)\.$", "", " ".join(s.split()).rstrip(" ,;")).rstrip()  # a full stop; 0.333... is not 0.333
+    s = " ".join(s.split()).rstrip(" ,;")
+    s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s  # a full stop; 0.333... is not 0.333
     for key, pattern, by in _SPELLINGS:
         s = pattern.sub(by, s) if key in s else s
     s, unit = _take_unit(s)
-    s = s.replace(",", "") if _THOUSANDS.fullmatch(s) else s  # 79,380, but neither 32, 349 nor (1,234)
+    s = s.replace(",", "") if "," in s and _THOUSANDS.fullmatch(s) else s  # 79,380, but neither 32, 349 nor (1,234)
     for key, pattern, by in _SPACING:
         s = pattern.sub(by, s) if key in s else s
-    s = s.strip().replace(",", ", ") if _THOUSANDS.fullmatch(s) else s.strip()  # two answers stay two when read again
+    s = s.strip()
+    s = s.replace(",", ", ") if "," in s and _THOUSANDS.fullmatch(s) else s  # two answers stay two when read again
     for _ in range(3):
-        if s[:1] == "(" and _closing(s, 0) == len(s) - 1 and len(_split(s[1:-1], ",;")) == 1:  # (1/3), (A)
-            s = s[1:-1]
+        if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
+            break
+        s = s[1:-1]  # (1/3), (A)
     s = _rational(s)
     return f"{s} [{unit}]" if unit else s
 

@@ -22,3 +22,5 @@ tokens_per_microbatch = 32768
 checkpoint_activations = True
 dtype = "bfloat16"
 eval_interval = 0
+plan_gpus = 8
+plan_gpu_gb = 80.0

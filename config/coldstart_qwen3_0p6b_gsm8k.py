@@ -14,3 +14,5 @@ max_rows = 24
 tokens_per_microbatch = 4096
 dtype = "bfloat16"
 eval_interval = 0
+plan_gpus = 1
+plan_gpu_gb = 24.0

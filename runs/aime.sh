@@ -28,9 +28,10 @@ evaluate() {  # evaluate NAME MODEL CONFIG PROBLEM_FILES [KNOBS]: every GPU samp
   fi
   run python eval.py "$config" --init_from="$model" --problems="$problems" --out="$OUT/eval/$name" "$@"
 }
-contests() { evaluate "$1" "$2" config/eval_aime.py data/aime24.jsonl,data/aime25.jsonl,data/hmmt_feb25.jsonl --max_rows=20; }
+contests() { evaluate "$1" "$2" config/eval_aime.py data/aime24.jsonl,data/aime25.jsonl,data/hmmt_feb25.jsonl; }
 
-echo "== what training will cost"
+echo "== what the cold start and TAPO will cost"
+run python coldstart.py config/coldstart_aime.py --plan=True --init_from="$MODEL" --plan_gpus="$GPUS"
 run python train.py config/aime.py --plan=True --init_from="$MODEL" --plan_gpus="$GPUS"
 
 echo "== data: the contests first, so that training problems which repeat one are removed"
@@ -47,8 +48,10 @@ echo "== cold start (§3.2): sampling and construction, then three epochs"
 contests coldstart "$OUT/coldstart/final"
 
 echo "== training queries: those that the cold-started policy solves sometimes (§4.1)"
-[ -f "$OUT/filtered.jsonl" ] ||
-  evaluate filter "$OUT/coldstart/final" config/filter_deepscaler.py data/deepscaler.jsonl --max_rows=40 --filter_out="$OUT/filtered.jsonl"
+[ -f "$OUT/filtered.jsonl" ] || {
+  run rm -f "$OUT/eval/filter.json"  # a kill may have come between the two files; the samples stay
+  evaluate filter "$OUT/coldstart/final" config/filter_deepscaler.py data/deepscaler.jsonl --filter_out="$OUT/filtered.jsonl"
+}
 
 for method in grpo opsd tapo; do
   echo "== $method: one epoch, then the contests"

@@ -1,5 +1,6 @@
 """Problem files, the prompt, the order, and the preparation of data sets."""
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -124,9 +125,11 @@ def test_a_tokenizer_without_chat_template_or_folder_is_refused(tmp_path):
     char_tokenizer(template=None).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no chat template"):
         data.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer at") as e:
-        data.load_tokenizer(tmp_path / "absent")
-    assert "\n" not in str(e.value)
+    (tmp_path / "empty").mkdir()
+    for name, words in (("absent", "pass its folder"), ("empty", "copy the checkpoint's tokenizer files into it")):
+        with pytest.raises(ValueError, match=f"no tokenizer at .*{name}: .*; .*{words}") as e:
+            data.load_tokenizer(tmp_path / name)
+        assert "\n" not in str(e.value)
 
 
 def test_stop_ids_unite_tokenizer_and_config():
@@ -230,7 +233,7 @@ def test_the_command_writes_a_clean_file_and_says_what_it_dropped(tmp_path, monk
     assert len(data.load_problems(tmp_path / "aime24.jsonl")) == 2
 
 
-def test_parquet_is_read_and_its_absence_is_one_line(tmp_path, monkeypatch):
+def test_parquet_is_read(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
     parquet.write_table(pyarrow.Table.from_pylist([{"problem": "p", "answer": 4}]), tmp_path / "p.parquet")
@@ -238,9 +241,21 @@ def test_parquet_is_read_and_its_absence_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ValueError, match="not a readable parquet"):
         data.read_rows(tmp_path / "bad.parquet")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="needs pyarrow"):
-        data.read_rows(tmp_path / "p.parquet")
+
+
+def test_parquet_without_pyarrow_is_one_line_and_nothing_else_needs_it(tmp_path):
+    write(tmp_path / "p.jsonl", GOOD)
+    (tmp_path / "p.parquet").touch()
+    script = "import sys; sys.modules |= {'pyarrow': None, 'pyarrow.parquet': None}; import data, configurator; " \
+             "configurator.run_script(data.main)"  # an import of it would fail
+
+    def prepared(name):
+        return subprocess.run([sys.executable, "-c", script, "aime24", f"--from={tmp_path / name}", f"--out={tmp_path}/o.jsonl"],
+                              cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    assert prepared("p.jsonl").returncode == 0 and data.load_problems(tmp_path / "o.jsonl") == [Problem("a", "1+1=?", "2")]
+    refused = prepared("p.parquet")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "p.parquet needs pyarrow; `pip install pyarrow`, or pass a .jsonl copy" in refused.stderr
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -266,5 +281,6 @@ def test_unknown_sets_unreachable_hubs_and_useless_files_are_explained(tmp_path,
     def unreachable(*args, **kwargs):
         raise ConnectionError("name or service not known")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ValueError, match=r"cannot download .*pass --from=PATH"):
+    with pytest.raises(ValueError, match=r"cannot download .*pass --from=PATH") as e:
         prepare(monkeypatch, "math500", f"--out={tmp_path}/o.jsonl")
+    assert "\n" not in str(e.value)

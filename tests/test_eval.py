@@ -174,6 +174,13 @@ def write_problems(path, answers=("1", "2", "3"), levels=("", "", "")):
 RIGHT, WRONG = r"Answer: \boxed{1}", r"Answer: \boxed{9}"
 
 
+def test_a_checkpoint_that_cannot_be_had_is_one_line_with_a_way_out(run, tmp_path):
+    for name in ("org/model", tmp_path / "nowhere"):  # the suite runs without a network
+        with pytest.raises(ValueError, match=f"no tokenizer at {name}: .*pass its folder") as e:
+            run(init_from=str(name))
+        assert "\n" not in str(e.value)
+
+
 def test_a_run_on_a_real_model_samples_grades_and_saves_everything(run, tmp_path, capsys):
     result = run(temperatures=(1.0, 0.6), top_ps=(1.0, 0.9), pass_k=(1, 4))
     assert [(s["temperature"], s["top_p"], s["set"]) for s in result["settings"]] == [
@@ -312,28 +319,50 @@ def test_the_difficulty_filter_keeps_the_bounds_and_writes_accuracies(run, tmp_p
     assert [(r["uid"], r["accuracy"]) for r in kept] == [("p1", 0.125), ("p2", 0.5), ("p3", 0.875)]
     assert [p.uid for p in load_problems(tmp_path / "kept.jsonl")] == ["p1", "p2", "p3"] and kept[0]["level"] == "L"
     assert "3 of 5 problems; 1 were too hard, 1 too easy" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no problem's accuracy is within"):
+    with pytest.raises(ValueError, match="no problem's accuracy is within.*the mean is 0.50; take harder"):
         run(world="", n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "k.jsonl"), filter_low=0.6,
             filter_high=0.7)
+
+
+def test_an_untrained_model_filters_to_a_line_that_says_so_and_its_samples_stay(run, tmp_path):
+    with pytest.raises(ValueError, match="this run cannot learn: .* the mean is 0.00; take a stronger model or easier") as e:
+        run(filter_out=str(tmp_path / "kept.jsonl"))
+    assert "\n" not in str(e.value) and not (tmp_path / "kept.jsonl").exists()
+    assert json.loads((tmp_path / "e.json").read_text())["settings"][0]["pass@k"]["1"]["value"] == 0
+    assert len((tmp_path / "e.samples.jsonl").read_text().splitlines()) == 1 + 6 * 4
 
 
 # --- judge
 
 class Judge(BaseHTTPRequestHandler):
-    """An OpenAI-compatible stub: `replies` by a word of the response; fails after `limit` requests."""
-    seen, replies, limit = [], {}, 10 ** 9
+    """An OpenAI-compatible stub: `replies` by a word of the response; fails by `death` after `limit` requests."""
+    seen, replies, limit, death = [], {}, 10 ** 9, None
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         Judge.seen.append((self.path, self.headers["Authorization"], body))
         if len(Judge.seen) > Judge.limit:
-            return self.send_error(500)
+            return Judge.death(self)
         said = body["messages"][0]["content"].split("# Response")[1]
         text = next(reply for word, reply in Judge.replies.items() if word in said)
         content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(content)
+
+    def error(self):
+        self.send_error(500)
+
+    def cut_off(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "99")
+        self.end_headers()
+        self.wfile.write(b'{"choices": [')
+
+    def no_chat(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"error": "overloaded"}')
 
     def log_message(self, *args):
         pass
@@ -371,8 +400,9 @@ def test_a_judge_decides_which_reflections_are_real(run, tmp_path, monkeypatch, 
     assert len(Judge.seen) == 5  # verdicts are read back
 
 
-def test_a_judge_that_dies_loses_no_sample_and_is_asked_again(run, tmp_path, monkeypatch, judge, capsys):
-    Judge.replies, Judge.limit = {"Wait": "LOCATED: yes DIAGNOSED: yes"}, 2
+@pytest.mark.parametrize("death", (Judge.error, Judge.cut_off, Judge.no_chat))
+def test_a_judge_that_dies_loses_no_sample_and_is_asked_again(run, tmp_path, monkeypatch, judge, capsys, death):
+    Judge.replies, Judge.limit, Judge.death = {"Wait": "LOCATED: yes DIAGNOSED: yes"}, 2, death
     s = judged_run(run, tmp_path, monkeypatch, **judge)
     assert "WARNING: the judge at" in capsys.readouterr().out
     assert s["ERR"] == pytest.approx(4 / 5) and s["judged"] <= 2
@@ -462,6 +492,8 @@ def test_tables_are_aligned_and_show_levels_and_missing_values():
     rows = {"a": [row("correct"), row("wrong")], "b": [row("truncated"), row("wrong")]}
     s = evaluation.summarise(rows, {"a": "1", "b": "2"}, (1, 2))
     s |= {"set": "s", "temperature": 0.6, "top_p": 0.9, "samples": 2}
+    problems = [line.split() for line in evaluation.problems_table([s]).splitlines()]
+    assert problems[1:] == [["a", "1", "s", "0.6", "0.9", "1", "2", "0"], ["b", "2", "s", "0.6", "0.9", "0", "2", "1"]]
     lines = evaluation.results_table([s]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
     assert "25.0 [0.0, 50.0]" in lines[1] and lines[2].startswith("  level 1") and lines[1].rstrip().endswith("-")

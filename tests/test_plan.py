@@ -213,6 +213,34 @@ def test_sampling_peaks_where_planned(rows, n, prompt, new, dtype):
     assert p["weights"] + p["sampling"] == pytest.approx(live.peak, rel=0.1)
 
 
+@pytest.mark.parametrize("prompt,new", [(50, 70), (20, 120)])
+def test_rows_that_wait_do_not_raise_the_peak(prompt, new, monkeypatch):
+    """Guards: two caches at once where newcomers join, columns kept that no row uses any more. (Small blocks: rows of
+    different age need one more than the plan says, which is nothing at real lengths.)"""
+    monkeypatch.setattr(model_file, "CACHE_BLOCK", 8), monkeypatch.setattr(plan, "CACHE_BLOCK", 8)
+    config = ModelConfig(**SMALL)
+    model = CausalLM(config)
+    with LiveBytes(*model.parameters()) as live:
+        groups = rollout.generate(model, [[1] * prompt] * 16, 4, max_new_tokens=new, stop_ids=tuple(range(2, 6)), max_rows=16,
+                                  keys=[(i,) for i in range(16)])
+    assert len({len(c.ids) for group in groups for c in group}) > 10
+    p = small_plan(config, "float32", max_rows=16, samples_per_prompt=4, longest_prompt=prompt, max_new_tokens=new)
+    assert live.peak < 1.1 * (p["weights"] + p["sampling"])
+
+
+@pytest.mark.parametrize("rows,n,prompt,new,dtype", [(8, 1, 150, 8, "float32"), (16, 4, 20, 50, "float32"),
+                                                     (16, 4, 20, 50, "bfloat16")])
+def test_an_evaluation_peaks_where_planned(rows, n, prompt, new, dtype):
+    """Its weights are in `dtype`, without masters, and it samples with top-p."""
+    config = ModelConfig(**SMALL)
+    model = CausalLM(config).to(getattr(torch, dtype))
+    with LiveBytes(*model.parameters()) as live:
+        rollout.generate(model, [[1] * prompt] * (rows // n), n, max_new_tokens=new, stop_ids=(-1,), top_p=0.9,
+                         keys=[(i,) for i in range(rows // n)])
+    assert live.peak == pytest.approx(rel=0.1, expected=plan.eval_bytes(
+        config, dtype, "cpu", max_rows=rows, samples_per_prompt=n, longest_prompt=prompt, max_new_tokens=new))
+
+
 def test_shards_divide_by_the_processes_and_gathered_weights_do_not():
     config = ModelConfig.from_hf(QWEN_8B)
     one, eight = (small_plan(config, "float32", world_size=n, device="cuda") for n in (1, 8))
@@ -322,6 +350,50 @@ def test_the_shipped_configs_fit_the_machine_they_name(path, facts, method, tmp_
         assert f"{peak:.0f} of" in (ROOT / path).read_text() or f"peak {peak:.1f} GiB" in (ROOT / path).read_text()
 
 
+def test_the_shipped_evaluations_fit_one_gpu_and_say_how(tmp_path):
+    """Bug: rows that ran out of memory at their full length, hours into an evaluation."""
+    for path in ("config/eval_aime.py", "config/filter_deepscaler.py"):
+        argv = [path, folder(tmp_path, QWEN_8B), "--plan=True"]
+        table = plan.eval_table(knobs_of("eval", *argv))
+        assert "WARNING" not in table and "1 x 80 GiB" in table
+        peak = float(re.search(r"peak ([\d.]+)", table)[1])
+        assert f"peak {peak:.0f} of 73.6" in (ROOT / path).read_text()
+        fix = re.search("WARNING: .*; set (.*)", plan.eval_table(knobs_of("eval", *argv, "--max_rows=99")))[1]
+        assert "WARNING" not in plan.eval_table(knobs_of("eval", *argv, fix))
+    assert "use a larger GPU" in plan.eval_table(knobs_of("eval", *argv, "--plan_gpu_gb=8"))
+
+
+@pytest.mark.parametrize("name,facts", [("aime", QWEN_8B), ("qwen3_0p6b_gsm8k", QWEN_06B)])
+def test_the_shipped_cold_starts_fit_the_machine_they_name(name, facts, tmp_path):
+    argv = [f"config/coldstart_{name}.py", folder(tmp_path, facts), "--plan=True"]
+    assert "WARNING" not in plan.coldstart_table(knobs_of("coldstart", *argv))
+    assert "do not fit" in plan.coldstart_table(knobs_of("coldstart", *argv, "--plan_gpu_gb=16"))
+
+
+@pytest.mark.parametrize("script", ("eval", "coldstart"))
+def test_their_plans_too_stop_before_anything_is_loaded(script, tmp_path, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    for name in ("load_hf", "load_tokenizer", "load_problems", "print_config"):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("something was loaded"))
+    argv = ["--plan=True", folder(tmp_path, QWEN_06B), "--problems=none.jsonl", "--plan_gpu_gb=80", "--from_rollouts=True"]
+    config = knobs_of(script, *argv[:4 + (script == "coldstart")])
+    monkeypatch.setattr(module, "configure", lambda _: config)
+    module.main()
+    assert "596,049,920 parameters" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_its_commands_print(tmp_path, monkeypatch):
+    for name, facts in (("Qwen3-8B", QWEN_8B), ("Qwen3-0.6B", QWEN_06B)):
+        (tmp_path / "Qwen" / name).mkdir(parents=True)
+        folder(tmp_path / "Qwen" / name, facts)
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^    \$ python train.py (.*)\n((?:    [^$].*\n)+)", readme, re.M)
+    assert len(shown) == 2
+    for command, printed in shown:
+        assert re.sub("^    ", "", printed, flags=re.M).strip() == plan.plan_table(knobs_of("train", *command.split()))
+
+
 def test_the_paper_run_has_the_papers_numbers():
     """§4.1 and §3.2; a slip here would be called a reproduction."""
     aime, cold = knobs_of("train", "config/aime.py"), knobs_of("coldstart", "config/coldstart_aime.py")
@@ -330,6 +402,12 @@ def test_the_paper_run_has_the_papers_numbers():
     assert {key: aime[key] for key in paper} == paper
     paper = {"n_sft": 30000, "n_ift": 15000, "epochs": 3, "learning_rate": 5e-6, "warmup_steps": 50}
     assert {key: cold[key] for key in paper} == paper
+    contests = knobs_of("eval", "config/eval_aime.py")
+    paper = {"temperatures": (0.6,), "top_ps": (0.9,), "samples": 5 * 16, "pass_k": (1, 2, 3, 4, 5)}
+    assert {key: contests[key] for key in paper} == paper
+    assert [Path(path).stem for path in contests["problems"].split(",")] == ["aime24", "aime25", "hmmt_feb25"]
+    middling = knobs_of("eval", "config/filter_deepscaler.py")
+    assert (middling["filter_low"], middling["filter_high"], middling["samples"]) == (1 / 8, 7 / 8, aime["samples_per_prompt"])
 
 
 def test_every_command_of_the_scripts_is_accepted_by_its_program():
