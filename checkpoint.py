@@ -2,17 +2,21 @@
 
     out_dir/step_000040/     a plain Hugging Face folder (transformers and vLLM load it) with, beside the weights,
         optimizer/           AdamW's moments, by torch.distributed.checkpoint: saved by N processes, loaded by any M
-        meta.json            step and config; written last, a folder without it does not count
+        meta.json            format, step, config, held-out Pass@1; written last, a folder without it does not count
     out_dir/metrics.jsonl    one row a step
     out_dir/rollouts/        every rollout and reflection of every step
 
 Everything is written under a temporary name and renamed, so a kill at any moment leaves the previous state usable.
 Data order, noise and learning rate are functions of the step counter: there is no random state to save (trap 22).
 """
+import copy
+import datetime
 import json
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,10 +36,12 @@ from model import save_hf
 # With one process dcp warns that it assumes one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
+
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
-              "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes",
-              "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations"}
+              "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes", "async_save", "max_bad_steps", "log_to",
+              "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations", "tokens_per_microbatch", "compile"}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -58,41 +64,114 @@ def checkpoints(out_dir: Path) -> list[Path]:
     return sorted(folder for folder in out_dir.glob("step_*") if (folder / "meta.json").is_file())
 
 
-def save_checkpoint(folder: Path, model, tokenizer, optimizer, step: int, config: dict, keep_last: int) -> None:
-    """Write one checkpoint, then delete all but the newest keep_last; all processes call this together.
+def newest(out_dir: str | Path) -> str:
+    """The checkpoint from which --resume=True would go on, in words."""
+    found = checkpoints(Path(out_dir))
+    return str(found[-1]) if found else "the start, as there is no checkpoint yet"
 
-    ValueError when it cannot be written (disk full): the older ones are intact and the message names the newest of them.
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint; ValueError if another version of this file wrote it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{folder} has checkpoint format {meta.get('format')}, this code reads {FORMAT}; resume with the "
+                         f"version that wrote it, or start a new run with --init_from={folder} and another out_dir")
+    return meta
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time; made and called by all processes together.
+
+    background: the state is copied to host memory and written by a thread while training goes on. What goes wrong there is
+    raised by the next `check`, `save` or `wait`.
     """
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    partial = folder.with_name("." + folder.name)
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-    try:
+
+    def __init__(self, tokenizer, config: dict, *, background: bool = False):
+        self.out, self.config = Path(config["out_dir"]), config
+        self.tokenizer = copy.deepcopy(tokenizer)  # one of its own: a fast tokenizer is not for two threads at once
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.pending: Future | None = None
+        self.group, self.first = None, True
+        if dist.is_initialized():  # a group of its own, as collectives of two threads must not meet in one
+            timeout = datetime.timedelta(minutes=config["timeout_minutes"])
+            self.group, self.first = dist.new_group(backend="gloo", timeout=timeout), dist.get_rank() == 0
+        if self.first:
+            for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:  # what a killed run was writing, or deleting
+                shutil.rmtree(partial)
+
+    def save(self, folder: Path, model, optimizer, step: int, pass1: float | None = None) -> None:
+        """Write one checkpoint, then delete all but the newest keep_last and the best by held-out pass1.
+
+        ValueError when it cannot be written (disk full): the older ones are intact and the message names the newest of them.
+        """
+        self.wait()
+        background = self.thread is not None
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        if first:
-            save_hf(model, tokenizer, partial, state_dict=weights)
-        dcp.save(moments, checkpoint_id=partial / "optimizer", no_dist=not dist.is_initialized())
-        if first:
-            (partial / "meta.json").write_text(json.dumps({"step": step, "config": config}, indent=1))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-    except (OSError, SafetensorError, CheckpointException) as e:  # "no space left", as each of the writers puts it
-        shutil.rmtree(partial, ignore_errors=True)
-        older = checkpoints(folder.parent)
-        where = older[-1] if older else "the start, as there is no earlier checkpoint"
-        reason = " ".join(str(e).split())
-        raise ValueError(f"cannot save {folder} ({reason}); free space, then --resume=True goes on from {where}") from e
-    if first:
-        for old in checkpoints(folder.parent)[:-keep_last]:
-            shutil.rmtree(old)
+        moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=background))
+        meta = {"format": FORMAT, "step": step, "eval/pass1": pass1, "config": self.config}
+        if not background:
+            return self._write(folder, model, weights, moments, meta)
+        if next(model.parameters()).device.type == "cpu":  # then these are the live tensors, else they are copies already
+            weights, moments = copy.deepcopy((weights, moments))
+        self.pending = self.thread.submit(self._write, folder, model, weights, moments, meta)
+
+    def check(self) -> None:
+        """Raise what the thread has failed with, if it has; does not wait."""
+        if self.pending and self.pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+    def _write(self, folder: Path, model, weights: dict, moments: dict, meta: dict) -> None:
+        partial = folder.with_name("." + folder.name)
+        try:
+            if self.first:
+                save_hf(model, self.tokenizer, partial, state_dict=weights)
+            dcp.save({"optimizer": moments}, checkpoint_id=partial / "optimizer", process_group=self.group,
+                     no_dist=self.group is None)
+            if self.first:  # every process has written its part
+                (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(partial, folder)
+        except (OSError, SafetensorError, CheckpointException) as e:  # "no space left", as each of the writers puts it
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"cannot save {folder} ({' '.join(str(e).split())}); free space, then --resume=True goes on from "
+                             f"{newest(self.out)}") from e
+        if self.first:
+            self._delete_old()
+        if self.group:
+            dist.barrier(self.group)  # nobody speaks of a checkpoint, or ends the job, before it is there
+
+    def _delete_old(self) -> None:
+        found = checkpoints(self.out)
+        pass1 = {folder: read_meta(folder)["eval/pass1"] for folder in found}
+        best = max((folder for folder in found if pass1[folder] is not None), key=pass1.get, default=None)
+        for old in found[:-self.config["keep_last"]]:
+            if old != best:
+                shutil.rmtree(old.rename(old.with_name("." + old.name)))  # hidden first: a kill leaves no half of it
 
 
 def load_optimizer(folder: Path, model, optimizer) -> None:
-    """Put the moments of a checkpoint back, whatever number of processes wrote them."""
+    """Put the moments of a checkpoint back, whatever number of processes wrote them. ValueError if they are not there whole,
+    or are those of another model."""
     moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
+    try:
+        dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
+    except (OSError, CheckpointException) as e:
+        raise ValueError(f"cannot read AdamW's moments in {folder / 'optimizer'} ({' '.join(str(e).split())[:300]}); copy the "
+                         f"whole checkpoint again, or start a new run with --init_from={folder} and another out_dir") from e
     set_optimizer_state_dict(model, optimizer, moments["optimizer"])
+
+
+def check_same_model(folder: str, config, init_from: str, ref_config) -> None:
+    """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says: that folder has changed."""
+    if changed := diff_configs(asdict(ref_config), asdict(config)):
+        raise ValueError(f"{folder} is not a checkpoint of the model in init_from = {init_from}: {'; '.join(changed)}; put that "
+                         f"model back, or start a new run with --init_from={folder} and another out_dir")
 
 
 def find_start(config: dict) -> tuple[int, str]:
@@ -106,9 +185,10 @@ def find_start(config: dict) -> tuple[int, str]:
             raise ValueError(f"out_dir = {out} already holds a run; continue it with --resume=True, or choose another out_dir")
         return 0, config["init_from"]
     if not found:
-        print(f"no checkpoint in {out}: starting from {config['init_from']}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no checkpoint in {out}: starting from {config['init_from']}")
         return 0, config["init_from"]
-    meta = json.loads((found[-1] / "meta.json").read_text())
+    meta = read_meta(found[-1])
     changed = [line for line in diff_configs(meta["config"], config) if line.split(":")[0] not in MAY_CHANGE]
     if changed:
         raise ValueError(f"resume = True, but the config has changed since {found[-1]}: {'; '.join(changed)}; set these back, "

@@ -11,6 +11,7 @@ The result is out_dir/final, a Hugging Face folder.
 Deliberately missing: examples packed into one row.
 """
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import failing
 import parallel
 import reflect
 import toy
-from checkpoint import find_start, keep_log, load_optimizer, save_checkpoint, write_lines
-from configurator import configure, print_config, run_script, save_config
+from checkpoint import Saver, find_start, keep_log, load_optimizer, newest, write_lines
+from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
@@ -36,15 +38,16 @@ from data import (
     save_problems,
     stop_ids_of,
 )
-from metrics import means
+from metrics import means, open_log
 from model import CausalLM, ModelConfig, load_hf, num_params
 from parallel import balance, gather, reduce_sums, unsharded, whole
+from plan import coldstart_table
 from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate
 from train import learning_rate_at, sample_rollouts, score
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
-world = ""                     # 'findx' | 'chain': examples from toy.py; '' = from `problems`
+world = ""                     # 'findx' | 'chain' | 'countdown': examples from toy.py; '' = from `problems`
 levels: tuple = ()             # of the world's difficulty levels, () = all
 problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
 from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
@@ -79,6 +82,9 @@ grad_clip = 1.0
 tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
 checkpoint_activations = False  # recompute every block in the backward pass
 # --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------
+plan = False                   # print the memory it will need, from config.json alone, and stop
+plan_gpus = 0                  # ... on so many GPUs; 0 = what is here
+plan_gpu_gb = 0.0              # ... of so much memory
 eval_interval = 200            # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem
 n_eval = 150                   # held-out problems of a toy world
@@ -87,6 +93,7 @@ problems_dir = "data"          # a toy world writes {world}_{split}.jsonl here, 
 n_problems = (8000, 500, 1000)  # ... so many of train, validation, test
 save_interval = 200
 keep_last = 1
+log_to = ""                    # see train.py
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
 threads = 0                    # CPU threads; 0 = torch's choice
@@ -122,8 +129,9 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError("init_from = 'scratch' knows no language; pass a pretrained model, or set world")
     if c.stop_at_pass1 and not (c.world or c.eval_problems):
         raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set eval_problems")
-    if c.template not in reflect.TEMPLATES:
-        raise ValueError(f"template = {c.template!r} is unknown; use one of {', '.join(map(repr, reflect.TEMPLATES))}")
+    for key, values in (("template", reflect.TEMPLATES), ("log_to", ("", "wandb", "tensorboard"))):
+        if getattr(c, key) not in values:
+            raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
     for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch",
                 "keep_last"):
         if getattr(c, key) < 1:
@@ -263,7 +271,7 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
         queries = problems_for_step(training, c.seed, number, c.queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)][rank::world]  # one epoch, no more
         prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
-        with unsharded(model):
+        with failing.out_of_memory_names(c, "max_rows"), unsharded(model):
             rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
             score(rollouts, dict(queries))
             results = construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, number)
@@ -277,8 +285,9 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
     bar.close()
     if not usable:
         outcomes = sorted({result["outcome"] for results in rounds for result in results})
-        raise ValueError(f"{len(training)} problems gave no example (of its pairs: {', '.join(outcomes) or 'none'}); "
-                         "start from a model that solves some of them, or raise samples_per_prompt")
+        raise ValueError(f"this run cannot learn: {len(training)} problems gave no example (what came of their pairs: "
+                         f"{', '.join(outcomes) or 'none'}); start from a model that solves some of them, or raise "
+                         "samples_per_prompt")
     # distinct trajectories while there are enough of them, else some are seen in both formats
     sft, ift = usable[:c.n_sft], usable[max(0, len(usable) - c.n_ift):]
     if rank == 0:
@@ -382,12 +391,17 @@ def main() -> None:
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)
+    parallel.check_world(c.replicas)
+    if c.plan:
+        print(coldstart_table(config))
+        return
     out = Path(c.out_dir)
     if c.resume and (out / "final" / "meta.json").is_file():
         print(f"{out / 'final'} is finished; nothing to resume")
         return
     first_step, load_from = find_start(config)
     rank, world, device = parallel.start(c.device, c.timeout_minutes)
+    parallel.check_shared(c.out_dir, first_step)
     say = print if rank == 0 else lambda *_, **__: None
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -395,6 +409,7 @@ def main() -> None:
     if rank == 0:
         print_config(config)
         save_config(config, out)
+        log_also = open_log(c.log_to, config, first_step)
 
     tokenizer, model = start_model(c, load_from, device, wrap)
     model.checkpoint_activations = c.checkpoint_activations
@@ -420,23 +435,25 @@ def main() -> None:
         load_optimizer(Path(load_from), model, optimizer)
     if rank == 0:
         keep_log(out / "metrics.jsonl", first_step)
-    say(f"{num_params(model):,} parameters on {world} x {device}", flush=True)
+    say(f"{num_params(model):,} parameters on {world} x {device}, stop ids {stop_ids}", flush=True)
 
     quiet = True if rank > 0 else None  # None: shown on a terminal only
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=quiet)
-    started, done = time.perf_counter(), first_step
+    saver, sigterm = Saver(tokenizer, config), failing.on_sigterm()
+    started, done, interrupted = time.perf_counter(), first_step, False
     for step in range(first_step, max_steps):
         batch = toy_rows(tokenizer, questions, c, step) if c.world else [
             row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, schedule)
-        metrics = update(model, optimizer, batch, c, device, autocast, rank, world)
+        with failing.out_of_memory_names(c, "tokens_per_microbatch", "checkpoint_activations", "offload"):
+            metrics = update(model, optimizer, batch, c, device, autocast, rank, world)
         metrics["train/lr"] = learning_rate_at(step, schedule)
         done = step + 1
         bar.update()
         stop = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with unsharded(model), autocast:
+            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
                 metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
             shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
@@ -447,14 +464,21 @@ def main() -> None:
             with open(out / "metrics.jsonl", "a") as log:
                 elapsed = {"time/elapsed": time.perf_counter() - started}
                 log.write(json.dumps({"step": done} | metrics | elapsed) + "\n")
+            log_also(done, metrics | elapsed)
         if stop:
             break
-        if done < max_steps and c.save_interval and done % c.save_interval == 0:
-            save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
+        interrupted = done < max_steps and any(gather([sigterm.is_set()]))
+        if interrupted or (done < max_steps and c.save_interval and done % c.save_interval == 0):
+            saver.save(out / f"step_{done:06d}", model, optimizer, done)
+        if interrupted:
+            break
     bar.close()
-    save_checkpoint(out / "final", model, tokenizer, optimizer, done, config, c.keep_last)
+    if interrupted:
+        say(f"SIGTERM: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out)}", flush=True)
+        sys.exit(failing.SIGTERM_STATUS)
+    saver.save(out / "final", model, optimizer, done)
     say(f"saved {out / 'final'} after {done} steps")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    failing.run(main)

@@ -14,11 +14,13 @@ import json
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
 KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
 
@@ -79,13 +81,15 @@ def diff_configs(old: dict, new: dict) -> list[str]:
 
 def run_script(main: Callable):
     """Return main(). What the user can repair (a bad value, a missing file, a full disk) becomes one line and exit code
-    1; every other exception is a bug of ours and keeps its traceback."""
+    1; every other exception is a bug of ours and keeps its traceback. Under torchrun the first process of a node speaks
+    first, which ends the others: what fails in all of them alike is said once."""
     try:
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as problem:
-        if isinstance(problem, (ValueError, FileNotFoundError)) or problem.errno == errno.ENOSPC:
+    except Exception as problem:
+        time.sleep(os.environ.get("LOCAL_RANK", "0") != "0")
+        if isinstance(problem, (ValueError, FileNotFoundError)) or getattr(problem, "errno", None) in DISK_FULL:
             print("error: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
             sys.exit(1)
         raise

@@ -4,6 +4,10 @@ Everything is collected as sums: "name" and, where it is a mean, its denominator
 maxima. Sums add up over micro-batches and processes, and `means` divides once, at the end.
 """
 import math
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
 
 import reflect
 from rollout import Rollout
@@ -65,6 +69,9 @@ def warnings_of(m: dict[str, float], dry_steps: int, c) -> list[str]:
     if m["train/parity_mean"] > c.parity_alarm:
         found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f} is above parity_alarm = "
                      f"{c.parity_alarm}: stale weights, or another temperature or mask in one of the two")
+    if m["train/skipped"]:
+        found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm {m['train/grad_norm']}; "
+                     f"max_bad_steps = {c.max_bad_steps} such steps in a row end the run")
     if c.method in ("tapo", "sft") and dry_steps >= 20:
         found.append(f"no query was eligible for {dry_steps} steps (Eq. 3 with n_pos = {c.n_pos}, n_neg = {c.n_neg}): "
                      f"{c.method} has nothing to reflect upon")
@@ -86,3 +93,41 @@ def console_line(step: int, m: dict[str, float], c) -> str:
                      f"right {show('reflect/correct', '.2f')} mixed {show('reflect/mixed_groups', '.2f')} "
                      f"ots {show('train/ots_weight', '.2f')}")
     return " | ".join([*parts, f"lr {show('train/lr', '.1e')}", f"{show('time/step', '.2f')} s"])
+
+
+def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[str, float]], None]:
+    """What to call with (step, metrics) besides writing metrics.jsonl. wandb and tensorboard are imported only if asked for.
+
+    A resumed run goes on in the same place. The steps that it does once more are there already: tensorboard drops the old
+    values, wandb keeps them.
+    """
+    if not log_to:
+        return lambda step, metrics: None
+    out = Path(config["out_dir"])
+    try:
+        if log_to == "wandb":
+            import wandb
+        else:
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(f"log_to = {log_to!r} needs a package that is not installed: `pip install {log_to}`, or leave log_to "
+                         "out, metrics.jsonl holds the same numbers") from None
+    out.mkdir(parents=True, exist_ok=True)
+    if log_to == "wandb":
+        mark = out / "wandb_id"  # lives and goes with the run's folder: a new run in its place is another one to wandb, too
+        if not mark.is_file():
+            mark.write_text(secrets.token_hex(4))
+        try:
+            run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tapo"), name=config["out_dir"], id=mark.read_text(),
+                             resume="allow", dir=str(out), config=config)
+        except Exception as e:  # no login, no network
+            raise ValueError(f"log_to = 'wandb': {e} Log in, or set WANDB_MODE=offline and `wandb sync` later") from None
+        return lambda step, metrics: run.log(metrics, step=step)
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+
+    def write(step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()  # a kill loses nothing
+
+    return write

@@ -548,14 +548,15 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def load_hf(
-    folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0, wrap=None
+    folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0, wrap=None, compile=False
 ) -> CausalLM:
     """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on `device`.
 
     The model is made on the meta device and tensors are read into it one by one: peak host memory is one model. Of
     generation_config.json only the end-of-sequence ids are read: no penalty or top-k hides in a checkpoint (trap 3).
     num_tokens: see ModelConfig. wrap(model) shards the still empty model (parallel.shard): each process then keeps its part
-    of every tensor. FileNotFoundError for absent files, ValueError for wrong contents, one line each."""
+    of every tensor. compile: blocks go through torch.compile when they first run, which takes a minute. FileNotFoundError for
+    absent files, ValueError for wrong contents, one line each."""
     folder = _find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
     if (folder / "generation_config.json").is_file():
@@ -582,6 +583,9 @@ def load_hf(
             raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of its safetensors files")
+    if compile:
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     return model
 
 

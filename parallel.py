@@ -7,7 +7,6 @@ ranks may decode for different lengths of time; outside it every rank runs the s
 
 Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for sampling.
 """
-import atexit
 import contextlib
 import datetime
 import functools
@@ -23,8 +22,17 @@ from metrics import add_up
 from rollout import Rollout, microbatches
 
 
+def check_world(replicas: int, prompts_per_step: int = 0) -> None:
+    """ValueError, before anything is started, if torchrun's processes cannot be divided so, or queries not among them."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if prompts_per_step % world:
+        raise ValueError(f"prompts_per_step = {prompts_per_step} is not divisible by the {world} processes; use a multiple")
+    if world > 1 and (replicas < 1 or world % replicas):
+        raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a divisor, e.g. the number of nodes")
+
+
 def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
-    """(rank, world size, device of this process). Joins torchrun's process group if there is one, and ends with it.
+    """(rank, world size, device of this process). Joins torchrun's process group if there is one; failing.run leaves it.
 
     timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
     """
@@ -35,7 +43,6 @@ def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                             timeout=datetime.timedelta(minutes=timeout_minutes))
-    atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -46,8 +53,6 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     HSDP: shard within a group of world_size / replicas ranks (a node), replicate across the groups.
     """
     world = dist.get_world_size()
-    if world % replicas:
-        raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a divisor, e.g. the number of nodes")
     mesh = (init_device_mesh(device, (world,)) if replicas == 1 else
             init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard")))
     options = {
@@ -92,6 +97,14 @@ def gather(items: list) -> list:
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
+
+
+def check_shared(out_dir: str, first_step: int) -> None:
+    """ValueError unless all processes found the same checkpoint in out_dir."""
+    steps = sorted(set(gather([first_step])))
+    if len(steps) > 1:
+        raise ValueError(f"out_dir = {out_dir} holds checkpoints up to step {steps[-1]} for some processes and up to {steps[0]} "
+                         "for others; use one folder that all nodes share")
 
 
 def reduce_sums(sums: dict[str, float]) -> dict[str, float]:

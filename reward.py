@@ -438,7 +438,8 @@ def _serve() -> None:
     import signal
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is not a reply
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the parent's business
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     logging.disable(logging.CRITICAL)
@@ -546,7 +547,8 @@ def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
 def _start() -> subprocess.Popen | None:
     """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to end a run."""
     worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # torchrun sends SIGTERM to the parent's whole group
     with _lock:
         _alive.add(worker)
     reply = _receive(worker, START_LIMIT_S)

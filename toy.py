@@ -4,6 +4,9 @@ findx: guess and check. A bad guess shows in its evidence, so a second look can 
     x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}
 chain: chained arithmetic, one labelled step a line. A slip cannot be noticed without redoing the step.
     (46+21-13)*4=?   Step 1: 46+21=67\nStep 2: 67-13=55\nWait, 67-13 is 54, not 55.\nStep 3: 54*4=...
+countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and several routes lead there.
+    5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok. Answer: \boxed{19}
+    The answer is the only value in the range that the numbers can make: why so, see the section countdown below.
 
 The cold start (coldstart.py) draws its examples here: a fallible author who gives up after most failed checks (the
 habit that RL has to unlearn), and synthesis answers (§3.2, §3.3) whose analysis audits every statement. `audit` and
@@ -11,18 +14,20 @@ habit that RL has to unlearn), and synthesis answers (§3.2, §3.3) whose analys
 Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too slowly).
 """
 import ast
+import itertools
 import operator
 import re
 import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
+from os.path import commonprefix
 
 import numpy as np
 
 from data import Problem
 from reflect import TEMPLATES
 
-WORLDS, SPLITS = ("findx", "chain"), ("train", "validation", "test")
+WORLDS, SPLITS = ("findx", "chain", "countdown"), ("train", "validation", "test")
 LARGEST_X, LARGEST_VALUE = 15, 99
 
 # What the author of the cold-start set writes: share of each kind of example. The first three are ordinary solutions.
@@ -30,6 +35,7 @@ LARGEST_X, LARGEST_VALUE = 15, 99
 SHARES = {
     "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
     "chain": {"direct": 0.35, "reflective": 0.10, "give_up": 0.15, "micro": 0.30, "full": 0.05, "solve": 0.05},
+    "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,11 +44,11 @@ SHARES = {
 
 def make_problems(world: str, split: str, n: int, seed: int = 0,
                   levels: tuple[str, ...] | None = None) -> list[Problem]:
-    """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all (findx only).
+    """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all (not of chain).
 
     The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits are disjoint whatever
     n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); chain 2..5, the
-    number of operations.
+    number of operations; countdown 3 and 4, how many numbers are given.
     """
     if world not in WORLDS or split not in SPLITS:
         raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {WORLDS} and {SPLITS}")
@@ -51,10 +57,12 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
     def wanted(p: Problem) -> bool:
         return split_of(p.question) == split and (levels is None or p.level in levels)
 
-    if world == "findx":
-        pool = [p for p in _all_findx() if wanted(p)]
+    if world != "chain":
+        everything = _all_findx() if world == "findx" else [
+            p for size in (3, 4) if levels is None or str(size) in levels for p in _all_countdown(size)]
+        pool = [p for p in everything if wanted(p)]
         if n > len(pool):
-            raise ValueError(f"n = {n}: findx has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
+            raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
         return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
     if n < 1 or (levels is not None and not set(levels) <= set("2345")):
         raise ValueError(f"chain: n = {n}, levels = {levels}; n must be positive and levels be of '2', '3', '4', '5'")
@@ -140,6 +148,10 @@ def is_findx(question: str) -> bool:
     return "x" in question
 
 
+def is_countdown(question: str) -> bool:
+    return ".." in question
+
+
 def target_of(question: str) -> int:
     return int(question.partition("=")[2])
 
@@ -147,6 +159,9 @@ def target_of(question: str) -> int:
 @lru_cache(maxsize=1 << 16)
 def answer_of(question: str) -> int:
     """The one right answer, worked out from the question alone."""
+    if is_countdown(question):
+        low, high = range_of(question)
+        return next(value for value in reachable(numbers_of(question)) if low <= value <= high)
     if not is_findx(question):
         return calculate(question)[-1][1]
     return next(x for x in range(1, LARGEST_X + 1) if calculate(question, x)[-1][1] == target_of(question))
@@ -167,7 +182,7 @@ def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, l
     What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be
     learnt; the mistake itself must not be, or the model learns to make it: its spans are left out of the loss.
     """
-    wrote = _findx_pieces if is_findx(question) else _chain_pieces
+    wrote = _findx_pieces if is_findx(question) else _countdown_pieces if is_countdown(question) else _chain_pieces
     text, no_loss = "", []
     for piece, learn in wrote(rng, question, kind):
         if not learn:
@@ -210,11 +225,11 @@ def trial(question: str, guess: int, slips: dict[int, int] | None = None) -> str
     """One guess with its evidence; the verdict compares the value reached with the target: 'low', 'high' or 'ok'."""
     lines = calculate(question, guess, slips)
     return f"Try {guess}: " + ", ".join(f"{operation}={written}" for operation, written, _ in lines) + verdict(
-        lines[-1][1], target_of(question))
+        lines[-1][1], target_of(question), target_of(question))
 
 
-def verdict(value: int, target: int) -> str:
-    return " low. " if value < target else " high. " if value > target else " ok. "
+def verdict(value: int, low: int, high: int) -> str:
+    return " low. " if value < low else " high. " if value > high else " ok. "
 
 
 def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...] = ()) -> int:
@@ -239,6 +254,8 @@ def random_slip(rng: np.random.Generator, question: str, x: int | None = None) -
 
 def wrong_solution(rng: np.random.Generator, question: str) -> str:
     """A finished solution with a wrong answer, as a policy might write it: the y- of a planted synthesis example."""
+    if is_countdown(question):
+        return _wrong_countdown(rng, question)
     if not is_findx(question):
         return solution(rng, question, "give_up")[0]
     guess, draw = wrong_guess(rng, question), rng.random()
@@ -269,15 +286,24 @@ class Judgement:
 
 
 STATEMENT = re.compile(r"(Step \d+: )?([^=,\n]*)=(\d+)(, |\n| low\. | high\. | ok\. )")
+CONCLUSION = re.compile(r"Answer: \\boxed\{(\d+)\}")
 DELIMITER = re.compile(r", |\. |\n|\}")
+
+
+def malformed(text: str, position: int) -> list[Judgement]:
+    """The judgement of a text that has no statement at `position`; none yet while it is unfinished."""
+    delimiter = DELIMITER.search(text, position)
+    return [Judgement(delimiter.end(), False, "", "")] if delimiter else []
 
 
 def audit(question: str, text: str) -> list[Judgement]:
     """Judge a solution statement by statement up to its first error; an unfinished text is judged as far as it goes.
 
-    In findx an honest check that fails is an error too, of the guess: it is judged after its evidence, result against
-    target. Text that is no statement at all is an error that ends at its next delimiter.
+    In findx and countdown an honest check that fails is an error too, of the guess: it is judged after its evidence,
+    result against target. Text that is no statement at all is an error that ends at its next delimiter.
     """
+    if is_countdown(question):
+        return _audit_countdown(question, text)
     judged: list[Judgement] = []
     findx, position, guess = is_findx(question), 0, None
 
@@ -285,14 +311,10 @@ def audit(question: str, text: str) -> list[Judgement]:
         judged.append(Judgement(position, ok, f"{label}{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
         return ok
 
-    def malformed() -> list[Judgement]:
-        delimiter = DELIMITER.search(text, position)
-        return [*judged, Judgement(delimiter.end(), False, "", "")] if delimiter else judged
-
     if findx:
         start = re.match(r"Try (\d+): ", text)
         if not start:
-            return malformed()
+            return judged + malformed(text, position)
         position, guess = start.end(), int(start[1])
     carried: dict[int, int] = {}
     for i in range(len(calculate(question, guess))):
@@ -300,7 +322,7 @@ def audit(question: str, text: str) -> list[Judgement]:
         label = "" if findx else f"Step {i + 1}: "
         statement = STATEMENT.match(text, position)
         if not statement or (statement[1] or "") != label:
-            return malformed()
+            return judged + malformed(text, position)
         position, written = statement.end(), int(statement[3])
         instead = f", not {written}" if written != true else ""
         # findx names the wrong number only: a check, its diagnosis and a second try have to fit into 54 tokens
@@ -311,11 +333,11 @@ def audit(question: str, text: str) -> list[Judgement]:
     if findx:
         word = "right" if guess == answer_of(question) else "too low" if guess < answer_of(question) else "too high"
         target, said = target_of(question), statement[4]
-        if not judge(said == verdict(written, target) == " ok. ", "", written, target, f"Wait, {guess} is {word}. "):
+        if not judge(said == verdict(written, target, target) == " ok. ", "", written, target, f"Wait, {guess} is {word}. "):
             return judged
-    conclusion = re.compile(r"Answer: \\boxed\{(\d+)\}").match(text, position)
+    conclusion = CONCLUSION.match(text, position)
     if not conclusion:
-        return malformed()
+        return judged + malformed(text, position)
     position, final, true = conclusion.end(), int(conclusion[1]), guess if findx else written
     judge(final == true, "", final, true,
           f"Wait, {guess} is right. " if findx else f"Wait, {operation} is {true}, not {final}.\n")
@@ -350,12 +372,226 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     if not judged or judged[-1].ok or not judged[-1].audit:
         return None
     error, answer = judged[-1], answer_of(question)
-    if is_findx(question):
-        correction = boxed(answer) if " right" in error.reflection else trial(question, answer) + boxed(answer)
+    if " right" in error.reflection:
+        correction = boxed(answer)
+    elif is_findx(question):
+        correction = trial(question, answer) + boxed(answer)
+    elif is_countdown(question):  # the route that keeps most of what was tried
+        tries = [attempt(question, route) for route in routes(numbers_of(question), answer)]
+        correction = max(tries, key=lambda text: len(commonprefix([text, wrong]))) + boxed(answer)
     else:
         lines = list(enumerate(calculate(question)))[len(judged):]
         correction = "".join(f"Step {i + 1}: {operation}={true}\n" for i, (operation, _, true) in lines) + boxed(answer)
     return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# countdown. The grader compares a box with one gold answer. A boxed expression would not do: many are right, and by value
+# the bare target, copied from the question, is as right as any. So the target is a range of ten that holds just one value
+# the numbers can make, and that value is the answer: every route ends in it and a slip spoils it. Whoever picks some number
+# of the range is right in one of ten; where the answer lay in the most similar training problems, in up to three of ten: so
+# count the right answers whose statements are true as well. The price: numbers that reach nearly everything make no problem,
+# so more than four would need values above 99.
+# A route is a list of steps [(operation, value written)], e.g. [('15+9', 24), ('24-5', 19)].
+
+LARGEST_GIVEN, RANGE = 20, 10
+STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)(, | low\. | high\. | ok\. )")
+# How the y- of a planted synthesis example goes wrong, see _wrong_countdown.
+FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0.05, "verdict": 0.1, "box": 0.1}
+
+
+@lru_cache(maxsize=2)
+def _all_countdown(size: int) -> list[Problem]:
+    """For `size` of the numbers 2..20, every value of two digits that they reach by different routes and that is alone in
+    its range. One range for each: two that overlap would be the same problem in two splits. 4 takes seconds."""
+    problems, rng = [], np.random.default_rng(0)
+    for numbers in itertools.combinations(range(2, LARGEST_GIVEN + 1), size):
+        found = sorted(reachable(numbers).items())
+        for i, (value, n_routes) in enumerate(found):
+            below = found[i - 1][0] if i else -1
+            above = found[i + 1][0] if i + 1 < len(found) else LARGEST_VALUE + 1
+            lows = range(max(below + 1, value - RANGE + 1), min(above - RANGE, value) + 1)
+            # of four numbers, the first two steps of a route may swap and it is still the same route
+            if value >= 10 and n_routes >= size - 1 and lows:
+                low = lows[rng.integers(len(lows))]
+                question = f"{','.join(map(str, numbers))}={low}..{low + RANGE - 1}"
+                problems.append(Problem(f"countdown:{question}", question, str(value), str(size)))
+    return problems
+
+
+def numbers_of(question: str) -> tuple[int, ...]:
+    return tuple(map(int, question.partition("=")[0].split(",")))
+
+
+def range_of(question: str) -> tuple[int, int]:
+    """(lowest, highest) value that reaches the target."""
+    low, high = question.partition("=")[2].split("..")
+    return int(low), int(high)
+
+
+@lru_cache(maxsize=1 << 16)
+def moves(numbers: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
+    """What can be done with two of the numbers, the larger one first: [(operation, value, numbers then left)].
+
+    (5, 9, 15) gives ('15+9', 24, (5, 24)), ('15-9', 6, (5, 6)), ('15*9', 135, (5, 135)) and six more.
+    """
+    found = []
+    for a, b in dict.fromkeys(itertools.combinations(sorted(numbers, reverse=True), 2)):
+        rest = list(numbers)
+        rest.remove(a)
+        rest.remove(b)
+        for sign, function in OPERATIONS.values():
+            value = function(a, b)
+            found.append((f"{a}{sign}{b}", value, tuple(sorted((*rest, value)))))
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def reachable(numbers: tuple[int, ...]) -> dict[int, int]:
+    """{value 0..99 that all the numbers can make: how many routes stay within 0..99}.
+
+    No negative steps: they only spell such a route with other signs. A value above 99 on the way is no route of ours,
+    but the value it leads to counts as reached, so that an answer really is the only one.
+    """
+    if len(numbers) == 1:
+        return {numbers[0]: 1} if numbers[0] <= LARGEST_VALUE else {}
+    found: dict[int, int] = {}
+    for _, value, left in moves(numbers):
+        for end, n in reachable(left).items():
+            found[end] = found.get(end, 0) + (n if value <= LARGEST_VALUE else 0)
+    return found
+
+
+def routes(numbers: tuple[int, ...], target: int) -> list[list[tuple[str, int]]]:
+    """All routes from the numbers to the target value, within 0..99."""
+    if len(numbers) == 1:
+        return [[]]
+    return [[(operation, value), *rest] for operation, value, left in moves(numbers)
+            if value <= LARGEST_VALUE and reachable(left).get(target, 0) for rest in routes(left, target)]
+
+
+def attempt(question: str, route: list[tuple[str, int]], said: str = "") -> str:
+    """One try with its evidence and its verdict: the true one, or what is `said` instead."""
+    return "Try " + ", ".join(f"{operation}={value}" for operation, value in route) + (
+        said or verdict(route[-1][1], *range_of(question)))
+
+
+def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> list[tuple[str, int]]:
+    """The nearest miss of eight random tries. What `fault` plants in each: 'slip', a wrong value that is carried on;
+    'number', one that is not there or no longer; 'unused', a number left over at the end; '', nothing."""
+    (low, high), answer, tries = range_of(question), answer_of(question), []
+    while len(tries) < 8:
+        left, route = numbers_of(question), []
+        steps = len(left) - (2 if fault == "unused" else 1)
+        faulty = rng.integers(steps) if fault in ("slip", "number") else None
+        while len(route) < steps:
+            options = [move for move in moves(left) if move[1] <= LARGEST_VALUE]
+            operation, value, after = options[rng.integers(len(options))]
+            if len(route) == faulty:
+                rest = list(after)
+                rest.remove(value)
+                if fault == "slip":
+                    near = [value + off for off in (-10, -2, -1, 1, 2, 10) if 0 <= value + off <= LARGEST_VALUE]
+                    value = near[rng.integers(len(near))]
+                else:
+                    first = int(re.match(r"\d+", operation)[0])
+                    there = list(left)
+                    there.remove(first)
+                    others = [calculate(f"{first}{sign}{n}") for sign in "+-*"
+                              for n in range(2, LARGEST_GIVEN + 1) if n not in there]
+                    (operation, value, _), = others[rng.choice([i for i, line in enumerate(others) if in_range(line)])]
+                after = tuple(sorted((*rest, value)))
+            route.append((operation, value))
+            left = after
+        if value != answer:
+            tries.append(route)
+    return min(tries, key=lambda route: max(low - route[-1][1], route[-1][1] - high, 0))
+
+
+def _countdown_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
+    answer = answer_of(question)
+    found = routes(numbers_of(question), answer)
+    right = [(attempt(question, found[rng.integers(len(found))]) + boxed(answer), True)]
+    if kind == "direct":
+        return right
+    route = wrong_route(rng, question)
+    reached = route[-1][1]
+    failed = [("Try ", True)]
+    for i, (operation, value) in enumerate(route):  # what was tried is the mistake, what came of it is true
+        failed += [(operation, False), (f"={value}" + (", " if i + 1 < len(route) else ""), True)]
+    failed.append((verdict(reached, *range_of(question)), True))
+    if kind == "give_up":
+        return [*failed, ("Answer: \\boxed{", True), (str(reached), False), ("}", True)]
+    return [*failed, (too_far(question, reached), True), *right]
+
+
+def too_far(question: str, reached: int) -> str:
+    low, high = range_of(question)
+    return f"Wait, {reached} is {'too low' if reached < low else 'too high' if reached > high else 'right'}. "
+
+
+def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
+    """give_up: an honest miss, and its value all the same. again: a reflection that did not help. slip, number, unused: see
+    wrong_route. verdict: a miss that is called ok. box: the right route, and another number of the range."""
+    fault = str(rng.choice(list(FAULTS), p=list(FAULTS.values())))
+    answer, before = answer_of(question), ""
+    if fault == "box":
+        low, high = range_of(question)
+        other = int(rng.choice([n for n in range(low, high + 1) if n != answer]))
+        return attempt(question, routes(numbers_of(question), answer)[0]) + boxed(other)
+    if fault == "again":
+        first = wrong_route(rng, question)
+        before = attempt(question, first) + too_far(question, first[-1][1])
+    route = wrong_route(rng, question, fault)
+    return before + attempt(question, route, " ok. " if fault == "verdict" else "") + boxed(route[-1][1])
+
+
+def _audit_countdown(question: str, text: str) -> list[Judgement]:
+    """See audit. Where a number is not there, or some are left over, what is written is judged against all that is there."""
+    judged: list[Judgement] = []
+    if not text.startswith("Try "):
+        return malformed(text, 0)
+    position, left = len("Try "), list(numbers_of(question))
+
+    def judge(ok: bool, written: int, true: int | str, reflection: str) -> bool:
+        judged.append(Judgement(position, ok, f"{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
+        return ok
+
+    def judge_numbers(written: int) -> None:
+        there = ",".join(map(str, left))
+        judge(False, written, there, f"Wait, {there}, not {written}. ")
+
+    said = ", "
+    while said == ", " and len(left) > 1:
+        step = STEP.match(text, position)
+        if not step:
+            return judged + malformed(text, position)
+        first, second, written = int(step[1]), int(step[3]), int(step[4])
+        position, said = step.end(), step[5]
+        for number in (first, second):
+            if number not in left:
+                judge_numbers(number)
+                return judged
+            left.remove(number)
+        operation = f"{first}{step[2]}{second}"
+        true = calculate(operation)[0][2]
+        if not judge(written == true, written, true, f"Wait, {operation} is {true}, not {written}. "):
+            return judged
+        left.append(written)
+    if said == ", ":  # nothing is left to go on with
+        return judged + malformed(text, position)
+    if len(left) > 1:
+        judge_numbers(written)
+        return judged
+    low, high = range_of(question)
+    if not judge(said == verdict(written, low, high) == " ok. ", written, f"{low}..{high}", too_far(question, written)):
+        return judged
+    conclusion = CONCLUSION.match(text, position)
+    if not conclusion:
+        return judged + malformed(text, position)
+    position, final = conclusion.end(), int(conclusion[1])
+    judge(final == written, final, written, f"Wait, {written} is right. ")
+    return judged
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ Deliberately missing: a value model, a KL penalty by default, a reward model, re
 import dataclasses
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+import failing
 import opsd
 import parallel
 import reflect
@@ -35,8 +37,8 @@ from advantage import (
     token_weights,
     train_mask,
 )
-from checkpoint import find_start, keep_log, load_optimizer, save_checkpoint, write_lines
-from configurator import configure, print_config, run_script, save_config
+from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer, newest, write_lines
+from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
@@ -47,7 +49,7 @@ from data import (
     render_prompt,
     stop_ids_of,
 )
-from metrics import add_up, console_line, means, rollout_sums, warnings_of
+from metrics import add_up, console_line, means, open_log, rollout_sums, warnings_of
 from model import load_hf
 from parallel import balance, gather, reduce_sums, unsharded, whole
 from plan import plan_table
@@ -115,13 +117,17 @@ plan_gpu_gb = 0.0              # ... of so much memory
 eval_interval = 50             # steps; 0 = only at the end
 eval_samples = 4               # per held-out problem, at `temperature`
 save_interval = 50             # steps; the last step is always saved
-keep_last = 2                  # checkpoints kept
+keep_last = 2                  # checkpoints kept, beside the best of them by held-out Pass@1
+async_save = False             # write them in the background; host memory for a copy of weights and moments
+max_bad_steps = 3              # in a row: loss or gradient not finite, update skipped; then the run stops
+log_to = ""                    # besides metrics.jsonl: 'wandb' (project: $WANDB_PROJECT or tapo) | 'tensorboard' (in out_dir)
 parity_alarm = 0.1             # mean |sampler - trainer log-prob| above this warns: healthy is 1e-5 in fp32, 0.02 in bf16
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 replicas = 1                   # HSDP: shard within world_size / replicas ranks (a node), replicate across; 1 = shard over all
 offload = False                # keep shards of weights and moments in host memory
 timeout_minutes = 60.0         # a collective that waits longer ends the job: longer than any rank may decode alone
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
+compile = False                # torch.compile: a minute at start, then a quarter faster on a CPU
 threads = 0                    # CPU threads; 0 = torch's choice
 
 
@@ -132,17 +138,19 @@ def check_config(c: SimpleNamespace) -> None:
         "ref_advantage": ("group", "reward", "orig", "joint"), "std": ("population", "sample"),
         "diagnosis": ("mask", "ots", "train"), "loss_agg": ("sequence", "token"), "loss_norm": ("separate", "merged"),
         "opsd_loss": ("jsd", "sampled"), "opsd_teacher": ("initial", "current"),
-        "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+        "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "tensorboard")}
     for key, values in allowed.items():
         if getattr(c, key) not in values:
             raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
     for key in ("max_steps", "prompts_per_step", "max_new_tokens", "n_pos", "n_neg", "m_max", "keep_last", "max_rows",
-                "tokens_per_microbatch", "updates_per_step", "eval_samples"):
+                "tokens_per_microbatch", "updates_per_step", "eval_samples", "replicas", "max_bad_steps"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
     if c.top_p != 1.0:
         raise ValueError(f"top_p = {c.top_p}: training rollouts must come from the full softmax, which the trainer scores; "
                          "keep top_p = 1 here, eval.py takes any")
+    if c.timeout_minutes <= 0:
+        raise ValueError(f"timeout_minutes = {c.timeout_minutes} must be above 0; 60 is a good start")
     if c.temperature <= 0:
         raise ValueError(f"temperature = {c.temperature} must be above 0: greedy rollouts of a group are all the same")
     if c.samples_per_prompt < 2:
@@ -215,7 +223,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     Every rank is given all rollouts and works on its share of micro-batches. teacher_of: per rollout the prompt of its OPSD
     teacher; None for every other method.
     """
-    batches = balance(rollouts, c.tokens_per_microbatch, rank, world)
+    filler = len(rollouts)
     rollouts, teacher_of = [*rollouts, FILLER], teacher_of and [*teacher_of, None]  # where a rank has nothing left to do
     is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
     flags = {"diagnosis": c.diagnosis, "train_prefix": c.train_prefix}
@@ -230,6 +238,17 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     scale = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
                         loss_agg=c.loss_agg, loss_norm=c.loss_norm) * (trained > 0)
 
+    # A row of advantage 0 (a group all right or all wrong) counts in the denominator and has no gradient: it is only
+    # looked at, by a forward pass for the logs. Each kind of micro-batch comes equally often on every rank.
+    # CRITICAL: those come first. FSDP keeps the root gathered after a forward until a backward; were there none, the optimiser
+    # would see gathered copies instead of its own embedding, norm and head.
+    exact_zero = c.method in ("tapo", "grpo") and not c.kl_coef
+    learning = [i for i in range(filler) if trained[i] and not (exact_zero and rollouts[i].advantage == 0)]
+    watched = sorted(set(range(filler)) - set(learning))
+    batches = [(learn, [rows[j] if j < len(rows) else filler for j in batch])
+               for learn, rows in ((False, watched), (True, learning or [filler]))
+               for batch in balance([rollouts[i] for i in rows], c.tokens_per_microbatch, rank, world)]
+
     def batch_of(index: list[int]):
         return collate([rollouts[i] for i in index], scale[index].tolist()).to(device)
 
@@ -237,16 +256,17 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     old = {}
     if c.updates_per_step > 1:
         with torch.no_grad(), autocast:
-            for b, index in enumerate(batches):
+            for b, (_, index) in enumerate(batches):
                 batch = batch_of(index)
                 old[b] = model(batch.inputs, batch.targets, temperature=c.temperature)[0]
 
     model.train()
+    skipped = 0
     for _ in range(c.updates_per_step):
         sums, rows = {}, []     # on the device until the loop is over: nothing in it waits for the device
-        for b, index in enumerate(batches):
+        for b, (learn, index) in enumerate(batches):
             batch = batch_of(index)
-            with autocast:
+            with autocast, torch.set_grad_enabled(learn):
                 if c.method == "opsd":
                     logprobs, entropy, teacher = opsd.student_and_teacher(
                         model, ref_model if c.opsd_teacher == "initial" else model, batch, [rollouts[i] for i in index],
@@ -277,7 +297,8 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
             if c.kl_coef:       # on those only: elsewhere the estimate is not one of the KL
                 kl = kl_to_ref(logprobs, ref_logprobs, own * mask)
                 loss = loss + c.kl_coef * (batch.loss_scale[:, None] * kl).sum()
-            (loss * world).backward()  # FSDP averages gradients over ranks; the denominator is already that of all of them
+            if learn:
+                (loss * world).backward()  # FSDP averages gradients over ranks; the denominator is already that of all of them
 
             with torch.no_grad():
                 constructed = mask * batch.is_reflection[:, None]
@@ -291,14 +312,18 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
                     add_up(sums, {"train/kl_ref": kl_to_ref(logprobs, ref_logprobs, own).sum(), "train/kl_ref#": own.sum()})
                 raw = ots_weights(logprobs, entropy, c.w_min, c.w_max)  # whatever the flags: what Eq. 7 says of every token
                 rows += [(i, logprobs[row], raw[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
-        optimizer.step()
+        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)))
+        sums = reduce_sums({name: float(value) for name, value in sums.items()})
+        if math.isfinite(sums["train/loss"]) and math.isfinite(grad_norm):  # both of all processes: all decide alike
+            optimizer.step()
+        else:
+            skipped += 1        # weights and moments stay as they are
         optimizer.zero_grad(set_to_none=True)
 
     for i, logprobs, raw in gather([(i, logprobs.tolist(), raw.tolist()) for i, logprobs, raw in rows]):
         completion = slice(len(rollouts[i].prompt_ids) - 1, len(rollouts[i].prompt_ids) - 1 + len(rollouts[i].completion_ids))
         rollouts[i].logprobs, rollouts[i].ots_weights = logprobs[completion], raw[completion]
-    return reduce_sums({name: float(value) for name, value in sums.items()}) | {"train/grad_norm": float(grad_norm)}
+    return sums | {"train/grad_norm": grad_norm, "train/skipped": float(skipped)}
 
 
 def evaluate(model, tokenizer, problems, prompts, stop_ids, c, rank=0, world=1) -> dict[str, float]:
@@ -331,25 +356,26 @@ def main() -> None:
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)
+    parallel.check_world(c.replicas, c.prompts_per_step)
     cost = plan_table(config)
     if c.plan:
         print(cost)
         return
     first_step, load_from = find_start(config)
     rank, world, device = parallel.start(c.device, c.timeout_minutes)
-    if c.prompts_per_step % world:
-        raise ValueError(f"prompts_per_step = {c.prompts_per_step} is not divisible by the {world} processes; use a multiple")
+    parallel.check_shared(c.out_dir, first_step)
     say = print if rank == 0 else lambda *_, **__: None
     if rank == 0:
         print_config(config)
         print(cost, flush=True)
+        log_also = open_log(c.log_to, config, first_step)
     if c.threads:
         torch.set_num_threads(c.threads)
 
     wrap, autocast = parallel.precision(c, world, device)  # explicit FSDP2; neither with one process in fp32
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
-    model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
+    model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)
     model.checkpoint_activations = c.checkpoint_activations
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in training + held_out}
@@ -357,7 +383,9 @@ def main() -> None:
         check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
     ref_model = None            # the frozen start
     if c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial"):
-        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer), wrap=wrap).requires_grad_(False)
+        ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)
+        ref_model.requires_grad_(False)
+        check_same_model(load_from, model.config, c.init_from, ref_model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay, fused=True)
     if first_step:
@@ -369,7 +397,10 @@ def main() -> None:
         save_config(config, out)
         tokenizer.save_pretrained(out / "tokenizer")
         keep_log(out / "metrics.jsonl", first_step)
-    dry_steps = 0               # in a row without an eligible query
+    saver = Saver(tokenizer, config, background=c.async_save)
+    sigterm = failing.on_sigterm()
+    dry_steps = bad_steps = 0   # in a row: without an eligible query, without an update
+    done = first_step
     for step in range(first_step, c.max_steps):
         clock = [time.perf_counter()]
 
@@ -379,7 +410,7 @@ def main() -> None:
 
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         problem_of = dict(queries)
-        with unsharded(model), autocast:
+        with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
             # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each process takes its share of the queries.
             rollouts = sample_rollouts(model, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
             sums = {"time/generate": lap()}
@@ -412,7 +443,8 @@ def main() -> None:
         if c.method == "opsd":
             teacher_of = opsd.teacher_prompts(tokenizer, rollouts, problem_of, c.template, (c.seed, PAIRING, step))
         lap()
-        sums |= update(model, ref_model, optimizer, everything, teacher_of, c, rank, world, device, autocast)
+        with failing.out_of_memory_names(c, "tokens_per_microbatch", "checkpoint_activations", "offload"):
+            sums |= update(model, ref_model, optimizer, everything, teacher_of, c, rank, world, device, autocast)
         sums |= {"train/lr": learning_rate_at(step, c), "time/update": lap(), "time/step": clock[-1] - clock[0]}
 
         done = step + 1
@@ -422,7 +454,7 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with unsharded(model), autocast:
+            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
                 metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank == 0:
@@ -431,11 +463,22 @@ def main() -> None:
                  "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
             with open(out / "metrics.jsonl", "a") as log:
                 log.write(json.dumps({"step": done} | metrics) + "\n")
+            log_also(done, metrics)
         say(console_line(done, metrics, c), flush=True)
         for warning in warnings_of(metrics, dry_steps, c):
             say(f"WARNING: {warning}", flush=True)
-        if done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
-            save_checkpoint(out / f"step_{done:06d}", model, tokenizer, optimizer, done, config, c.keep_last)
+        bad_steps = bad_steps + 1 if metrics["train/skipped"] else 0
+        failing.check_bad_steps(bad_steps, c)
+        stop = any(gather([sigterm.is_set()]))  # in one process is enough: all end together
+        if stop or done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
+            saver.save(out / f"step_{done:06d}", model, optimizer, done, metrics.get("eval/pass1"))
+        saver.check()
+        if stop:
+            break
+    saver.wait()
+    if done < c.max_steps:
+        say(f"SIGTERM: stopped after step {done} of {c.max_steps}; --resume=True goes on from {newest(out)}", flush=True)
+        sys.exit(failing.SIGTERM_STATUS)
 
 
 def run_table(training, prompts, stop_ids, tokenizer, c, device, world) -> str:
@@ -449,4 +492,4 @@ def run_table(training, prompts, stop_ids, tokenizer, c, device, world) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    failing.run(main)

@@ -1,6 +1,8 @@
 """The cold start trains what it says: nothing from planted mistakes, one denominator, the same run after a resume."""
 import json
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -195,6 +197,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tmp_path, monkeypatch):
+    steps, original = [], coldstart.update
+
+    def preempted_in_its_third_step(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(coldstart, "update", preempted_in_its_third_step)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--max_steps=5")
+    assert stop.value.code == 143 and not (tmp_path / "final").exists()
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_000003"]  # keep_last = 1
+    run(tmp_path, "--max_steps=5", "--resume=True")
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5] and len(steps) == 5
+
+
 def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "measure", lambda *args: {"eval/pass1": 0.5})
     run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4")
@@ -333,6 +353,12 @@ def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkey
     monkeypatch.setattr(coldstart.reflect, "build_reflection", spoil)
     with pytest.raises(ValueError, match="gave no example .*wrong"):
         rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer))
+
+
+def test_an_untrained_model_gives_no_example_and_is_told_so(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="this run cannot learn: 7 problems gave no example .*start from a model that") as e:
+        rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, max_new_tokens=8))
+    assert "\n" not in str(e.value)
 
 
 def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tokenizer, scripted, monkeypatch):

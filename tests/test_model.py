@@ -1,6 +1,7 @@
 """model.py against transformers, against naive formulas, and against itself: decoding equals training."""
 
 import json
+import shutil
 import struct
 
 import pytest
@@ -441,6 +442,28 @@ def test_padding_of_a_prompt_is_never_read():
             second = model(ids[:, -1:], positions=positions[:, -1:] + 1, cache=cache)
         results.append(torch.stack([first, second]))
     assert torch.equal(*results)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
+    """Guards: a cache column or a number of rows that is compiled in as a constant, a gradient that differs."""
+    save_hf(random_model(), None, tmp_path)
+    results = []
+    for model in (load_hf(tmp_path), load_hf(tmp_path, compile=True)):
+        for rows in (3, 4):  # a second shape makes the compiled code general
+            ids = ids_of(rows, 9 + rows)
+            logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
+            (logprobs.sum() + entropy.sum()).backward()
+        cache, decoded = KVCache(model.config, [0, 1, 0, 2], 16), []
+        with torch.no_grad():
+            model(ids[:, :5], cache=cache)
+            for t in range(5, 9):
+                decoded.append(model(ids[:, t : t + 1], cache=cache))
+            cache.keep(torch.tensor([3, 1]))
+            decoded.append(model(ids[:2, 9:10], cache=cache))
+        results.append([logprobs.detach(), *decoded, *(p.grad for p in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------

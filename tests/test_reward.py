@@ -572,6 +572,17 @@ def test_a_process_that_was_killed_is_replaced(whom, stand_in):
     assert killed and not killed & whom()
 
 
+def test_sigterm_to_the_parents_group_or_to_everybody_leaves_grading_alone(stand_in):
+    """torchrun sends it to the whole group of a rank, which finishes its step first: found by runs/chaos.sh, as one response of
+    that step whose grade was 'error'."""
+    grade(box("y"), r"\good", timeout_s=20.0)
+    before = pids() | forks()
+    for pid in before:
+        assert os.getpgid(pid) != os.getpgid(0)
+        os.kill(pid, signal.SIGTERM)
+    assert grade(box("y"), r"\good", timeout_s=20.0).status == "correct" and pids() | forks() == before
+
+
 def test_grading_works_from_a_thread(stand_in):
     """An alarm works in the main thread only: there it once made every reward 0."""
     result = []

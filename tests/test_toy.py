@@ -1,13 +1,19 @@
 """The toy world is the ground truth of the CPU experiments: what it says about itself has to be exact."""
+import itertools
 import re
+import runpy
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import reward
 import toy
 
 QUESTION = "x*7-21=35"
 CHAIN = "(46+21-52-13)*4=?"
+COUNTDOWN = "5,9,15=12..21"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,38 @@ def false_statements(question: str, text: str) -> list[str]:
         for m in re.finditer(r"Wait, (\d+) is too (low|high)", text):
             if (int(m[1]) < answer) != (m[2] == "low"):
                 false.append(m[0])
+    if ".." in question:
+        *given, low, high = map(int, re.findall(r"\d+", question))
+        for m in re.finditer(r"Try ([^.]*=(\d+)) (low|high|ok)\. ", text):
+            left = Counter(given)  # every number once, and in the end one is left: the value that the verdict is about
+            for a, b, made in re.findall(r"(\d+)[-+*](\d+)=(\d+)", m[1]):
+                left.subtract([int(a), int(b)])
+                if min(left.values()) < 0:
+                    false.append(m[0])
+                left[int(made)] += 1
+            if +left != Counter([int(m[2])]) or not agrees(m[3], int(m[2]), low, high):
+                false.append(m[0])
+        false += [m[0] for m in re.finditer(r"Wait, (\d+) is (?:too )?(low|high|right)\. ", text)
+                  if not agrees(m[2], int(m[1]), low, high)]
     return false
+
+
+def agrees(word: str, value: int, low: int, high: int) -> bool:
+    return {"low": value < low, "high": value > high, "ok": low <= value <= high, "right": low <= value <= high}[word]
+
+
+def values(numbers: tuple[int, ...]) -> set[int]:
+    """Everything that + - * make of the numbers, each used once, by splitting them in two in every way."""
+    if len(numbers) == 1:
+        return set(numbers)
+    found = set()
+    for size in range(1, len(numbers)):
+        for left in itertools.combinations(range(len(numbers)), size):
+            right = [i for i in range(len(numbers)) if i not in left]
+            for a in values(tuple(numbers[i] for i in left)):
+                for b in values(tuple(numbers[i] for i in right)):
+                    found |= {a + b, a - b, a * b}
+    return found
 
 
 # --- problems ---
@@ -79,6 +116,25 @@ def test_chain_answers_are_right_and_levels_count_operations():
         assert len(re.findall(r"[-+*]", p.question)) == int(p.level)
         assert all(0 <= v <= 99 for _, v, _ in toy.calculate(p.question))
     assert {p.level for p in toy.make_problems("chain", "train", 40, levels=("2", "5"))} == {"2", "5"}
+
+
+def test_countdown_ranges_hold_one_value_alone_that_several_routes_reach():
+    """Bug: a second value in the range makes a right answer wrong; one route only makes it no countdown."""
+    problems = [p for split in toy.SPLITS for p in toy.make_problems("countdown", split, 0)]
+    assert len(problems) == len({p.uid for p in problems}) == 5_446
+    offsets = Counter()
+    for p in problems[::23]:
+        *numbers, low, high = map(int, re.findall(r"\d+", p.question))
+        assert [v for v in values(tuple(numbers)) if low <= v <= high] == [int(p.answer)]
+        assert high - low == 9 and 10 <= int(p.answer) <= 99 and len(numbers) == int(p.level)
+        routes = toy.routes(tuple(numbers), int(p.answer))
+        assert len({frozenset(route) for route in routes}) >= 2  # not the same steps in another order
+        for route in routes:
+            text = toy.attempt(p.question, route) + toy.boxed(int(p.answer))
+            assert toy.first_error(p.question, text) is None and false_statements(p.question, text) == []
+        offsets[int(p.answer) - low] += 1
+    assert max(offsets.values()) < 0.2 * sum(offsets.values())  # no place in the range is worth guessing
+    assert {p.level for p in toy.make_problems("countdown", "train", 20, levels=("3",))} == {"3"}
 
 
 def test_bad_requests_name_the_value_and_the_rule():
@@ -118,6 +174,15 @@ def test_every_statement_of_a_right_solution_is_true_and_planted_mistakes_carry_
                 if kind == "give_up":
                     expected = re.sub(r"\{\d+\}", f"{{{blank}}}", expected)
                 assert learnt(text, spans) == expected
+            elif world == "countdown":
+                # what is tried in vain is masked, what comes of it is true and learnt
+                assert false == [], text
+                first, verdict, rest = re.fullmatch(r"(Try .*?)( ok| low| high)(\. .*)", text).groups()
+                if kind != "direct":
+                    first = re.sub(r"\d+[-+*]\d+(?==)", lambda m: "_" * len(m[0]), first)
+                if kind == "give_up":
+                    rest = re.sub(r"\{\d+", lambda m: "{" + "_" * (len(m[0]) - 1), rest)
+                assert learnt(text, spans) == first + verdict + rest
             else:
                 # the one false statement is the slip, and exactly its result is masked
                 assert len(false) == (kind != "direct") == len(spans)
@@ -189,17 +254,48 @@ def test_first_error_of_chain_is_the_exact_character_behind_it(text, end):
     assert toy.first_error(CHAIN, text) == expected
 
 
+@pytest.mark.parametrize("text, end, said", [  # said: the diagnosis, None where the audit has no words
+    ("Try 15+9=24, 24-5=19 ok. Answer: \\boxed{19}", None, ""),
+    ("Try 9-5=4, 4+15=19 ok. Answer: \\boxed{19}", None, ""),                       # another route
+    ("Try 9+15=24, 24-5=19 ok. Answer: \\boxed{19}", None, ""),                     # the smaller number first
+    ("Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15+9=24, ", "low. ", "Wait, 11 is too low. "),
+    ("Try 15+5=20, 20+9=29 ok. Answer: \\boxed{29}", "ok. ", "Wait, 29 is too high. "),
+    ("Try 15+5=20, 20-9=11 high. Answer: \\boxed{11}", "high. ", "Wait, 11 is too low. "),
+    ("Try 15+9=24, 24-5=19 low. Answer: \\boxed{19}", "low. ", "Wait, 19 is right. "),
+    ("Try 15+9=23, 23-5=18 ok. Answer: \\boxed{18}", "23, ", "Wait, 15+9 is 24, not 23. "),
+    ("Try 15+9=24, 24-5=18 ok. Answer: \\boxed{18}", "ok. ", "Wait, 24-5 is 19, not 18. "),
+    ("Try 5-9=4, 15+4=19 ok. Answer: \\boxed{19}", "4, ", "Wait, 5-9 is -4, not 4. "),
+    ("Try 15+5=20, 20-7=13 ok. Answer: \\boxed{13}", "ok. ", "Wait, 9, not 7. "),  # never given
+    ("Try 15+5=20, 20-5=15 ok. Answer: \\boxed{15}", "ok. ", "Wait, 9, not 5. "),  # used before
+    ("Try 9+9=18, 18-5=13 ok. ", "18, ", "Wait, 5,15, not 9. "),                     # used twice in one step
+    ("Try 15+5=20 ok. Answer: \\boxed{20}", "ok. ", "Wait, 9,20, not 20. "),         # a number left over
+    ("Try 15+9=24, 24-5=19 ok. Answer: \\boxed{12}", "{12}", "Wait, 19 is right. "),
+    ("Try 15+9=24, 24-5=19, 19-5=14 ok. ", ", 19-5=14 ok. ", None),                 # nothing is left to go on with
+    ("Answer: \\boxed{19}", "{19}", None),                                         # a guess without a route
+    ("Try 15+9=24, 24-", None, ""),                                                 # unfinished, nothing wrong so far
+])
+def test_countdown_audits_are_exact_in_place_and_words(text, end, said):
+    expected = None if end is None else text.index(end) + len(end)
+    assert toy.first_error(COUNTDOWN, text) == expected
+    built = toy.construction(COUNTDOWN, text)
+    assert (built is None) == (not said)
+    if built:
+        assert built[1] == text[:expected] and built[2] == said
+        assert toy.diagnosis_is_true(COUNTDOWN, text[:expected] + said)
+        assert not toy.diagnosis_is_true(COUNTDOWN, text[:expected] + "Wait, 14 is too low. ")
+
+
 @pytest.mark.parametrize("world", toy.WORLDS)
 def test_first_error_finds_every_planted_mistake_and_no_other(world):
     for rng, p in samples(world, 300, seed=3):
         assert toy.first_error(p.question, toy.solution(rng, p.question, "direct")[0]) is None
         for kind in ("reflective", "give_up"):
             text, spans = toy.solution(rng, p.question, kind)
-            delimiter = re.compile(r" (low|high)\. " if world == "findx" else r"\n").search(text, spans[0][0])
+            delimiter = re.compile(r"\n" if world == "chain" else r" (low|high)\. ").search(text, spans[0][0])
             assert toy.first_error(p.question, text) == delimiter.end()
 
 
-@pytest.mark.parametrize("world", toy.WORLDS)
+@pytest.mark.parametrize("world", ["findx", "chain"])
 def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
     slips = 0
     for rng, p in samples(world, 600, seed=4):
@@ -220,6 +316,47 @@ def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
     assert slips > 50
 
 
+def test_countdown_constructions_keep_the_reasoning_and_end_right_under_the_grader():
+    """Whatever went wrong: a miss, a slip, a number that is not there or left over, a false verdict, another box."""
+    rights, golds, said = [], [], Counter()
+    for rng, p in samples("countdown", 600, seed=4):
+        wrong = toy.wrong_solution(rng, p.question)
+        analysis, prefix, reflection, correction = toy.construction(p.question, wrong)
+        assert wrong.startswith(prefix) and len(prefix) == toy.first_error(p.question, wrong)
+        assert toy.first_error(p.question, prefix + reflection) == len(prefix)
+        assert toy.diagnosis_is_true(p.question, prefix + reflection + correction)
+        assert false_statements(p.question, reflection + correction) == []
+        marks = re.findall(r"(\S+) vs (\S+) (ok|wrong)\. ", analysis)
+        assert [m[2] for m in marks] == ["ok"] * (len(marks) - 1) + ["wrong"]
+        *_, (written, true, _) = marks
+        form = re.sub(r"[\d,]*\d", "N", reflection)
+        if form in ("Wait, N is too low. ", "Wait, N is too high. "):      # names the value that the try reached
+            assert written in reflection and false_statements(p.question, prefix) == (
+                [prefix[prefix.rindex("Try "):]] if prefix.endswith(" ok. ") else [])
+        elif form == "Wait, N, not N. ":                                   # names what there is to use
+            there = list(map(int, true.split(",")))
+            assert reflection == f"Wait, {true}, not {written}. " and (int(written) not in there or len(there) > 1)
+        elif form == "Wait, N is right. ":
+            assert prefix.endswith(toy.boxed(int(written))) and correction == toy.boxed(int(p.answer))
+        else:
+            assert form in ("Wait, N+N is N, not N. ", "Wait, N-N is N, not N. ", "Wait, N*N is N, not N. ")
+            form = "slip"
+        said[form] += 1
+        rights.append(prefix + reflection + correction)
+        golds.append(p.answer)
+    assert min(said.values()) > 30 and len(said) == 5, said
+    assert {g.status for g in reward.grade_many(rights, golds)} == {"correct"}
+
+
+def test_countdown_grading_takes_any_route_and_no_copy_of_the_question():
+    """Bug: a grader that compares values is satisfied by the target itself, which the question states."""
+    *numbers, low, high = re.findall(r"\d+", COUNTDOWN)
+    for route in toy.routes((5, 9, 15), 19):
+        assert reward.grade(toy.attempt(COUNTDOWN, route) + toy.boxed(19), "19").reward == 1
+    for copied in (*numbers, low, high, f"{low}..{high}", "5,9,15"):
+        assert reward.grade(f"\\boxed{{{copied}}}", "19").reward == 0
+
+
 def test_a_construction_is_exact_on_the_documented_example():
     wrong = "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\nStep 4: 3*4=12\nAnswer: \\boxed{12}"
     assert toy.construction(CHAIN, wrong) == (
@@ -227,6 +364,10 @@ def test_a_construction_is_exact_on_the_documented_example():
         "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\n",
         "Wait, 15-13 is 2, not 3.\n", "Step 4: 2*4=8\nAnswer: \\boxed{8}")
     assert toy.construction(CHAIN, "Step 1: 46+21=67\n") is None
+    # the correction goes by the route that shares its beginning with what was tried
+    assert toy.construction(COUNTDOWN, "Try 15+9=24, 24+5=29 high. Answer: \\boxed{29}") == (
+        "24 vs 24 ok. 29 vs 29 ok. 29 vs 12..21 wrong. ", "Try 15+9=24, 24+5=29 high. ",
+        "Wait, 29 is too high. ", "Try 15+9=24, 24-5=19 ok. Answer: \\boxed{19}")
 
 
 # --- cold-start examples ---
@@ -300,6 +441,13 @@ def test_solutions_fit_their_token_budgets(tokenizer):
     assert longest["direct"] <= 26 and longest["reflective"] + 1 <= 54   # + 1: the stop token
     for rng, p in samples("chain", 300, seed=8):
         assert length(toy.solution(rng, p.question, "reflective")[0]) + 1 <= 80
+    config = runpy.run_path(str(Path(toy.__file__).parent / "config/coldstart_countdown.py"))
+    for p in toy.make_problems("countdown", "train", 600, seed=8, levels=config["levels"]):
+        built = "".join(toy.construction(p.question, toy.wrong_solution(rng, p.question))[1:])
+        for text in (built, toy.solution(rng, p.question, "reflective")[0]):
+            assert length(text) + 1 <= config["max_new_tokens"]
+        synthesis = toy.ift_example(rng, p.question).completion
+        assert length(synthesis) + 1 <= config["max_synthesis_tokens"]
 
 
 def test_a_diagnosis_is_true_only_of_a_mistake_that_was_made():

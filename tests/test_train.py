@@ -76,7 +76,7 @@ def author(monkeypatch, solved=lambda query: True):
                     body = toy.solution(rng, question, "reflective")[0]
                 groups.append([complete(f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")])
             else:
-                kinds = ["direct" if solved(key[3]) else "give_up", *["give_up"] * (n - 1)]
+                kinds = ["direct" if solved(key[-1]) else "give_up", *["give_up"] * (n - 1)]
                 groups.append([complete(toy.solution(rng, text, kind)[0]) for kind in kinds])
         return groups
 
@@ -103,7 +103,8 @@ def test_on_policy_ratio_is_exactly_one_and_nothing_is_clipped(start, tmp_path, 
 
 
 def test_no_extra_pass_is_spent_on_old_logprobs(start, tmp_path, monkeypatch):
-    """Trap 9. One update: one training forward a micro-batch, and one of the reference when its KL is logged."""
+    """Trap 9. One update: one training forward a micro-batch, and one of the reference when its KL is logged. There are two
+    micro-batches: of rows that learn, and of rows whose advantage is 0."""
     author(monkeypatch)
     calls = []
     forward = CausalLM.forward
@@ -113,7 +114,32 @@ def test_no_extra_pass_is_spent_on_old_logprobs(start, tmp_path, monkeypatch):
     run(start, tmp_path / "b", monkeypatch, max_steps=1, log_kl=True, tokens_per_microbatch=10**6)
     twice = len(calls) - once
     run(start, tmp_path / "c", monkeypatch, max_steps=1, log_kl=False, tokens_per_microbatch=10**6, updates_per_step=2)
-    assert (once, twice, len(calls) - once - twice) == (1, 2, 3)  # the last: one old pass, two updates
+    assert (once, twice, len(calls) - once - twice) == (2, 4, 6)  # the last: one old pass, two updates
+
+
+def test_a_row_of_advantage_zero_costs_no_backward_pass_and_changes_nothing(start, tmp_path, monkeypatch):
+    """Bugs: groups all right or all wrong left out of the denominator, or of the logs; moments that freeze where no row at
+    all learns. The other run gives them an advantage of 1e-30, so that they take part in everything."""
+    compute, forward, with_grad = train.advantages, CausalLM.forward, []
+
+    def watch(self, inputs, targets=None, **k):
+        with_grad.extend([torch.is_grad_enabled()] * len(inputs) if targets is not None else [])
+        return forward(self, inputs, targets, **k)
+
+    monkeypatch.setattr(CausalLM, "forward", watch)
+    author(monkeypatch, solved=lambda query: query in (0, 2, 5))      # nothing to learn in the third step
+    knobs = {"method": "grpo", "log_kl": False, "weight_decay": 0.1}
+    rows = run(start, tmp_path / "skipped", monkeypatch, **knobs)
+    assert len(with_grad) == 3 * 16 + 1 and sum(with_grad) == 3 * 4 + 1   # 3 mixed groups of 4; a row of padding in step 3
+    with_grad.clear()
+    monkeypatch.setattr(train, "advantages", lambda *a, **k: (v := compute(*a, **k)) + 1e-30 * (v == 0))
+    expected = run(start, tmp_path / "all", monkeypatch, **knobs)
+    assert all(with_grad) and len(with_grad) == 3 * 16
+    for row, other in zip(rows, expected, strict=True):
+        for key in set(row) - {k for k in row if k.startswith("time/")}:
+            assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
+    ours, theirs = weights_of(tmp_path / "skipped" / "step_000003"), weights_of(tmp_path / "all" / "step_000003")
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in ours)
 
 
 def test_second_update_of_a_step_is_off_policy(start, tmp_path, monkeypatch):
@@ -335,7 +361,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_where(start, tmp_path, m
             with pytest.raises(ValueError, match=r"cannot save .*step_000004 .*No space left.*goes on from .*step_000002"):
                 model, tokenizer = load_hf(start / "model"), toy.make_tokenizer()
                 optimizer = torch.optim.AdamW(model.parameters())
-                checkpoint.save_checkpoint(tmp_path / "out/step_000004", model, tokenizer, optimizer, 4, {}, keep_last=1)
+                saver = checkpoint.Saver(tokenizer, {"out_dir": tmp_path / "out", "keep_last": 1})
+                saver.save(tmp_path / "out/step_000004", model, optimizer, 4)
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "out")] == ["step_000002"]
     assert not list((tmp_path / "out").glob(".step*"))
     assert all(torch.equal(p, before[name]) for name, p in weights_of(tmp_path / "out/step_000002").items())

@@ -1,0 +1,96 @@
+"""How a run ends when it cannot go on: one message that says what to do, from the process it happened to, within seconds.
+
+    bad value, full disk     one line, exit status 1 (configurator.run_script)
+    out of memory            one line: the knob of the phase and the last good checkpoint
+    non-finite numbers       the update is skipped by all processes alike; after max_bad_steps in a row, one line
+    SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143; --resume=True goes on
+    another process ended    its own message comes first, ours is one line; torchrun ends the whole job
+    another process hangs    the collective ends after timeout_minutes, and the message names that knob
+"""
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from checkpoint import newest
+from configurator import run_script
+
+SIGTERM_STATUS = 128 + signal.SIGTERM  # not 0: a script of several phases must not go on to the next one
+PATIENCE = 5                           # seconds in which torchrun ends a process whose peer has died, before it says so itself
+PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting")
+
+
+def run(main) -> None:
+    """configurator.run_script for a script that may be one of torchrun's processes.
+
+    When a process ends, all others fail too, in the collective they are in. That is no news: they leave torchrun time to end
+    them, and else say it in one line. torchrun kills what has not ended 30 s after SIGTERM (--shutdown-timeout): a rank that
+    hangs, or that waits on its GPU for a dead one.
+    """
+    if "RANK" not in os.environ:
+        return run_script(main)
+    status = 0
+    try:
+        run_script(lambda: _own_errors_first(main))
+    except SystemExit as e:
+        status = e.code or 0
+    except BaseException:
+        print(f"rank {os.environ['RANK']}:", file=sys.stderr)
+        traceback.print_exc()
+        status = 1
+    if status in (0, SIGTERM_STATUS):  # all processes have come to the end
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # sys.exit would wait for collectives and threads that wait for the others
+
+
+def _own_errors_first(main) -> None:
+    try:
+        main()
+    except Exception as e:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        text = re.sub(r"\[\S+\] ", "", " ".join(str(e).split()))  # without the place in torch's sources
+        if not isinstance(e, RuntimeError) or not PEER.search(text):
+            raise
+        late = re.search("[Tt]imed out", text)
+        time.sleep(1 if late else PATIENCE)
+        hint = ("it hangs, or may need longer than that: raise timeout_minutes" if late else "read its message, not this one")
+        print(f"rank {os.environ['RANK']} lost another process ({text[:200]}): {hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+def on_sigterm() -> threading.Event:
+    """From now on SIGTERM does not end the process but sets this event; whoever runs the loop looks at it once a step."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+def check_bad_steps(bad_steps: int, c) -> None:
+    """ValueError once the updates of so many steps in a row had to be skipped."""
+    if bad_steps >= c.max_bad_steps:
+        raise ValueError(f"loss or gradient was not finite in {bad_steps} steps in a row (max_bad_steps = {c.max_bad_steps}), "
+                         "these updates were skipped; look at the rollouts, or start a new run with a lower learning_rate; "
+                         f"the last good checkpoint is {newest(c.out_dir)}")
+
+
+@contextlib.contextmanager
+def out_of_memory_names(c, *knobs: str):
+    """Inside, running out of GPU memory is a ValueError that names these knobs of `c` and the last good checkpoint."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        what = ". ".join(str(e).split(". ")[:2])  # how much was asked for; not what the allocator advises
+        values = ", ".join(f"{knob} = {getattr(c, knob)}" for knob in knobs)
+        raise ValueError(f"{what}; change {values} (what a change saves: --plan=True), then --resume=True goes on from "
+                         f"{newest(c.out_dir)}") from e

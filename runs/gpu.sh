@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in minutes on one: bf16 training of the toy and of a random model of Qwen3-0.6B's shape, three steps
+# each. Reported: |log-prob of sampler - trainer| of every step, and peak memory against what --plan predicts.
+#   TOKENIZER=Qwen/Qwen3-0.6B bash runs/gpu.sh     # a hub id, or a folder with Qwen3's tokenizer files
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/setup.sh
+OUT=${OUT:-out/gpu} TOKENIZER=${TOKENIZER:-Qwen/Qwen3-0.6B}
+[ -f "$OUT/toy/final/meta.json" ] ||
+  python coldstart.py config/coldstart_toy.py --out_dir="$OUT/toy" --problems_dir="$OUT/data" --max_steps=700 --stop_at_pass1=0 \
+    --eval_interval=0 --resume=True
+# kl_coef: a random model solves nothing, and without it no row would have a gradient
+python tests/gpu.py toy config/toy.py --init_from="$OUT/toy/final" --problems="$OUT/data/findx_train.jsonl" --eval_problems= \
+  --out_dir="$OUT/run_toy" --max_steps=3 --dtype=bfloat16 --kl_coef=0.01
+python tests/gpu.py make "$TOKENIZER" "$OUT/random"
+python tests/gpu.py qwen3-0.6b --init_from="$OUT/random" --problems="$OUT/data/findx_train.jsonl" --out_dir="$OUT/run_random" \
+  --max_steps=3 --prompts_per_step=8 --samples_per_prompt=8 --max_new_tokens=1024 --tokens_per_microbatch=8192 --max_rows=64 \
+  --save_interval=0 --dtype=bfloat16 --kl_coef=0.01
