@@ -361,20 +361,19 @@ def bench_scale() -> None:
 
 
 def step_in_child() -> tuple[float, float]:
-    """(peak GiB above the start, as --plan predicts) of two steps of sampling and updating `small`."""
+    """(peak GiB above the start, as --plan predicts) of two steps of sampling and updating `small`, 16 rows at once."""
     torch.set_num_threads(threads)
     base = torch.cuda.memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     tokenizer, model = toy.make_tokenizer(), model_of("small")
-    c = knobs(max_new_tokens=64, max_rows=16, tokens_per_microbatch=4096)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 12)]
+    longest = max(len(render_prompt(tokenizer, p.question, "")) for p in problems)
+    sizes = {"max_rows": 16, "max_new_tokens": 64, "tokens_per_microbatch": 16 * (longest + 64), "samples_per_prompt": 8}
+    c, optimizer = knobs(**sizes), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for _ in range(2):
         step_of(model, optimizer, tokenizer, problems, (), c)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    longest = max(len(render_prompt(tokenizer, p.question, "")) for p in problems)
-    predicted = memory_plan(model.config, max_rows=16, longest_prompt=longest, max_new_tokens=64, tokens_per_microbatch=4096,
-                            dtype=dtype, samples_per_prompt=8, reference_model=False, device=device)["peak"]
-    return (peak - base) / 2**30, predicted / 2**30
+    predicted = memory_plan(model.config, **sizes, longest_prompt=longest, dtype=dtype, reference_model=False, device=device)
+    return (peak - base) / 2**30, predicted["peak"] / 2**30
 
 
 def bench_memory() -> None:

@@ -41,7 +41,7 @@ from rollout import EVALUATION, completion_text, generate
 # --- what is measured -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id
 problems = ""                  # problem files, separated by commas; each is scored by itself
-world = ""                     # or a toy world: 'findx' | 'chain'
+world = ""                     # or a toy world: 'findx' | 'chain' | 'countdown'
 split = "test"                 # of the toy world
 levels: tuple = ()             # of the toy world, () = all
 n_problems = 0                 # the first so many of each file; 0 = all

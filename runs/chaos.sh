@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Interrupted runs: real training under torchrun, killed at random moments in every way, each resumed to the end and compared
-# with the run that nobody interrupted. Makes its own small model; about ten minutes on two CPU cores. Linux.
+# with the run that nobody interrupted. Makes its own small model; a quarter of an hour on two CPU cores. Linux.
 #   bash runs/chaos.sh [ROUNDS [SEED]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
