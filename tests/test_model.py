@@ -462,6 +462,7 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
             cache.keep(torch.tensor([3, 1]))
             decoded.append(model(ids[:2, 9:10], cache=cache))
         results.append([logprobs.detach(), *decoded, *(p.grad for p in model.parameters())])
+    assert all(block._compiled_call_impl for block in model.model.layers)
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 

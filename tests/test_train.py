@@ -142,6 +142,26 @@ def test_a_row_of_advantage_zero_costs_no_backward_pass_and_changes_nothing(star
     assert all((ours[name] - theirs[name]).abs().max() < 1e-6 for name in ours)
 
 
+@pytest.mark.parametrize("knobs", [{"method": "grpo", "kl_coef": 0.1}, {"method": "opsd"}, {"method": "sft"}], ids=str)
+def test_where_the_advantage_is_not_the_whole_loss_rows_of_advantage_zero_learn(knobs, start, tmp_path, monkeypatch):
+    """Bug: KL, OPSD and SFT lose the rows whose group is all right or all wrong, or, under Eq. 5, every right construction."""
+    with_grad, forward = [], CausalLM.forward
+
+    def watch(self, inputs, targets=None, **k):
+        with_grad.extend([torch.is_grad_enabled()] * len(inputs) if targets is not None else [])
+        return forward(self, inputs, targets, **k)
+
+    monkeypatch.setattr(CausalLM, "forward", watch)
+    author(monkeypatch, solved=lambda query: query < 2 or knobs["method"] == "opsd")
+    if knobs["method"] == "opsd":
+        monkeypatch.setattr(train, "advantages", lambda rewards, *a, **k: torch.zeros_like(rewards))
+    row = run(start, tmp_path / "out", monkeypatch, max_steps=1, **knobs)[0]
+    if knobs["method"] == "sft":
+        assert row["reflect/correct"] == 1 and sum(with_grad) == row["reflect/kept"] > 1 and row["train/grad_norm"] > 0.1
+    else:  # a teacher is shown another right response: of four groups with one, the three wrong ones learn
+        assert sum(with_grad) == (12 if knobs["method"] == "opsd" else 16)
+
+
 def test_second_update_of_a_step_is_off_policy(start, tmp_path, monkeypatch):
     """Bug: old log-probs recomputed inside the update loop keep the ratio at 1 for ever and clipping never acts."""
     author(monkeypatch)
