@@ -1,0 +1,43 @@
+"""bench.py runs and counts what it says. Nothing here is timed: a figure depends on the machine, its arithmetic does not."""
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bench
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A few tokens of the smallest model."""
+    for name, value in {"rows": 32, "prompt_length": 4, "max_new_tokens": 16, "repeats": 1, "device": "cpu", "RESULTS": []}.items():
+        monkeypatch.setattr(bench, name, value)
+    return bench.RESULTS
+
+
+def test_useful_tokens_alone_are_counted_for_both(small, monkeypatch):
+    """Guards: padding behind a stop that counts as tokens, for the peer or for us."""
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a run takes one second
+    bench.bench_rollout({"flops": 1e9, "bytes": 1e9})
+    fixed, ragged = bench.RESULTS
+    assert fixed["value"] == fixed["transformers"] == 32 * 16
+    assert 32 < ragged["value"] < 32 * 16 and 32 < ragged["transformers"] < 32 * 16
+
+
+def test_every_figure_is_written_with_the_machine_it_was_measured_on(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "what", "limits,update,grading")
+    monkeypatch.setattr(bench, "out", str(tmp_path / "bench.json"))
+    bench.main()
+    written = json.loads((tmp_path / "bench.json").read_text())
+    names = [r["name"].split(":")[0].split(" ")[0] for r in written["results"]]
+    assert names == ["limit", "limit", "update", "grading", "grading", "grading"]
+    assert written["torch"] == torch.__version__ and written["config"]["rows"] == 32
+    assert all(r["value"] > 0 for r in written["results"])
+
+
+def test_an_unknown_measurement_is_refused(small, monkeypatch):
+    monkeypatch.setattr(bench, "what", "rollouts")
+    with pytest.raises(ValueError, match="what = 'rollouts' is unknown; use limits, rollout"):
+        bench.main()
