@@ -12,7 +12,8 @@ import bench
 @pytest.fixture
 def small(monkeypatch):
     """A few tokens of the smallest model."""
-    for name, value in {"rows": 32, "prompt_length": 4, "max_new_tokens": 16, "repeats": 1, "device": "cpu", "RESULTS": []}.items():
+    knobs = {"rows": 32, "prompt_length": 4, "max_new_tokens": 16, "repeats": 1, "device": "cpu", "RESULTS": []}
+    for name, value in knobs.items():
         monkeypatch.setattr(bench, name, value)
     return bench.RESULTS
 
