@@ -31,7 +31,7 @@ from advantage import advantages
 from configurator import configure, run_script
 from data import Problem, render_prompt
 from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, num_params, save_hf
-from parallel import precision
+from parallel import pick_device, precision
 from plan import cache_bytes, memory_plan
 from rollout import PREFIX, Rollout, generate
 
@@ -165,9 +165,9 @@ def bench_rollout(limit: dict[str, float]) -> None:
 def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -> dict[str, float]:
     """One GRPO step through train.py's own phases -> seconds of each. Rewards are replaced by coin flips: a model of random
     weights is never right, and without a right answer there would be nothing to update."""
-    queries, world = list(enumerate(problems)), 1
+    queries = list(enumerate(problems))
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
-    wrap, autocast = precision(c, world, device)
+    autocast = precision(c, 1, device)[1]
     clock = [time.perf_counter()]
     with autocast:
         rollouts = train.sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, 0)
@@ -181,7 +181,7 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -
                         [False] * len(rollouts))
     for r, value in zip(rollouts, values.tolist(), strict=True):
         r.advantage = value
-    train.update(model, None, optimizer, rollouts, None, c, 0, world, device, autocast)
+    train.update(model, None, optimizer, rollouts, None, c, 0, 1, device, autocast)
     clock.append(time.perf_counter())
     generated, graded, updated = (b - a for a, b in zip(clock, clock[1:], strict=False))
     return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0]}
@@ -238,9 +238,8 @@ def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
         arguments = GRPOConfig(
             output_dir=folder + "/trl", max_steps=2, per_device_train_batch_size=64, num_generations=8, beta=0.0,
             learning_rate=1e-6, max_completion_length=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, report_to="none",
-            save_strategy="no",
-            use_cpu=device == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
-            generation_kwargs={"min_new_tokens": max_new_tokens} if fixed else {})
+            save_strategy="no", use_cpu=device == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False,
+            disable_tqdm=True, generation_kwargs={"min_new_tokens": max_new_tokens} if fixed else {})
         trainer = GRPOTrainer(
             model=folder, reward_funcs=coin, args=arguments, processing_class=tokenizer, callbacks=[Clock()],
             train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(prompt)} for prompt in prompts] * 4))
@@ -292,7 +291,6 @@ def bench_update(limit: dict[str, float]) -> None:
     lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in batch]
     autocast = precision(c, 1, device)[1]
 
-
     def update() -> None:
         train.update(model, None, optimizer, batch, None, c, 0, 1, device, autocast)
 
@@ -303,11 +301,16 @@ def bench_update(limit: dict[str, float]) -> None:
            seconds=median, mfu=flops / median / limit["flops"])
 
 
+def peak_memory() -> int:
+    """Bytes that this process has held at most: on the GPU, else altogether."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def head_in_child(naive: bool) -> tuple[float, float]:
     """(seconds, peak GiB above the start) of log-probs + entropy with gradients, V 151,936, d 1,024, T 2,048, in this process."""
     torch.set_num_threads(threads)
     V, d, T = 151936, 1024, 2048
-    base = torch.cuda.memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    base = peak_memory()
     hidden = torch.randn(1, T, d, device=device, requires_grad=True)
     weight = (torch.randn(V, d, device=device) * 0.02).requires_grad_()
     targets = torch.randint(0, V, (1, T), device=device)
@@ -321,8 +324,7 @@ def head_in_child(naive: bool) -> tuple[float, float]:
         (logprobs.sum() + 0.01 * entropy.sum()).backward()
 
     elapsed = seconds(run)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return elapsed, (peak - base) / 2**30
+    return elapsed, (peak_memory() - base) / 2**30
 
 
 def in_child(f, *args):
@@ -363,7 +365,7 @@ def bench_scale() -> None:
 def step_in_child() -> tuple[float, float]:
     """(peak GiB above the start, as --plan predicts) of two steps of sampling and updating `small`, 16 rows at once."""
     torch.set_num_threads(threads)
-    base = torch.cuda.memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    base = peak_memory()
     tokenizer, model = toy.make_tokenizer(), model_of("small")
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 12)]
     longest = max(len(render_prompt(tokenizer, p.question, "")) for p in problems)
@@ -371,9 +373,9 @@ def step_in_child() -> tuple[float, float]:
     c, optimizer = knobs(**sizes), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for _ in range(2):
         step_of(model, optimizer, tokenizer, problems, (), c)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measured = (peak_memory() - base) / 2**30
     predicted = memory_plan(model.config, **sizes, longest_prompt=longest, dtype=dtype, reference_model=False, device=device)
-    return (peak - base) / 2**30, predicted["peak"] / 2**30
+    return measured, predicted["peak"] / 2**30
 
 
 def bench_memory() -> None:
@@ -397,7 +399,7 @@ def main() -> None:
     """Measure what was asked for; print the table, write the JSON."""
     global device
     config = configure(globals())
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     torch.set_num_threads(threads)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} of {os.cpu_count()} threads"
     print(f"{machine}; torch {torch.__version__}; {config}")

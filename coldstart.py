@@ -11,7 +11,6 @@ The result is out_dir/final, a Hugging Face folder.
 Deliberately missing: examples packed into one row.
 """
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import failing
 import parallel
 import reflect
 import toy
-from checkpoint import Saver, find_start, keep_log, load_optimizer, newest, write_lines
+from checkpoint import Saver, find_start, keep_log, load_optimizer, write_lines
 from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
@@ -474,8 +473,7 @@ def main() -> None:
             break
     bar.close()
     if interrupted:
-        say(f"SIGTERM: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out)}", flush=True)
-        sys.exit(failing.SIGTERM_STATUS)
+        failing.end_after_sigterm(done, max_steps, out, say)
     saver.save(out / "final", model, optimizer, done)
     say(f"saved {out / 'final'} after {done} steps")
 

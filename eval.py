@@ -35,6 +35,7 @@ from configurator import configure, diff_configs, print_config, run_script
 from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer
 from data import render_prompt, save_problems, stop_ids_of
 from model import load_hf, num_params
+from parallel import pick_device
 from plan import eval_table
 from rollout import EVALUATION, completion_text, generate
 
@@ -249,7 +250,7 @@ def reflection_flags(question: str, text: str, exact: bool) -> tuple[bool, bool]
 
 def load_model(c, tokenizer, prompts: dict[str, list[int]]):
     """The model in c.dtype on c.device and its stop ids, once every prompt (by uid) is known to fit its context."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if c.device == "auto" else c.device
+    device = pick_device(c.device)
     if c.threads:
         torch.set_num_threads(c.threads)
     model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device, num_tokens=len(tokenizer),

@@ -76,6 +76,12 @@ def on_sigterm() -> threading.Event:
     return event
 
 
+def end_after_sigterm(done: int, max_steps: int, out_dir, say) -> None:
+    """The last words of a run whose step and checkpoint are complete, and its exit status; say: prints on one process."""
+    say(f"SIGTERM: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out_dir)}", flush=True)
+    sys.exit(SIGTERM_STATUS)
+
+
 def check_bad_steps(bad_steps: int, c) -> None:
     """ValueError once the updates of so many steps in a row had to be skipped."""
     if bad_steps >= c.max_bad_steps:

@@ -31,12 +31,17 @@ def check_world(replicas: int, prompts_per_step: int = 0) -> None:
         raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a divisor, e.g. the number of nodes")
 
 
+def pick_device(device: str) -> str:
+    """'auto' is the GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
     """(rank, world size, device of this process). Joins torchrun's process group if there is one; failing.run leaves it.
 
     timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
     """
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     if "RANK" not in os.environ:
         return 0, 1, device
     if device == "cuda":

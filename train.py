@@ -13,7 +13,6 @@ Deliberately missing: a value model, a KL penalty by default, a reward model, re
 import dataclasses
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +36,7 @@ from advantage import (
     token_weights,
     train_mask,
 )
-from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer, newest, write_lines
+from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer, write_lines
 from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
@@ -477,8 +476,7 @@ def main() -> None:
             break
     saver.wait()
     if done < c.max_steps:
-        say(f"SIGTERM: stopped after step {done} of {c.max_steps}; --resume=True goes on from {newest(out)}", flush=True)
-        sys.exit(failing.SIGTERM_STATUS)
+        failing.end_after_sigterm(done, c.max_steps, out, say)
 
 
 def run_table(training, prompts, stop_ids, tokenizer, c, device, world) -> str:

@@ -83,6 +83,18 @@ def author(monkeypatch, solved=lambda query: True):
     monkeypatch.setattr(train, "generate", generate)
 
 
+def rows_with_grad(monkeypatch) -> list[bool]:
+    """Filled by every forward over targets: for each row, whether it is for a gradient."""
+    with_grad, forward = [], CausalLM.forward
+
+    def watch(self, inputs, targets=None, **k):
+        with_grad.extend([torch.is_grad_enabled()] * len(inputs) if targets is not None else [])
+        return forward(self, inputs, targets, **k)
+
+    monkeypatch.setattr(CausalLM, "forward", watch)
+    return with_grad
+
+
 def rollouts_of(out, step=1):
     return [json.loads(line) for line in (out / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
@@ -120,13 +132,7 @@ def test_no_extra_pass_is_spent_on_old_logprobs(start, tmp_path, monkeypatch):
 def test_a_row_of_advantage_zero_costs_no_backward_pass_and_changes_nothing(start, tmp_path, monkeypatch):
     """Bugs: groups all right or all wrong left out of the denominator, or of the logs; moments that freeze where no row at
     all learns. The other run gives them an advantage of 1e-30, so that they take part in everything."""
-    compute, forward, with_grad = train.advantages, CausalLM.forward, []
-
-    def watch(self, inputs, targets=None, **k):
-        with_grad.extend([torch.is_grad_enabled()] * len(inputs) if targets is not None else [])
-        return forward(self, inputs, targets, **k)
-
-    monkeypatch.setattr(CausalLM, "forward", watch)
+    compute, with_grad = train.advantages, rows_with_grad(monkeypatch)
     author(monkeypatch, solved=lambda query: query in (0, 2, 5))      # nothing to learn in the third step
     knobs = {"method": "grpo", "log_kl": False, "weight_decay": 0.1}
     rows = run(start, tmp_path / "skipped", monkeypatch, **knobs)
@@ -145,13 +151,7 @@ def test_a_row_of_advantage_zero_costs_no_backward_pass_and_changes_nothing(star
 @pytest.mark.parametrize("knobs", [{"method": "grpo", "kl_coef": 0.1}, {"method": "opsd"}, {"method": "sft"}], ids=str)
 def test_where_the_advantage_is_not_the_whole_loss_rows_of_advantage_zero_learn(knobs, start, tmp_path, monkeypatch):
     """Bug: KL, OPSD and SFT lose the rows whose group is all right or all wrong, or, under Eq. 5, every right construction."""
-    with_grad, forward = [], CausalLM.forward
-
-    def watch(self, inputs, targets=None, **k):
-        with_grad.extend([torch.is_grad_enabled()] * len(inputs) if targets is not None else [])
-        return forward(self, inputs, targets, **k)
-
-    monkeypatch.setattr(CausalLM, "forward", watch)
+    with_grad = rows_with_grad(monkeypatch)
     author(monkeypatch, solved=lambda query: query < 2 or knobs["method"] == "opsd")
     if knobs["method"] == "opsd":
         monkeypatch.setattr(train, "advantages", lambda rewards, *a, **k: torch.zeros_like(rewards))
