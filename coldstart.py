@@ -48,6 +48,7 @@ from train import learning_rate_at, sample_rollouts, score
 init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
 world = ""                     # 'findx' | 'chain' | 'countdown': examples from toy.py; '' = from `problems`
 levels: tuple = ()             # of the world's difficulty levels, () = all
+kinds: tuple = ()              # of its examples (toy.SHARES), () = all; ("direct", "give_up") never reflects, nor synthesises
 problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
 from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
 eval_problems = ""             # held-out jsonl; a toy world has its own
@@ -120,6 +121,9 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError(f"world = {c.world!r}, problems = {c.problems!r}: set exactly one, the source of examples")
     if c.world and c.world not in toy.WORLDS:
         raise ValueError(f"world = {c.world!r} is unknown; use one of {', '.join(map(repr, toy.WORLDS))}")
+    if set(c.kinds) - set(toy.SHARES.get(c.world, ())):
+        raise ValueError(f"kinds = {c.kinds} of world = {c.world!r}: use some of {', '.join(toy.SHARES.get(c.world, ()))} "
+                         "(of a toy world alone)")
     if c.world and c.max_steps < 1:
         raise ValueError(f"max_steps = {c.max_steps}: toy examples have no epochs; set max_steps")
     if c.from_rollouts and not c.problems:
@@ -187,7 +191,9 @@ def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
     """The batch of one step: a function of (seed, step), so that resuming needs no state."""
     rng = np.random.default_rng((c.seed, EXAMPLES, step))
     drawn = [questions[i] for i in rng.integers(len(questions), size=c.batch_size)]
-    examples = [toy.example(rng, question, toy.SHARES[c.world]) for question in drawn]
+    shares = {kind: share for kind, share in toy.SHARES[c.world].items() if not c.kinds or kind in c.kinds}
+    shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
+    examples = [toy.example(rng, question, shares) for question in drawn]
     return [encode(tokenizer, e.prompt, e.completion, e.no_loss) for e in examples]
 
 

@@ -391,7 +391,7 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
 
     difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is over problems
     (bootstrap) for one seed and over seeds (Student's t) for more: only the latter holds the luck of training.
-    p: sign flips of the per-problem differences, averaged over seeds.
+    p: sign flips of the differences by problem for one seed and by seed for more, in line with the interval.
     """
     if len(groups) < 2 or len({len(group) for group in groups}) > 1:
         raise ValueError("compare needs two or more results, or groups of equally many seeds (paired in order); "
@@ -415,7 +415,8 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
             found.append(dict(zip(("set", "temperature", "top_p", "max_new_tokens"), key, strict=True)) | {
                 "problems": len(uids), "baseline": "+".join(map(str, groups[0])), "other": "+".join(map(str, group)),
                 "baseline_pass@1": float(accuracy[0].mean()), "other_pass@1": float(theirs.mean()),
-                "difference": float(by_seed.mean()), "low": low, "high": high, "p": sign_flip_p(by_problem),
+                "difference": float(by_seed.mean()), "low": low, "high": high,
+                "p": sign_flip_p(by_seed if len(by_seed) > 1 else by_problem),
                 "by_seed": by_seed.tolist()})
     return found
 

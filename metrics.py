@@ -64,7 +64,7 @@ def warnings_of(m: dict[str, float], dry_steps: int, c) -> list[str]:
     if m["rollout/zero_variance_groups"] == 1:
         why = ("too hard for this model, or its answers do not follow the format" if m["rollout/pass1"] < 0.5
                else "too easy for this model")
-        found.append("this step cannot learn: in every group all rewards are equal, so every advantage is 0 "
+        found.append("this run cannot learn from such a step: in every group all rewards are equal, so every advantage is 0 "
                      f"(mean reward {m['rollout/pass1']:.2f}: the problems are {why})")
     if m["train/parity_mean"] > c.parity_alarm:
         found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f} is above parity_alarm = "

@@ -9,5 +9,5 @@ out_dir = "out/countdown/coldstart"
 max_steps = 6000
 max_new_tokens = 57         # as in RL: room for one retry (48), and for the longest construction
 max_synthesis_tokens = 120
-stop_at_pass1 = 0.34        # picking a number of the range is right in 10 %, one random try in 18 %
+stop_at_pass1 = 0.42        # picking a number of the range is right in 10 %, one random try in 18 %
 n_eval = 200

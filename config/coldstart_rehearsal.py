@@ -5,8 +5,8 @@ problems = "out/rehearsal/lessons.jsonl"
 eval_problems = "out/rehearsal/problems.jsonl"  # no held-out problem could be solved
 out_dir = "out/rehearsal/taught"
 
-epochs = 60
-batch_size = 4                 # 24 examples: six steps an epoch
+epochs = 45
+batch_size = 4                 # 72 examples: 18 steps an epoch
 learning_rate = 5e-3
 warmup_steps = 20
 beta2 = 0.99

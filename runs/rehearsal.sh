@@ -29,7 +29,7 @@ python tests/rehearsal.py make "$TOKENIZER" "$OUT/data/deepscaler.jsonl" "$OUT"
 say "an untrained model on GSM8K: two steps that say loudly that they cannot learn"
 run untrained train.py config/rehearsal.py --init_from="$OUT/tiny" --problems="$OUT/data/gsm8k.jsonl" --out_dir="$OUT/untrained" \
   --prompts_per_step=2 --max_new_tokens=32
-grep -q "WARNING: this step cannot learn" "$OUT/untrained.log"
+grep -q "WARNING: this run cannot learn" "$OUT/untrained.log"
 
 say "lessons: both formats of the cold start, from solutions"
 run taught coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/tiny" --problems="$OUT/lessons.jsonl" \

@@ -20,7 +20,7 @@ from checkpoint import checkpoints, write_lines  # noqa: E402
 from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: E402
 from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
 
-N_PROBLEMS = 8
+N_PROBLEMS = 24
 MAX_QUESTION = 24  # tokens
 
 

@@ -283,7 +283,8 @@ def test_a_run_that_cannot_learn_says_so(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "stop_ids_of", lambda *_: (10**6,))  # an id that is never sampled: nothing ever ends
     row = run(start, tmp_path / "out", monkeypatch, max_steps=1, max_new_tokens=3)[0]
     printed = capsys.readouterr().out
-    assert "WARNING: this step cannot learn: in every group all rewards are equal" in printed and "too hard" in printed
+    assert "WARNING: this run cannot learn from such a step: in every group all rewards are equal" in printed
+    assert "too hard" in printed
     assert "WARNING: every response was truncated at max_new_tokens = 3" in printed
     assert row["train/loss"] == 0.0 and row["train/grad_norm"] == 0.0  # and nothing is NaN
 

@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# The evidence: every number of RESULTS.md, methods x seeds in the toy worlds, two processes side by side. Finished parts are
+# skipped and interrupted ones go on, so the same command continues after a kill. Hours on two cores.
+#   bash runs/ablations.sh                        # everything, then the tables and the report
+#   bash runs/ablations.sh 'findx (grpo|tapo) '   # only jobs that match, "WORLD ROW SEED": all seeds of two rows here
+#   LIST=1 bash runs/ablations.sh                 # the jobs, in order
+# A row is a line of the function `jobs`: to compare an idea of yours, add one.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-out/ablations} JOBS=${JOBS:-2}
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+
+row() {  # row WORLD NAME SEEDS FLAGS: one job a seed
+  local world=$1 name=$2 seed; shift 2
+  local seeds=$1; shift
+  for seed in $seeds; do echo "$world $name $seed $*"; done
+}
+EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"  # even seeds start from cold start 0, odd ones from cold start 1
+QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
+tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
+
+jobs() {
+  local world method rate seed
+  for world in findx countdown; do
+    # Learning rates, by held-out validation problems, with seeds that count nowhere else.
+    for method in grpo tapo opsd; do for rate in 3e-4 6e-4 1.2e-3; do
+      row $world tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET
+    done; done
+  done
+  for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
+    row $world grpo $seed config/grpo.py
+    row $world tapo $seed config/tapo.py
+    SEEDS=$seed tapo $world copy --prefix_mode=copy        # control: is it imitation of y+?
+    SEEDS=$seed tapo $world paper --ref_advantage=group --loss_norm=separate --diagnosis=ots  # Eq. 5, 6, 8 to the letter
+    row $world opsd $seed config/opsd.py
+  done; done
+  for world in findx countdown; do
+    row $world grpo_long "$FOUR" config/grpo.py --max_steps=90 $QUIET  # as much time as TAPO's 60 steps take
+    row $world sft "$FOUR" config/tapo.py --method=sft $QUIET          # Table 3
+    tapo $world full --prefix_mode=full
+    tapo $world wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
+    tapo $world wo_ots_neg --ots=False --ref_negatives=False
+    tapo $world wo_ots --ots=False
+    tapo $world wo_dae --decoupled=False
+    tapo $world zpd_222 --n_pos=2 --n_neg=2 --m_max=2      # Table 5; 2, 4, 4 is TAPO
+    tapo $world zpd_224 --n_pos=2 --n_neg=2 --m_max=4
+    tapo $world zpd_153 --n_pos=1 --n_neg=5 --m_max=3
+    tapo $world diagnosis_ots --diagnosis=ots              # ours: what the diagnosis does ...
+    tapo $world diagnosis_train --diagnosis=train
+    tapo $world diagnosis_train_wo_ots --diagnosis=train --ots=False
+    tapo $world prefix_masked --train_prefix=False         # ... the prefix ...
+    tapo $world ref_group --ref_advantage=group            # ... and what a construction is compared with
+    tapo $world ref_orig --ref_advantage=orig
+    tapo $world separate --loss_norm=separate
+  done
+  for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
+  for method in grpo tapo; do row findx easy_$method "$FOUR" config/$method.py $QUIET; done       # from 55 % instead of 34 %
+  for seed in $FOUR; do
+    for method in grpo tapo; do row chain $method $seed config/$method.py; done
+    SEEDS=$seed tapo chain copy --prefix_mode=copy
+  done
+}
+
+settings() {  # of train.py and eval.py in a world
+  case $1-$2 in
+    findx-train) echo config/toy.py ;;
+    *-train) echo config/toy.py "config/$1.py" ;;
+    findx-eval) echo config/eval_toy.py ;;
+    countdown-eval) echo config/eval_toy.py --world=countdown --levels="('3',)" --max_new_tokens=57 ;;
+    chain-eval) echo config/eval_toy.py --world=chain --levels="()" --n_problems=400 --max_new_tokens=80 ;;
+  esac
+}
+logged() {  # logged LOG COMMAND: its output goes to the log, the end of it here if it fails
+  local log=$1; shift
+  python "$@" >> "$log" 2>&1 || { echo "FAILED: $*"; tail -n 5 "$log"; return 1; }
+}
+start_of() {  # the kind of start that a row begins with
+  case $1 in base_* | easy_*) echo "${1%%_*}" ;; *) echo coldstart ;; esac
+}
+coldstart() {  # coldstart WORLD KIND NUMBER
+  local world=$1 kind=$2 folder=$OUT/$1/$2_c$3 flags=(config/coldstart_toy.py)
+  if [ "$world" != findx ]; then flags+=("config/coldstart_$world.py"); fi
+  case $kind in
+    base) flags+=("--kinds=('direct', 'give_up')") ;;  # solves, never reflects
+    easy) flags+=(--stop_at_pass1=0.55) ;;
+  esac
+  mkdir -p "$OUT/$world"
+  logged "$folder.log" coldstart.py "${flags[@]}" --seed="$3" --out_dir="$folder" --resume=True
+  [ -f "$folder.json" ] || logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$folder/final" --out="$folder"
+  echo "$(date +%T) $world $kind $3"
+}
+run() {  # run WORLD ROW SEED FLAGS: train from the cold start of its seed, then measure on the test problems
+  local world=$1 name=$2 seed=$3 folder=$OUT/$1/$2_s$3; shift 3
+  local start=$OUT/$world/$(start_of "$name")_c$((seed % 2))/final
+  [ ! -f "$folder.json" ] || return 0
+  logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" --init_from="$start" --out_dir="$folder" --resume=True
+  case $name in
+    tune_*) cp "$folder/config.json" "$folder.json" ;;  # what decides is in metrics.jsonl; no test problem is touched
+    *) logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$(ls -d "$folder"/step_* | tail -n 1)" --out="$folder" ;;
+  esac
+  echo "$(date +%T) $world $name seed $seed: $(grep -c '"step"' "$folder/metrics.jsonl") steps"
+}
+
+case ${1:-} in
+  job-coldstart) coldstart "${@:2}"; exit ;;
+  job-run) run "${@:2}"; exit ;;
+esac
+if [ -n "${LIST:-}" ]; then jobs; exit; fi
+source runs/setup.sh
+mkdir -p "$OUT"
+jobs | grep -E "${1:-.}" > "$OUT/jobs"
+while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % 2))"; done < "$OUT/jobs" | awk '!seen[$0]++' |
+  xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
+xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"

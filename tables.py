@@ -1,0 +1,238 @@
+"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, RESULTS.md out.
+
+    python tables.py out/ablations                        # all tables, printed
+    python tables.py out/ablations --update=RESULTS.md    # the same, between the marks <!-- table NAME --> of a document
+
+A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each. Pass@1 is in % on test
+problems; +- is the standard deviation over seeds. Differences are eval.py's paired comparison, seed by seed with the same
+seeds of the baseline: in points, with the 95 % interval (Student's t) and p (all sign flips) over seeds. What is not there
+is left out: a sweep that is still running has tables, too.
+"""
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from eval import compare_runs
+
+LIFE = (("kept", "candidates"), ("right", "kept"), ("localised", "kept"), ("mixed_groups", "groups"))  # of measure.py
+T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
+TAPO, GRPO = "tapo", "grpo"
+ROWS = {  # row: what it is
+    "coldstart": "cold start", "grpo": "GRPO", "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
+    "copy": "control: y_ref is a copy of y+",
+    "grpo_long": "GRPO, as much time as TAPO", "paper": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
+    "full": "full reconstruction", "sft": "SFT on y_ref",
+    "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives", "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
+    "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "2, 2, 4", "zpd_153": "1, 5, 3",
+    "diagnosis_ots": "diagnosis trained under OTS", "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
+    "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
+    "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
+    "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
+    "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
+    "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
+TABLES = {  # name: (rows, what the differences refer to)
+    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "grpo_long", "paper"], GRPO),
+    "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
+    "3": (["grpo", "sft", "full", "tapo"], TAPO),
+    "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),
+    "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
+    "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked", "ref_group", "ref_orig",
+             "separate", "tapo"], TAPO),
+    "starts": (["base_grpo", "base_opsd", "base_tapo", "easy_grpo", "easy_tapo"], None)}
+
+
+def find_rows(folder: Path) -> dict[str, dict[int, Path]]:
+    """{row: {seed: its evaluation}}; the cold starts are a row whose seeds are their numbers."""
+    rows: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        named = re.fullmatch(r"(\w+)_[sc](\d+)", path.stem)
+        if named:
+            rows.setdefault(named[1], {})[int(named[2])] = path
+    return rows
+
+
+def setting_of(path: Path, setting: tuple) -> dict:
+    settings = json.loads(path.read_text())["settings"]
+    return next(s for s in settings if (s["temperature"], s["top_p"]) == setting)
+
+
+def show(values, digits: int = 1) -> str:
+    """Mean +- standard deviation over seeds; without the latter for one, without anything for none."""
+    values = [v for v in values if v is not None and math.isfinite(v)]
+    if not values:
+        return "-"
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def against(row: dict[int, Path], base: dict[int, Path], setting: tuple) -> str:
+    """'+2.5 [+0.9, +4.2], p .008' over the seeds that both have."""
+    seeds = sorted(row.keys() & base.keys())
+    if row is base or not seeds:
+        return ""
+    found = compare_runs([[base[s] for s in seeds], [row[s] for s in seeds]])
+    d = next(d for d in found if (d["temperature"], d["top_p"]) == setting)
+    value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
+    return f"{value} [{low}, {high}], p {d['p']:.3f}" if len(seeds) > 1 else value
+
+
+def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: str | None) -> str:
+    """Pass@1 at both settings, Pass@8 and what a baseline makes of it."""
+    body = []
+    for name in (name for name in names if name in rows):
+        paths = list(rows[name].values())
+        scores = [show([100 * setting_of(p, s)["pass@k"][k]["value"] for p in paths])
+                  for s, k in ((T1, "1"), (T06, "1"), (T1, "8"))]
+        base = rows.get(baseline, {})
+        compared = [against(rows[name], base, s) if name != "coldstart" else "" for s in (T1, T06)] if baseline else []
+        body.append([ROWS[name], str(len(paths)), *scores, *compared])
+    to = ROWS.get(baseline, "").split(" (")[0].strip("*")
+    return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
+                     *([f"to {to}, T 1", f"to {to}, T 0.6"] if baseline else [])], body)
+
+
+def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
+    """Table 2: DSR and ERR (§4.3), and how often responses reflect and are cut off."""
+    body = []
+    for name in (name for name in names if name in rows):
+        found = [setting_of(p, T1) for p in rows[name].values()]
+        values = [[100 * s[key] if s[key] is not None else None for s in found]
+                  for key in ("DSR", "ERR", "reflect_rate", "truncated")]
+        body.append([ROWS[name], str(len(found)), *map(show, values), show([s["length"] for s in found])])
+    return markdown(["", "seeds", "DSR", "ERR", "reflects", "truncated", "length, tokens"], body)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """metrics.jsonl beside an evaluation."""
+    return [json.loads(line) for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
+
+
+def rates_table(rows: dict[str, dict[int, Path]]) -> str:
+    """Which learning rate was best on validation problems: held-out Pass@1 at the end, seeds that count nowhere else."""
+    found: dict[str, dict[str, str]] = {}
+    for name, paths in rows.items():
+        if named := re.fullmatch(r"tune_(\w+)_([\d.e-]+)", name):
+            ends = [100 * read_metrics(p)[-1]["eval/pass1"] for p in paths.values()]
+            found.setdefault(named[1], {})[named[2]] = f"{np.mean(ends):.1f} ({', '.join(f'{e:.1f}' for e in ends)})"
+    rates = sorted({rate for row in found.values() for rate in row}, key=float)
+    return markdown(["validation Pass@1, T 1", *rates], [[m, *(row.get(r, "") for r in rates)] for m, row in found.items()])
+
+
+def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
+    """Seconds of a step, by phase, two processes side by side; and what came of the constructions, means over training."""
+    body = []
+    for name in (name for name in names if name in rows and name != "coldstart"):
+        logs = [read_metrics(p) for p in rows[name].values()]
+
+        def mean(key, logs=logs):
+            per_run = [[row[key] for row in log if key in row] for log in logs]
+            return [np.mean(values) for values in per_run if values]
+
+        phases = [show(mean(f"time/{key}"), 2) for key in ("step", "generate", "reflect", "update")]
+        life = [show([100 * v for v in mean(f"reflect/{key}")]) for key in ("correct", "mixed_groups")]
+        body.append([ROWS[name], *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
+                     show(mean("reflect/ots_first_diagnosis"), 2)])
+    return markdown(["", "seconds a step", "generate", "reflect", "update", "candidates", "kept", "right, %", "mixed groups, %",
+                     "OTS, first diagnosis token"], body)
+
+
+# --- measure.py ------------------------------------------------------------------------------------------------------
+
+
+def measured(folder: Path) -> dict[str, list[dict]]:
+    """{row: what measure.py wrote of each of its seeds}."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted((folder / "measured").glob("*.json")):
+        found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem), []).append(json.loads(path.read_text()))
+    return found
+
+
+def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    body = []
+    for name, seeds in found.items():
+        for kind in dict.fromkeys(kind for m in seeds for kind in m["shift"]):
+            some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
+            body.append([ROWS[name], kind, *(show([s[key] for s in some], 2) for key in ("logprob", "entropy", "kl", "ots"))])
+    return ["", "tokens", "log-prob", "entropy", "KL(writer, policy)", "OTS weight"], body
+
+
+def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    body = []
+    for name, seeds in found.items():
+        for estimator in seeds[0]["gradient"]:
+            some = [m["gradient"][estimator] for m in seeds]
+            body.append([ROWS[name], estimator,
+                         *(show([1000 * s[key] for s in some]) for key in ("right", "wrong", "constructed")),
+                         *(show([s[key] for s in some], 2) for key in ("cosine", "wrong_advantage", "constructed_advantage"))])
+    return ["", "constructions", "right, 1e-3", "wrong, 1e-3", "constructed, 1e-3", "cosine to rollouts", "A of wrong",
+            "A of constructed"], body
+
+
+def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    body = []
+    for name, seeds in found.items():
+        shares = [(m["recovery"], m["constructions"]["micro"]) for m in seeds]
+        per_seed = zip(*([100 * r["with_an_error"] / r["responses"], 100 * r["unasked_reflects"],
+                          100 * (r["unasked_right_if_reflects"] or 0), 100 * r["unasked_right"], 100 * r["forced_right"],
+                          *(100 * k[part] / max(1, k[whole]) for part, whole in LIFE)] for r, k in shares), strict=True)
+        body.append([ROWS[name], str(len(seeds)), *map(show, per_seed)])
+    return ["%", "seeds", "responses with an error", "looks again", "right if so", "right, unasked", "right, forced",
+            "constructions kept", "right", "localised", "mixed groups"], body
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def all_tables(out: Path) -> dict[str, str]:
+    """{'findx 1': Markdown, ..}: every table of every world for which there is anything."""
+    tables = {}
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        rows, found = find_rows(folder), measured(folder)
+        for name, (names, baseline) in TABLES.items():
+            if any(n in rows for n in names if n not in ("coldstart", TAPO, GRPO)) or name == "1":
+                table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
+                tables[f"{folder.name} {name}"] = table
+        tables[f"{folder.name} rates"] = rates_table(rows)
+        tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
+        if found:
+            tables |= {f"{folder.name} {name}": markdown(*make(found))
+                       for name, make in (("shift", shift_table), ("gradient", gradient_table), ("errors", errors_table))}
+    return tables
+
+
+def update(document: Path, tables: dict[str, str]) -> None:
+    """Replace what stands between <!-- table NAME --> and <!-- end -->; an unknown name is an error."""
+    def new(match: re.Match) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"{document}: there is no table {match[1]!r}; known are {', '.join(tables)}")
+        return f"<!-- table {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
+
+    text = re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", new, document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    document.write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of runs/ablations.sh")
+    parser.add_argument("--update", type=Path, help="document whose marked tables are rewritten")
+    args = parser.parse_args(argv)
+    if not args.out.is_dir():
+        raise FileNotFoundError(f"no folder {args.out}; bash runs/ablations.sh makes it")
+    tables = all_tables(args.out)
+    if args.update:
+        update(args.update, tables)
+    else:
+        print("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()))
+
+
+if __name__ == "__main__":
+    from configurator import run_script
+
+    run_script(main)
