@@ -18,7 +18,6 @@ import numpy as np
 
 from eval import compare_runs
 
-LIFE = (("kept", "candidates"), ("right", "kept"), ("localised", "kept"), ("mixed_groups", "groups"))  # of measure.py
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
@@ -32,6 +31,7 @@ ROWS = {  # row: what it is
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
+    "base": "no cold start", "easy": "easier start",
     "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
     "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
 TABLES = {  # name: (rows, what the differences refer to)
@@ -42,14 +42,14 @@ TABLES = {  # name: (rows, what the differences refer to)
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
     "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked", "ref_group", "ref_orig",
              "separate", "tapo"], TAPO),
-    "starts": (["base_grpo", "base_opsd", "base_tapo", "easy_grpo", "easy_tapo"], None)}
+    "starts": (["base", "base_grpo", "base_opsd", "base_tapo", "easy", "easy_grpo", "easy_tapo"], None)}
 
 
 def find_rows(folder: Path) -> dict[str, dict[int, Path]]:
     """{row: {seed: its evaluation}}; the cold starts are a row whose seeds are their numbers."""
     rows: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.json")):
-        named = re.fullmatch(r"(\w+)_[sc](\d+)", path.stem)
+        named = re.fullmatch(r"(.+)_[sc](\d+)", path.stem)
         if named:
             rows.setdefault(named[1], {})[int(named[2])] = path
     return rows
@@ -92,7 +92,7 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
                   for s, k in ((T1, "1"), (T06, "1"), (T1, "8"))]
         base = rows.get(baseline, {})
         compared = [against(rows[name], base, s) if name != "coldstart" else "" for s in (T1, T06)] if baseline else []
-        body.append([ROWS[name], str(len(paths)), *scores, *compared])
+        body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
     to = ROWS.get(baseline, "").split(" (")[0].strip("*")
     return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
                      *([f"to {to}, T 1", f"to {to}, T 0.6"] if baseline else [])], body)
@@ -105,7 +105,7 @@ def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
         found = [setting_of(p, T1) for p in rows[name].values()]
         values = [[100 * s[key] if s[key] is not None else None for s in found]
                   for key in ("DSR", "ERR", "reflect_rate", "truncated")]
-        body.append([ROWS[name], str(len(found)), *map(show, values), show([s["length"] for s in found])])
+        body.append([ROWS.get(name, name), str(len(found)), *map(show, values), show([s["length"] for s in found])])
     return markdown(["", "seeds", "DSR", "ERR", "reflects", "truncated", "length, tokens"], body)
 
 
@@ -137,7 +137,7 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
         phases = [show(mean(f"time/{key}"), 2) for key in ("step", "generate", "reflect", "update")]
         life = [show([100 * v for v in mean(f"reflect/{key}")]) for key in ("correct", "mixed_groups")]
-        body.append([ROWS[name], *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
+        body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
                      show(mean("reflect/ots_first_diagnosis"), 2)])
     return markdown(["", "seconds a step", "generate", "reflect", "update", "candidates", "kept", "right, %", "mixed groups, %",
                      "OTS, first diagnosis token"], body)
@@ -159,7 +159,8 @@ def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]
     for name, seeds in found.items():
         for kind in dict.fromkeys(kind for m in seeds for kind in m["shift"]):
             some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
-            body.append([ROWS[name], kind, *(show([s[key] for s in some], 2) for key in ("logprob", "entropy", "kl", "ots"))])
+            body.append([ROWS.get(name, name), kind,
+                         *(show([s[key] for s in some], 2) for key in ("logprob", "entropy", "kl", "ots"))])
     return ["", "tokens", "log-prob", "entropy", "KL(writer, policy)", "OTS weight"], body
 
 
@@ -168,7 +169,7 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
     for name, seeds in found.items():
         for estimator in seeds[0]["gradient"]:
             some = [m["gradient"][estimator] for m in seeds]
-            body.append([ROWS[name], estimator,
+            body.append([ROWS.get(name, name), estimator,
                          *(show([1000 * s[key] for s in some]) for key in ("right", "wrong", "constructed")),
                          *(show([s[key] for s in some], 2) for key in ("cosine", "wrong_advantage", "constructed_advantage"))])
     return ["", "constructions", "right, 1e-3", "wrong, 1e-3", "constructed, 1e-3", "cosine to rollouts", "A of wrong",
@@ -178,11 +179,13 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     body = []
     for name, seeds in found.items():
-        shares = [(m["recovery"], m["constructions"]["micro"]) for m in seeds]
-        per_seed = zip(*([100 * r["with_an_error"] / r["responses"], 100 * r["unasked_reflects"],
-                          100 * (r["unasked_right_if_reflects"] or 0), 100 * r["unasked_right"], 100 * r["forced_right"],
-                          *(100 * k[part] / max(1, k[whole]) for part, whole in LIFE)] for r, k in shares), strict=True)
-        body.append([ROWS[name], str(len(seeds)), *map(show, per_seed)])
+        columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"] for m in seeds]]
+        for key in ("unasked_reflects", "unasked_right_if_reflects", "unasked_right", "forced_right"):
+            columns.append([100 * m["recovery"][key] for m in seeds if m["recovery"][key] is not None])
+        for part, whole in (("kept", "candidates"), ("right", "kept"), ("localised", "kept"), ("mixed_groups", "groups")):
+            life = [m["constructions"]["micro"] for m in seeds]
+            columns.append([100 * row[part] / row[whole] for row in life if row[whole]])
+        body.append([ROWS.get(name, name), str(len(seeds)), *map(show, columns)])
     return ["%", "seeds", "responses with an error", "looks again", "right if so", "right, unasked", "right, forced",
             "constructions kept", "right", "localised", "mixed groups"], body
 

@@ -20,22 +20,24 @@ QUIET=--log_kl=False                    # the KL is only logged; without it a st
 tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
 
 jobs() {
-  local world method rate seed
-  for world in findx countdown; do
-    # Learning rates, by held-out validation problems, with seeds that count nowhere else.
-    for method in grpo tapo opsd; do for rate in 3e-4 6e-4 1.2e-3; do
-      row $world tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET
-    done; done
-  done
+  local world method rate seed kl
+  # Learning rates, by held-out validation problems, with seeds that count nowhere else.
+  for method in grpo tapo opsd; do for rate in 3e-4 6e-4 1.2e-3; do
+    row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET
+    row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET
+  done; done
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
-    row $world grpo $seed config/grpo.py
-    row $world tapo $seed config/tapo.py
+    kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
+    row $world grpo $seed config/grpo.py $kl
+    row $world tapo $seed config/tapo.py $kl
     SEEDS=$seed tapo $world copy --prefix_mode=copy        # control: is it imitation of y+?
-    SEEDS=$seed tapo $world paper --ref_advantage=group --loss_norm=separate --diagnosis=ots  # Eq. 5, 6, 8 to the letter
-    row $world opsd $seed config/opsd.py
+    if [ "$seed" -lt 4 ] || [ $world = countdown ]; then   # Eq. 5, 6, 8 to the letter
+      SEEDS=$seed tapo $world paper --ref_advantage=group --loss_norm=separate --diagnosis=ots
+    fi
+    if [ "$seed" -lt 4 ]; then row $world opsd $seed config/opsd.py $kl; fi
   done; done
   for world in findx countdown; do
-    row $world grpo_long "$FOUR" config/grpo.py --max_steps=90 $QUIET  # as much time as TAPO's 60 steps take
+    row $world grpo_long "$FOUR" config/grpo.py --max_steps=105 $QUIET  # as much time as TAPO's 60 steps take
     row $world sft "$FOUR" config/tapo.py --method=sft $QUIET          # Table 3
     tapo $world full --prefix_mode=full
     tapo $world wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
@@ -101,9 +103,23 @@ run() {  # run WORLD ROW SEED FLAGS: train from the cold start of its seed, then
   echo "$(date +%T) $world $name seed $seed: $(grep -c '"step"' "$folder/metrics.jsonl") steps"
 }
 
+measure() {  # measure WORLD RUN: measure.py on its last checkpoint, on validation problems
+  local world=$1 folder=$OUT/$1/$2 out=$OUT/$1/measured/$2.json flags=(config/measure_toy.py) last
+  if [ -f "$out" ]; then return; fi
+  case $world in
+    countdown) flags+=(--max_new_tokens=57) ;;
+    chain) flags+=(--max_new_tokens=80 --max_synthesis_tokens=200) ;;
+  esac
+  last=$folder/final
+  [ -d "$last" ] || last=$(ls -d "$folder"/step_* | tail -n 1)
+  logged "$folder.log" measure.py "${flags[@]}" --problems="data/${world}_validation.jsonl" --init_from="$last" --out="$out"
+  echo "$(date +%T) $world $2 measured"
+}
+
 case ${1:-} in
   job-coldstart) coldstart "${@:2}"; exit ;;
   job-run) run "${@:2}"; exit ;;
+  job-measure) measure "${@:2}"; exit ;;
 esac
 if [ -n "${LIST:-}" ]; then jobs; exit; fi
 source runs/setup.sh
@@ -112,3 +128,21 @@ jobs | grep -E "${1:-.}" > "$OUT/jobs"
 while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % 2))"; done < "$OUT/jobs" | awk '!seen[$0]++' |
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
+
+
+MAIN="grpo tapo copy paper opsd"  # what is measured, and drawn; every row is in the tables
+echo "== measurements, on the first four seeds"
+for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 s0 s1 s2 s3; do
+  [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
+done; done; done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
+
+python tables.py "$OUT" | tee "$OUT/tables.md"
+for world in "$OUT"/*/; do
+  runs=() evals=()
+  for name in $MAIN; do for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done; done
+  for name in $MAIN coldstart '*'; do
+    for file in "$world"$name"_"[cs]*.json; do [[ $file == *tune_* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file"); done
+  done
+  python report.py "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" --out="${world%/}.html" --png="${world}figures" \
+    --measured="$(ls "$world"measured/*.json | paste -sd,)"
+done

@@ -1,0 +1,175 @@
+"""Tables of a sweep: each number worked out by hand from files made here; and runs/ablations.sh, which makes the real ones."""
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import configurator
+import eval as evaluation
+import tables
+import train
+
+ROOT = Path(tables.__file__).parent
+
+
+def evaluated(path: Path, right: list[int], right_06: list[int] | None = None, n: int = 4) -> None:
+    """An OUT.json of eval.py: of n samples of each problem so many are right, at T 1 and at T 0.6."""
+    settings = []
+    for (temperature, top_p), counts in ((tables.T1, right), (tables.T06, right_06 or right)):
+        rates = {str(k): {"value": np.mean([evaluation.pass_at_k(n, c, min(k, n)) for c in counts])} for k in (1, 8)}
+        settings.append({
+            "set": "test", "temperature": temperature, "top_p": top_p, "max_new_tokens": 54, "pass@k": rates, "DSR": 0.8,
+            "ERR": None, "reflect_rate": 0.25, "truncated": 0.0, "length": 30.0,
+            "per_problem": [{"uid": f"p{i}", "level": "1", "n": n, "c": c, "truncated": 0} for i, c in enumerate(counts)]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings}))
+
+
+def logged(folder: Path, *rows: dict) -> None:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """GRPO with three seeds, TAPO with two of them, a cold start and two learning rates."""
+    world = tmp_path / "findx"
+    for seed, right in enumerate(([1, 1], [2, 1], [3, 3])):
+        evaluated(world / f"grpo_s{seed}.json", right)
+        logged(world / f"grpo_s{seed}", {"step": 1, "time/step": 1.0}, {"step": 2, "time/step": 2.0})
+    for seed, right in ((0, [2, 2]), (1, [4, 3])):
+        evaluated(world / f"tapo_s{seed}.json", right, [4, 4])
+        logged(world / f"tapo_s{seed}", {"step": 1, "time/step": 2.0, "reflect/correct": 1.0, "reflect/kept": 3},
+               {"step": 2, "time/step": 3.0, "reflect/kept": 4})  # in step 2 none was kept that could be right
+    evaluated(world / "coldstart_c0.json", [1, 0])
+    for rate, ends in (("6e-4", (0.4, 0.5)), ("3e-4", (0.3, 0.2))):
+        for seed, end in zip((8, 9), ends, strict=True):
+            logged(world / f"tune_grpo_{rate}_s{seed}", {"step": 1, "eval/pass1": 0.1}, {"step": 2, "eval/pass1": end})
+            (world / f"tune_grpo_{rate}_s{seed}.json").write_text("{}")
+    return tmp_path
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """{first cell: the others} of a Markdown table, its head included."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_scores_are_means_over_seeds_and_differences_pair_the_seeds_that_both_have(sweep):
+    table = cells(tables.all_tables(sweep)["findx 1"])
+    grpo, tapo = [25, 37.5, 75], [50, 87.5]
+    assert table["GRPO"][:2] == ["3", f"{np.mean(grpo):.1f} ± {np.std(grpo, ddof=1):.1f}"]
+    seeds, t1, t06, pass8, difference, difference_06 = table[tables.ROWS["tapo"]]
+    assert (seeds, t1, t06) == ("2", f"{np.mean(tapo):.1f} ± {np.std(tapo, ddof=1):.1f}", "100.0 ± 0.0")
+    low, high = evaluation.t_interval([25, 50])  # seed 2 of GRPO has no partner
+    assert difference == f"+37.5 [{low:+.1f}, {high:+.1f}], p 0.500"
+    assert difference_06.startswith("+68.8 [")
+    assert table["cold start"][:2] == ["1", "12.5"] and table["cold start"][-2:] == ["", ""] == table["GRPO"][-2:]
+
+
+def test_rates_and_times_come_from_the_logs(sweep):
+    found = tables.all_tables(sweep)
+    assert cells(found["findx rates"])["validation Pass@1, T 1"] == ["3e-4", "6e-4"]
+    assert cells(found["findx rates"])["grpo"] == ["25.0 (30.0, 20.0)", "45.0 (40.0, 50.0)"]
+    times = cells(found["findx time"])
+    assert times["GRPO"][0] == "1.50 ± 0.00" and times["GRPO"][5] == "-"
+    assert times[tables.ROWS["tapo"]][0] == "2.50 ± 0.00" and times[tables.ROWS["tapo"]][5:7] == ["3.5 ± 0.0", "100.0 ± 0.0"]
+
+
+def test_tables_without_a_row_of_their_own_are_left_out(sweep):
+    assert "findx 4" not in tables.all_tables(sweep)
+    evaluated(sweep / "findx" / "wo_ots_s1.json", [4, 4])
+    logged(sweep / "findx" / "wo_ots_s1", {"step": 1, "time/step": 1.0})
+    table = cells(tables.all_tables(sweep)["findx 4"])
+    assert table["w/o OTS"][-2] == "+12.5" and list(table) == ["", "---", "w/o OTS", tables.ROWS["tapo"]]
+
+
+def test_habits_leave_out_what_a_seed_does_not_have(sweep):
+    habits = cells(tables.all_tables(sweep).get("findx 2") or tables.habits_table(tables.find_rows(sweep / "findx"), ["grpo"]))
+    assert habits["GRPO"] == ["3", "80.0 ± 0.0", "-", "25.0 ± 0.0", "0.0 ± 0.0", "30.0 ± 0.0"]
+
+
+def test_measurements_are_means_over_seeds(tmp_path):
+    def measured(scale):
+        return {"shift": {"ordinary, right": {"logprob": -0.1 * scale, "entropy": 0.2, "kl": 0.0, "ots": 1.0}},
+                "gradient": {"decoupled, A = r": {"right": 0.05, "wrong": 0.06, "constructed": 0.01 * scale, "cosine": 0.5,
+                                                  "wrong_advantage": -1.0, "constructed_advantage": 1.0}},
+                "constructions": {"micro": {"candidates": 10, "kept": 5 * scale, "right": 5, "localised": 4, "groups": 4,
+                                            "mixed_groups": 1}},
+                "recovery": {"responses": 10, "with_an_error": 5, "unasked_reflects": 0.5, "unasked_right_if_reflects": None,
+                             "unasked_right": 0.25, "forced_right": 0.75}}
+
+    found = {"tapo": [measured(1), measured(2)], "new_row": [measured(1)]}
+    head, body = tables.shift_table(found)
+    assert dict(zip(head, body[0], strict=True))["log-prob"] == "-0.15 ± 0.07" and body[1][0] == "new_row"
+    head, body = tables.gradient_table(found)
+    assert dict(zip(head, body[0], strict=True))["constructed, 1e-3"] == "15.0 ± 7.1"
+    head, body = tables.errors_table(found)
+    row = dict(zip(head, body[0], strict=True))
+    assert row["constructions kept"] == "75.0 ± 35.4" and row["right"] == "75.0 ± 35.4" and row["mixed groups"] == "25.0 ± 0.0"
+    assert row["right, forced"] == "75.0 ± 0.0" and row["right if so"] == "-"
+
+
+def test_a_document_is_updated_between_its_marks_and_nowhere_else(sweep, tmp_path):
+    document = tmp_path / "RESULTS.md"
+    document.write_text("Before.\n<!-- table findx rates -->\nold\n<!-- end -->\nAfter <!-- end -->.\n")
+    tables.main([str(sweep), f"--update={document}"])
+    text = document.read_text()
+    assert text.startswith("Before.\n<!-- table findx rates -->\n| validation")
+    assert text.endswith("|\n<!-- end -->\nAfter <!-- end -->.\n")
+    tables.main([str(sweep), f"--update={document}"])
+    assert document.read_text() == text
+    document.write_text("<!-- table findx 9 -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="no table 'findx 9'; known are findx 1"):
+        tables.main([str(sweep), f"--update={document}"])
+    with pytest.raises(FileNotFoundError, match="bash runs/ablations.sh makes it"):
+        tables.main([str(tmp_path / "none")])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the sweep
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    listed = subprocess.run(["bash", "runs/ablations.sh"], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "LIST": "1"},
+                            capture_output=True, text=True, check=True).stdout
+    return [line.split() for line in listed.splitlines()]
+
+
+def test_every_job_is_a_run_that_train_accepts(jobs):
+    """A knob renamed in train.py and not in the sweep would be found hours later."""
+    defaults = {k: v for k, v in vars(train).items()}
+    configs = {"findx": ["config/toy.py"], "countdown": ["config/toy.py", "config/countdown.py"],
+               "chain": ["config/toy.py", "config/chain.py"]}
+    for world, _, seed, *flags in jobs:
+        flags = [str(ROOT / flag) if flag.startswith("config/") else flag for flag in flags]
+        knobs = dict(defaults)
+        config = configurator.configure(knobs, [*(str(ROOT / c) for c in configs[world]), *flags, f"--seed={seed}"])
+        train.check_config(train.SimpleNamespace(**config))
+
+
+def test_no_job_is_listed_twice_and_every_row_has_its_seeds_and_its_words(jobs):
+    names = [tuple(job[:3]) for job in jobs]
+    assert len(set(names)) == len(names)
+    seeds: dict[tuple, set] = {}
+    for world, row, seed in names:
+        seeds.setdefault((world, row), set()).add(seed)
+    for world in ("findx", "countdown"):
+        assert all(len(seeds[world, row]) == 8 for row in ("grpo", "tapo", "copy"))
+    for (_, row), found in seeds.items():
+        tuning = re.match(r"tune_(grpo|tapo|opsd)_", row)
+        assert tuning or row in tables.ROWS
+        assert found <= {"8", "9"} if tuning else len(found) >= 4
+    in_tables = {row for rows, _ in tables.TABLES.values() for row in rows} - {"coldstart", "base", "easy"}
+    assert in_tables == {row for _, row in seeds if not row.startswith("tune_")}
+
+
+def test_rows_differ_from_tapo_in_what_they_are_called_after(jobs):
+    """Bug: two rows that are the same run under two names."""
+    flags = {(world, row): " ".join(sorted(set(rest) - {"--log_kl=False"})) for world, row, _, *rest in jobs}
+    same = {row: text for (world, row), text in flags.items() if world == "findx" and not re.match("base_|easy_|tune_", row)}
+    assert len(set(same.values())) == len(same)
