@@ -3,11 +3,12 @@
     python report.py out/toy/tapo out/toy/grpo --evals=tapo.json,grpo.json --out=report.html --png=assets
 
 Scores first, then the six curves of Fig. 3, the life of the constructed trajectories (how many, how right, how far from
-the policy, role by role), where the time went, and twenty trajectories token by token. Folders and evaluation files
-whose names differ only in a trailing `_s<digits>` are seeds of one method: a mean and one standard deviation.
+the policy, role by role), what measure.py found (--measured), where the time went, and twenty trajectories token by token.
+Folders and files whose names differ only in a trailing `_s<digits>` (`_c<digits>`: cold starts) are seeds of one method: a
+mean and one standard deviation. Methods that are rows of the sweep (tables.py) go by their words.
 
-Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and statistics of its
-own: every number was logged by train.py or eval.py, and differences are eval.py's paired comparison.
+Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and statistics of its own:
+every number was logged by train.py, eval.py or measure.py, and differences are eval.py's paired comparison.
 """
 import argparse
 import json
@@ -21,6 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+import tables
+from eval import compare_runs
+
+WORDS = {row: words.replace("**", "") for row, words in tables.ROWS.items()}
+SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts
 FIGURE_3 = {  # metric key: title, in the order of the paper's panels
     "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss",
     "rollout/pass1": "Training accuracy, %", "train/grad_norm": "Gradient norm",
@@ -28,6 +34,13 @@ FIGURE_3 = {  # metric key: title, in the order of the paper's panels
 HELD_OUT = {
     "eval/pass1": "Held-out accuracy, %", "eval/length": "Held-out length, tokens",
     "eval/truncated": "Held-out truncated"}
+MEASURED = {  # what makes the table: what it says
+    tables.shift_table: "How far from the policy: means over tokens as the policy sees them after the plain question. KL: of "
+    "what wrote a token (the policy shown a wrong and a right solution) from the policy shown the question alone.",
+    tables.gradient_table: "What moves the policy: norms of the gradient that right rollouts, wrong rollouts and constructions "
+    "have in one step, for three ways to compare the constructions. A: mean advantage.",
+    tables.errors_table: "Does it find its own errors? How often a response looks again after its first error, and how often it "
+    "ends right, left alone or forced to look; then what came of the constructions. Exact, as a toy world can tell."}
 REFLECTION = {
     "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs",
     "reflect/kept": "Constructions kept", "reflect/parsed": "Share that parses",
@@ -87,7 +100,7 @@ def label_runs(paths: list[Path]) -> dict[str, list[Path]]:
     methods = {}
     for path, name in zip(paths, names, strict=True):
         parent = f"{path.resolve().parent.name}/" if names.count(name) > 1 else ""
-        methods.setdefault(parent + re.sub(r"_s\d+$", "", name), []).append(path)
+        methods.setdefault(parent + re.sub(r"_[sc]\d+$", "", name), []).append(path)
     return methods
 
 
@@ -232,8 +245,14 @@ def panel(title: str, lines: list[Line], key: str) -> str:
     return head + "".join(svg) + "</svg></figure>"
 
 
-def method_lines(methods: dict[str, list[Run]], key: str) -> list[Line]:
-    return [make_line(runs, key, label, f"m{i % 7}") for i, (label, runs) in enumerate(methods.items())]
+def colour_of(label: str, methods: dict) -> str:
+    """The one that a method has in every chart."""
+    return f"m{list(methods).index(label) % 7}" if label in methods else "soft"
+
+
+def method_lines(methods: dict[str, list[Run]], key: str, shown: dict | None = None) -> list[Line]:
+    return [make_line(runs, key, SHORT.get(label, label), colour_of(label, methods))
+            for label, runs in methods.items() if shown is None or label in shown]
 
 
 def role_lines(runs: list[Run], what: str) -> list[Line]:
@@ -261,9 +280,8 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
 
 
 def name_of(label: str, methods: dict) -> str:
-    """The label behind a chip of the colour that the method has in every chart."""
-    colour = f"m{list(methods).index(label) % 7}" if label in methods else "soft"
-    return f'<span class="key" style="--c:var(--{colour})">{escape(label)}</span>'
+    """What the method is, behind a chip of its colour."""
+    return f'<span class="key" style="--c:var(--{colour_of(label, methods)})">{escape(WORDS.get(label, label))}</span>'
 
 
 def runs_section(methods: dict[str, list[Run]]) -> str:
@@ -305,50 +323,89 @@ def pass_at(group: list[dict], k: int) -> tuple[float, float, float]:
     return values[0], 100 * number(interval.get("low")), 100 * number(interval.get("high"))
 
 
-def differences(base: list[Path], group: list[Path]) -> dict[tuple, str] | str:
-    """{setting: paired difference in Pass@1 to `base`, as HTML}, or why the two cannot be paired."""
-    from eval import compare_runs  # imports torch, so only where there are two evaluations to compare
+def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
+    """{label: {setting: eval.py's comparison with the first label over the seeds that both have}}; "why" there is none."""
+    seeds = [{re.search(r"(_[sc]\d+)?$", path.stem)[0]: path for path in paths} for paths in evals.values()]
+    compared = {}
+    for label, theirs in list(zip(evals, seeds, strict=True))[1:]:
+        common = [seed for seed in theirs if seed in seeds[0]]  # never the _c0 of a cold start and the _s0 of training
+        try:
+            found = compare_runs([[group[seed] for seed in common] for group in (seeds[0], theirs)]) if common else []
+            compared[label] = {tuple(d[key] for key in SETTING): d | {"seeds": common} for d in found}
+        except ValueError as error:
+            compared[label] = {"why": str(error)}
+    return {label: found or {"why": "no seed in common"} for label, found in compared.items()}
 
-    try:
-        found = compare_runs([base, group])
-    except ValueError as error:
-        return str(error)
-    cells = {}
-    for d in found:
-        value, low, high = (f"{100 * d[key]:+.1f}".replace("-", "−") for key in ("difference", "low", "high"))
-        cells[tuple(d[key] for key in SETTING)] = f"{value} <small>{low} to {high}</small>"
-    return cells
+
+def forests(compared: dict[str, dict], first: str) -> list[tuple[str, list[tuple[str, dict]]]]:
+    """[(title, [(label, comparison)])], one for each problem set: at temperature 1, or at all if there is none."""
+    settings = dict.fromkeys(setting for found in compared.values() for setting in found if setting != "why")
+    return [(f"Pass@1 against {SHORT.get(first, first)}, points: {setting[0]}, temperature {setting[1]:g}",
+             [(label, found[setting]) for label, found in compared.items() if setting in found])
+            for setting in [setting for setting in settings if setting[1] == 1] or settings]
 
 
-def evals_section(evals: dict[str, list[Path]], methods: dict) -> str:
-    """One table per problem set and sampling setting, one row per method."""
-    by_setting, difference = {}, {}
+def forest_reach(rows: list[tuple[str, dict]]) -> tuple[float, float]:
+    """The axis, in points: 0, all seeds, and intervals as far as they are not useless, as those of two seeds are."""
+    seeds = 100 * np.array([0.0, *(v for _, d in rows for v in d["by_seed"])])
+    most = max(np.ptp(seeds), 1.0)
+    ends = [min(max(100 * d[key], seeds.min() - most), seeds.max() + most) for _, d in rows for key in ("low", "high")]
+    return min(*seeds, *ends) - 0.1 * most, max(*seeds, *ends) + 0.1 * most
+
+
+def signed(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def delta(d: dict) -> str:
+    """A comparison as HTML: the difference and its interval; on hover the number of seeds and p."""
+    return (f'<span title="{len(d["seeds"])} seeds in common, p = {d["p"]:.3f}">{signed(d["difference"])} '
+            f"<small>{signed(d['low'])} to {signed(d['high'])}</small></span>")
+
+
+def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
+    """A line for each method: its seeds as dots, their mean, its interval. Positions are in %: it fits every width."""
+    low, high = forest_reach(rows)
+
+    def X(points):
+        return f"{100 * (points - low) / (high - low):.2f}%"
+
+    grid = "".join(f'<line{" class=zero" * (v == 0)} x1="{X(v)}" x2="{X(v)}" y2="100%"/>' for v in ticks(low, high, 5))
+    axis = "".join(f'<text x="{X(v)}" y="14">{show(v)}</text>' for v in ticks(low, high, 5))
+    lines = ""
+    for label, d in rows:
+        dots = "".join(f'<circle cx="{X(100 * v)}" cy="50%" r="3.2"><title>{seed[1:]} {signed(v)}</title></circle>'
+                       for seed, v in zip(d["seeds"], d["by_seed"], strict=True))
+        lines += (f'<li style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods)}<svg aria-hidden="true">{grid}'
+                  f'<line class="interval" x1="{X(100 * d["low"])}" x2="{X(100 * d["high"])}" y1="50%" y2="50%"/>{dots}'
+                  f'<circle class="mean" cx="{X(100 * d["difference"])}" cy="50%" r="6"/></svg>{delta(d)}</li>')
+    return (f'<figure class="panel forest"><h3>{escape(title)}</h3>'
+            f'<ul>{lines}<li><i></i><svg aria-hidden="true">{axis}</svg></li></ul></figure>')
+
+
+def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], methods: dict) -> str:
+    """Who beats the first; then one table per problem set and sampling setting, one row per method."""
+    by_setting, first = {}, next(iter(evals), "")
     for label, paths in evals.items():
         for path in paths:
             for s in read_json(path.read_text(encoding="utf-8"), str(path)).get("settings", []):
                 by_setting.setdefault(tuple(s.get(key) for key in SETTING), {}).setdefault(label, []).append(s)
-        base = next(iter(evals.values()))
-        difference[label] = {} if paths is base else differences(base, paths)
-    out = ""
+    out = "".join(forest(title, rows, methods) for title, rows in forests(compared, first))
     for setting, groups in by_setting.items():
         every = [s for group in groups.values() for s in group]
         ks = sorted({int(k) for s in every for k in s.get("pass@k", {})}) or [1]
-        reach = [v for group in groups.values() for v in pass_at(group, ks[0]) if math.isfinite(v)] or [0.0]
-        left, scale = min(reach), 112 / (max(reach) - min(reach) or 1)
         rows = []
         for label, group in groups.items():
-            value, low, high = (4 + scale * (v - left) for v in pass_at(group, ks[0]))
-            cells = [f'<svg class="whisker" viewBox="0 0 120 14" aria-hidden="true"><path d="M{low:.1f} 7H{high:.1f}"/>'
-                     f'<circle cx="{value:.1f}" cy="7" r="4"/></svg>' if math.isfinite(value + low + high) else ""]
+            cells = []
             for value, low, high in (pass_at(group, k) for k in ks):
                 spread = f"± {value - low:.1f}" if len(group) > 1 else f"{low:.1f}–{high:.1f}".replace("nan–nan", "")
                 cells.append(f"<b>{value:.1f}</b> <small>{spread}</small>" if math.isfinite(value) else "–")
-            why = difference[label] if isinstance(difference[label], str) else ""
-            cells.append(f'<span title="{escape(why)}">–</span>' if why else difference[label].get(setting, "–"))
+            d = compared.get(label, {})
+            cells.append(delta(d[setting]) if setting in d else f'<span title="{escape(d.get("why", ""))}">–</span>')
             for key in ("truncated", "no_answer", "reflect_rate", "DSR", "ERR"):
                 cells.append(show(100 * np.mean([number(s.get(key)) for s in group])))
             rows.append([name_of(label, methods) + f" <small>{len(group)} runs</small>" * (len(group) > 1), *cells])
-        head = ["Model", "", *(f"Pass@{k}" for k in ks), f"Δ Pass@1 <small>to {escape(next(iter(evals)))}</small>",
+        head = ["Model", *(f"Pass@{k}" for k in ks), f"Δ Pass@1 <small>to {escape(SHORT.get(first, first))}</small>",
                 "Truncated", "No answer", "Reflects", "DSR", "ERR"]
         samples, problems = ("–".join(dict.fromkeys(f"{f(n):,}" for f in (min, max))) for n in (
             [s.get("samples", 0) for s in every], [len(s.get("per_problem", [])) for s in every]))
@@ -357,7 +414,8 @@ def evals_section(evals: dict[str, list[Path]], methods: dict) -> str:
         out += table(head, rows, f"{caption} for each of {problems} problems. All in %.")
     return out + (
         '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. '
-        "Δ: paired by problem, with its 95 % interval over problems, or over training seeds where there are several. "
+        "Δ: paired by problem and by training seed, for the seeds that both have, with its 95 % interval over these, or "
+        "over problems where there is one seed. "
         "DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their "
         "error and end right. Both over problems solved sometimes but not always.</p>"
         if out else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
@@ -367,10 +425,9 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if not constructing:
         return '<p class="missing">not logged: none of these runs constructs trajectories</p>'
-    panels = [panel(title, [line for line in method_lines(methods, key) if line.label in constructing], key)
-              for key, title in REFLECTION.items()]
+    panels = [panel(title, method_lines(methods, key, constructing), key) for key, title in REFLECTION.items()]
     for label, runs in constructing.items():
-        of = f", {label}" if len(constructing) > 1 else ""
+        of = f", {SHORT.get(label, label)}" if len(constructing) > 1 else ""
         logged = {key for run in runs for row in run.rows for key, v in row.items() if number(v) > 0}
         reasons = sorted(key.split("dropped_")[1] for key in logged if key.startswith("reflect/dropped_"))
         lines = [make_line(runs, f"reflect/dropped_{reason}", reason.replace("_", " "), f"m{6 - i % 7}")
@@ -379,6 +436,24 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
                    panel("OTS weight by role" + of, role_lines(runs, "ots"), "reflect/ots_<role>"),
                    panel("Dropped, by reason" + of, lines, "reflect/dropped_<reason>")]
     return f'<div class="panels">{"".join(panels)}</div>'
+
+
+def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
+    """The tables of tables.py, every method's name on its first line only."""
+    out, found = "", {}
+    for label, paths in measured.items():
+        found[label] = [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+        if not all({"shift", "gradient", "constructions"} <= m.keys() for m in found[label]):
+            raise ValueError(f"--measured: {label} is not from measure.py")
+    for make, caption in MEASURED.items():
+        rows = []
+        for label, seeds in found.items():
+            if make is not tables.errors_table or all("recovery" in m for m in seeds):  # none outside a toy world
+                head, lines = make({label: seeds})
+                rows += [[name_of(label, methods) * (i == 0), *(escape(cell).replace("-", "−") for cell in cells)]
+                         for i, (_, *cells) in enumerate(lines)]
+        out += table([*map(escape, head)], rows, caption) if rows else ""
+    return out
 
 
 def time_section(methods: dict[str, list[Run]]) -> str:
@@ -545,18 +620,20 @@ def trajectories_section(runs: list[Run]) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]]) -> str:
+def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]], compared: dict[str, dict],
+               measured: dict[str, list[Path]]) -> str:
     runs = [run for group in methods.values() for run in group]
     held_out = [panel(title, method_lines(methods, key), key) for key, title in HELD_OUT.items()
                 if any(key in row for run in runs for row in run.rows)]
     figure_3 = [panel(title, method_lines(methods, key), key) for key, title in FIGURE_3.items()]
     sections = {
         "Runs": runs_section(methods),
-        "Evaluation": evals_section(evals, methods) + f'<div class="panels">{"".join(held_out)}</div>',
+        "Evaluation": evals_section(evals, compared, methods) + f'<div class="panels">{"".join(held_out)}</div>',
         "Training dynamics": '<p class="note">Bold: centred moving average, its last value beside each name. Faint: '
                              "raw. Band: one standard deviation over seeds. Hover for single steps.</p>"
                              f'<div class="panels" id="figure-3">{"".join(figure_3)}</div>',
         "Reflections": reflection_section(methods),
+        **({"Measurements": measured_section(measured, methods)} if measured else {}),
         "Time": time_section(methods),
         "Trajectories": trajectories_section(runs),
     }
@@ -564,7 +641,7 @@ def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]]) -> s
     nav = "".join(f'<a href="#{anchor[name]}">{name}</a>' for name in sections)
     body = "".join(f'<section id="{anchor[name]}"><h2>{name}</h2>{html}</section>' for name, html in sections.items())
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
-    title = escape(" · ".join(methods))
+    title = escape(" · ".join(SHORT.get(label, label) for label in methods))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: training report</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -604,10 +681,16 @@ details td{white-space:normal;overflow-wrap:anywhere}
 summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .key::before,.legend li::before{content:"";display:inline-block;width:10px;height:10px;border-radius:3px;
   background:var(--c);margin-right:7px}
-.whisker,.bar{display:block;width:120px;height:14px}
-.whisker{stroke:var(--soft);stroke-width:2;fill:var(--ink)}
-.whisker circle{stroke:none}
-.bar{width:300px;height:16px;fill:var(--c)}
+.forest{margin-bottom:22px}
+.forest ul{margin:10px 0 0;padding:0;font-size:14px;font-variant-numeric:tabular-nums}
+.forest li{display:grid;grid-template-columns:minmax(0,25em) 1fr 10em;gap:0 16px;align-items:center}
+.forest svg{width:100%;height:100%;min-height:26px}
+.forest line{stroke:var(--grid)}.forest .zero{stroke:var(--soft)}
+.forest .interval{stroke:var(--c);stroke-width:2.5}
+.forest circle{fill:var(--c);fill-opacity:.45}
+.forest .mean{fill-opacity:1;stroke:var(--card);stroke-width:1.5}
+.forest text{fill:var(--soft);font-size:12px;text-anchor:middle}
+.bar{display:block;width:300px;height:16px;fill:var(--c)}
 .bar rect{fill:var(--c)}
 .p0{--c:var(--p0)}.p1{--c:var(--p1)}.p2{--c:var(--p2)}.p3{--c:var(--p3)}.p4{--c:var(--p4)}
 
@@ -655,61 +738,95 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .tokens summary{font:13px/1.6 system-ui,sans-serif;margin:4px 0}
 .tokens i{color:var(--soft);font-style:normal;opacity:.55}
 .tokens span>span:hover{background:var(--ink);color:var(--page)}
-@media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}.whisker{display:none}}
+@media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}
+  .forest li{grid-template-columns:1fr auto}.forest svg{grid-area:2/1/3/3}.forest i{display:none}}
 """
 
 
-def save_pngs(methods: dict[str, list[Run]], folder: Path) -> None:
-    """dynamics.png and, where trajectories are constructed, reflection.png: the main figures, for a README."""
+def draw_lines(axes, lines: list[Line]) -> None:
+    axes.grid(axis="y", alpha=0.3)
+    for line in (line for line in lines if len(line.steps)):
+        colour = COLOURS[line.colour][0]
+        axes.plot(line.steps, line.raw, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(line.steps, line.mean, color=colour, label=line.label)
+        low, high = line.mean - line.spread, line.mean + line.spread
+        axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "not logged", ha="center", color="gray", transform=axes.transAxes)
+
+
+def draw_forest(axes, rows: list[tuple[str, dict]], methods: dict) -> None:
+    axes.grid(axis="x", alpha=0.3)
+    axes.axvline(0, color=COLOURS["ink"][0], linewidth=1)
+    for y, (label, d) in enumerate(rows):
+        colour = COLOURS[colour_of(label, methods)][0]
+        axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=colour, linewidth=2)
+        axes.plot([100 * v for v in d["by_seed"]], [y] * len(d["by_seed"]), "o", color=colour, alpha=0.45, markersize=4)
+        axes.plot(100 * d["difference"], y, "o", color=colour, markersize=9, markeredgecolor="white")
+    axes.set(yticks=range(len(rows)), yticklabels=[SHORT.get(label, label) for label, _ in rows])
+    axes.set(xlim=forest_reach(rows), ylim=(len(rows) - 0.4, -0.6))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[str, dict]]]], folder: Path) -> None:
+    """The main figures, for a README: dynamics.png; reflection.png where trajectories are constructed; where evaluations can
+    be compared, forest.png with all of them and headline.png with the methods that there are run folders of."""
     from matplotlib.figure import Figure
 
-    figures = {"dynamics": [(title, method_lines(methods, key)) for key, title in FIGURE_3.items()]}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(name, size, n_rows, drawings):
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(n_rows, len(drawings) // n_rows, squeeze=False).flat
+        for axes, (title, draw, *what) in zip(panels, drawings, strict=True):
+            axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+            axes.spines[["top", "right"]].set_visible(False)
+            draw(axes, *what)
+        figure.savefig(folder / f"{name}.png", dpi=140)
+
+    dynamics = {key: (title, draw_lines, method_lines(methods, key)) for key, title in FIGURE_3.items()}
+    save("dynamics", (11, 5.4), 2, list(dynamics.values()))
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if constructing:
         last = list(constructing.values())[-1]
-        figures["reflection"] = [(REFLECTION[f"reflect/{name}"], method_lines(constructing, f"reflect/{name}"))
-                                 for name in ("parsed", "correct", "mixed_groups", "length")]
-        figures["reflection"] += [(f"{name} by role", role_lines(last, key))
-                                  for name, key in (("Log-prob", "logprob"), ("OTS weight", "ots"))]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, panels in figures.items():
-        figure = Figure(figsize=(11, 5.4), layout="constrained")
-        for axes, (title, lines) in zip(figure.subplots(2, 3).flat, panels, strict=True):
-            axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", alpha=0.3)
-            for line in (line for line in lines if len(line.steps)):
-                colour = COLOURS[line.colour][0]
-                axes.plot(line.steps, line.raw, color=colour, alpha=0.25, linewidth=0.8)
-                axes.plot(line.steps, line.mean, color=colour, label=line.label)
-                low, high = line.mean - line.spread, line.mean + line.spread
-                axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            if axes.lines:
-                axes.legend(frameon=False, fontsize=8)
-            else:
-                axes.text(0.5, 0.5, "not logged", ha="center", color="gray", transform=axes.transAxes)
-        figure.savefig(folder / f"{name}.png", dpi=140)
+        save("reflection", (11, 5.4), 2, [
+            *((REFLECTION[f"reflect/{name}"], draw_lines, method_lines(methods, f"reflect/{name}", constructing))
+              for name in ("parsed", "correct", "mixed_groups", "length")),
+            *((f"{name} by role", draw_lines, role_lines(last, key))
+              for name, key in (("Log-prob", "logprob"), ("OTS weight", "ots")))])
+    if trees:
+        height = 0.8 + 0.3 * max(len(rows) for _, rows in trees)
+        save("forest", (8 * len(trees), height), 1, [(title, draw_forest, rows, methods) for title, rows in trees])
+        title, rows = trees[0]
+        if rows := [row for row in rows if row[0] in methods]:
+            save("headline", (11, 3.6), 1, [dynamics["rollout/pass1"], (title, draw_forest, rows, methods)])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py; x_s0, x_s1 are seeds of one method x")
     parser.add_argument("--evals", default="", help="files of eval.py, separated by commas; Δ refers to the first")
+    parser.add_argument("--measured", default="", help="files of measure.py, separated by commas")
     parser.add_argument("--out", default="report.html", type=Path)
     parser.add_argument("--png", type=Path, help="folder for PNGs of the main figures")
     args = parser.parse_args(argv)
     folders = label_runs(list(dict.fromkeys(args.runs)))
     methods = {label: [load_run(path) for path in paths] for label, paths in folders.items()}
-    evals = [Path(name) for name in args.evals.split(",") if name]
-    for path in evals:
+    evals, measured = ([Path(name) for name in names.split(",") if name] for names in (args.evals, args.measured))
+    for path in evals + measured:
         if not path.is_file():
-            raise FileNotFoundError(f"--evals: no file {path}; eval.py writes one as OUT.json")
-    page = build_page(methods, label_runs(evals))
+            raise FileNotFoundError(f"--evals, --measured: no file {path}; eval.py and measure.py write one as OUT.json")
+    evals = label_runs(evals)
+    compared = differences(evals)
+    page = build_page(methods, evals, compared, label_runs(measured))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(page, encoding="utf-8")
     print(f"{args.out}: {len(page) / 1e6:.1f} MB")
     if args.png:
-        save_pngs(methods, args.png)
+        save_pngs(methods, forests(compared, next(iter(evals), "")), args.png)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,8 @@ def all_tables(out: Path) -> dict[str, str]:
     tables = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         rows, found = find_rows(folder), measured(folder)
-        for name, (names, baseline) in TABLES.items():
+        new = [name for name in rows if name not in ROWS and not name.startswith("tune_")]  # a fork's own
+        for name, (names, baseline) in (TABLES | ({"new": ([GRPO, TAPO, *new], TAPO)} if new else {})).items():
             if any(n in rows for n in names if n not in ("coldstart", TAPO, GRPO)) or name == "1":
                 table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
                 tables[f"{folder.name} {name}"] = table

@@ -4,4 +4,5 @@ init_from = "out/countdown/coldstart/final"
 problems = "data/countdown_train.jsonl"
 eval_problems = "data/countdown_validation.jsonl"
 max_new_tokens = 57         # room for one retry, and for the longest construction
+learning_rate = 1.2e-3      # GRPO and TAPO, on validation problems (RESULTS.md)
 out_dir = "out/countdown/tapo"

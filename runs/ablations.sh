@@ -22,10 +22,10 @@ tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
 jobs() {
   local world method rate seed kl
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
-  for method in grpo tapo opsd; do for rate in 3e-4 6e-4 1.2e-3; do
-    row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET
-    row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET
-  done; done
+  for method in grpo tapo opsd; do
+    for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
+  done
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
     row $world grpo $seed config/grpo.py $kl

@@ -84,6 +84,16 @@ def shown(tokenizer, row):
 
 # --- rows ---
 
+def test_kinds_leave_out_all_other_examples_and_keep_their_proportion(tokenizer):
+    questions = [p.question for p in toy.make_problems("findx", "train", 50)]
+    rows = coldstart.toy_rows(tokenizer, questions, config_of(batch_size=400, kinds=("direct", "give_up")), 0)
+    texts = [tokenizer.decode(row.prompt_ids + row.completion_ids) for row in rows]
+    assert not any("Wait" in text or "<reconstruction>" in text or "<solve>" in text for text in texts)
+    direct = sum(" ok. Answer" in text for text in texts) / len(texts)
+    shares = toy.SHARES["findx"]
+    assert abs(direct - shares["direct"] / (shares["direct"] + shares["give_up"])) < 0.08
+
+
 def test_a_row_is_the_rendered_prompt_the_completion_and_the_stop_token(tokenizer):
     row = coldstart.encode(tokenizer, "x*7-21=35", "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
     assert row.prompt_ids == render_prompt(tokenizer, "x*7-21=35", "")
@@ -261,7 +271,8 @@ def test_a_solution_with_a_wrong_response_and_a_synthesis_is_an_example_of_both_
 
 @pytest.mark.parametrize("knob, message", [
     ("--init_from=", "init_from"), ("--world=findy", "findy"), ("--problems=x.jsonl", "exactly one"),
-    ("--max_steps=0", "max_steps"), ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
+    ("--kinds=('direct', 'short')", "short.*use some of direct, reflective"), ("--max_steps=0", "max_steps"),
+    ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
 def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, knob)

@@ -68,13 +68,13 @@ def test_look_is_the_softmax_of_the_model_at_each_completion_token(model):
 
 def test_kl_is_what_the_writer_gave_minus_what_the_policy_gives_and_0_for_the_policys_own_words(model):
     y_ref, c = reflection(MISS, AGAIN, RIGHT), knobs()
-    text = f"<analysis>6 vs 8 wrong. </analysis><reconstruction>{MISS}<reflection>{AGAIN}</reflection>{RIGHT}</reconstruction>"
+    text = f"<analysis>{RIGHT}{AGAIN}</analysis><reconstruction>{MISS}<reflection>{AGAIN}</reflection>{RIGHT}</reconstruction>"
     ids = ids_of(text)
     written = Completion(ids, [-0.01 * i for i in range(len(ids))], True)
     found = measure.shift(model, [rollout(WRONG, 0.0), rollout(RIGHT, 1.0)], {"micro": [(y_ref, written)]}, c)
     logprob = measure.look(model, [y_ref], c)[0][0]
     for name, role, tag in (("micro, diagnosis", DIAGNOSIS, "<reflection>"), ("micro, correction", CORRECTION, "</reflection>")):
-        first = ids.index(ids_of(tag)[0]) + 1  # where the synthesis says it
+        first = ids.index(ids_of(tag)[0]) + 1  # where the reconstruction says it, not the analysis
         at = [i for i, of in enumerate(y_ref.roles[:-1]) if of == role]
         gaps = [written.logprobs[first + j] - logprob[i] for j, i in enumerate(at)]
         assert found[name]["kl"] == pytest.approx(np.mean(gaps), abs=1e-5) and found[name]["kl_tokens"] == len(at)
@@ -135,7 +135,7 @@ def test_recovery_counts_from_the_end_of_the_first_error(model, monkeypatch):
     def generate(_, prompts, n, **__):
         asked.append(prompts)
         after = "6 is too low. "
-        texts = [AGAIN + RIGHT, "Answer: \\boxed{6}"] if len(asked) == 1 else [after + RIGHT, after + WRONG]
+        texts = [AGAIN + RIGHT, WRONG + AGAIN] if len(asked) == 1 else [after + RIGHT, after + WRONG]
         return [[Completion(ids_of(text) + [TOKENIZER.eos_token_id], [0.0], True) for text in texts] for _ in prompts]
 
     monkeypatch.setattr(measure, "generate", generate)
