@@ -23,7 +23,7 @@ TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
     "coldstart": "cold start", "grpo": "GRPO", "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
     "copy": "control: y_ref is a copy of y+",
-    "grpo_long": "GRPO, as much time as TAPO", "paper": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
+    "grpo_long": "GRPO, as much time as TAPO", "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
     "full": "full reconstruction", "sft": "SFT on y_ref",
     "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives", "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
     "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "2, 2, 4", "zpd_153": "1, 5, 3",
@@ -35,7 +35,7 @@ ROWS = {  # row: what it is
     "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
     "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
 TABLES = {  # name: (rows, what the differences refer to)
-    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "grpo_long", "paper"], GRPO),
+    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "grpo_long", "published"], GRPO),
     "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
     "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),

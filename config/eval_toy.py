@@ -9,4 +9,5 @@ temperatures = (1.0, 0.6)
 top_ps = (1.0, 0.9)
 pass_k = (1, 8)
 max_new_tokens = 54
+max_rows = 1024                # rows of so small a model cost next to nothing: fewer, fuller batches
 threads = 1

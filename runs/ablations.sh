@@ -22,7 +22,7 @@ tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
 jobs() {
   local world method rate seed kl
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
-  for method in grpo tapo opsd; do
+  for method in grpo tapo published opsd; do
     for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
     for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
@@ -31,10 +31,10 @@ jobs() {
     row $world grpo $seed config/grpo.py $kl
     row $world tapo $seed config/tapo.py $kl
     SEEDS=$seed tapo $world copy --prefix_mode=copy        # control: is it imitation of y+?
-    if [ "$seed" -lt 4 ] || [ $world = countdown ]; then   # Eq. 5, 6, 8 to the letter
-      SEEDS=$seed tapo $world paper --ref_advantage=group --loss_norm=separate --diagnosis=ots
+    if [ "$seed" -lt 4 ]; then
+      row $world published $seed config/published.py $kl
+      row $world opsd $seed config/opsd.py $kl
     fi
-    if [ "$seed" -lt 4 ]; then row $world opsd $seed config/opsd.py $kl; fi
   done; done
   for world in findx countdown; do
     row $world grpo_long "$FOUR" config/grpo.py --max_steps=105 $QUIET  # as much time as TAPO's 60 steps take
@@ -130,7 +130,7 @@ while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % 2
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
 
-MAIN="grpo tapo copy paper opsd"  # what is measured, and drawn; every row is in the tables
+MAIN="grpo tapo copy published opsd"  # what is measured, and drawn; every row is in the tables
 echo "== measurements, on the first four seeds"
 for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 s0 s1 s2 s3; do
   [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
