@@ -32,8 +32,7 @@ FIGURE_3 = {  # metric key: title, in the order of the paper's panels
     "rollout/pass1": "Training accuracy, %", "train/grad_norm": "Gradient norm",
     "rollout/length": "Response length, tokens", "train/kl_ref": "KL to the reference"}
 HELD_OUT = {
-    "eval/pass1": "Held-out accuracy, %", "eval/length": "Held-out length, tokens",
-    "eval/truncated": "Held-out truncated"}
+    "eval/pass1": "Held-out accuracy, %", "eval/length": "Held-out length, tokens", "eval/truncated": "Held-out truncated"}
 MEASURED = {  # what makes the table: what it says
     tables.shift_table: "How far from the policy: means over tokens as the policy sees them after the plain question. KL: of "
     "what wrote a token (the policy shown a wrong and a right solution) from the policy shown the question alone.",
@@ -42,10 +41,10 @@ MEASURED = {  # what makes the table: what it says
     tables.errors_table: "Does it find its own errors? How often a response looks again after its first error, and how often it "
     "ends right, left alone or forced to look; then what came of the constructions. Exact, as a toy world can tell."}
 REFLECTION = {
-    "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs",
-    "reflect/kept": "Constructions kept", "reflect/parsed": "Share that parses",
-    "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share that is right",
-    "reflect/mixed_groups": "Groups with both rewards", "reflect/length": "Construction length, tokens"}
+    "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs", "reflect/kept": "Constructions kept",
+    "reflect/parsed": "Share that parses", "reflect/verbatim": "Share with verbatim prefix",
+    "reflect/correct": "Share that is right", "reflect/mixed_groups": "Groups with both rewards",
+    "reflect/length": "Construction length, tokens"}
 SETTING = ("set", "temperature", "top_p", "max_new_tokens")  # evaluations that agree in these can be compared
 PHASES = ("generate", "reflect", "grade", "update")
 ROLES = ("prefix", "diagnosis", "correction")  # indexed by the role ids of a rollout file
@@ -55,14 +54,13 @@ ROLLOUT = dict(  # what a line of a rollout file may leave out
     step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="", is_reflection=False,
     answer=None, reward=math.nan, advantage=math.nan, logprobs=None, sample_logprobs=None, ots_weights=None)
 COLOURS = {  # (light, dark) after Okabe and Ito, safe for colour-blind readers; m0.. the methods, p0.. the phases
-    "m0": ("#0072b2", "#5cb3ec"), "m1": ("#d55e00", "#ff8f4d"), "m2": ("#009e73", "#35c79c"),
-    "m3": ("#b0508c", "#e08fc2"), "m4": ("#a87900", "#e3b32c"), "m5": ("#3a9bd5", "#9ad4fb"),
-    "m6": ("#6b6b6b", "#a8a8a8"), "prefix": ("#c77700", "#e9a13b"), "diagnosis": ("#a3418a", "#e08fc2"),
-    "correction": ("#0a6fb0", "#62b5ec"), "right": ("#00704f", "#45cfa4"), "wrong": ("#b3400a", "#ff9a63"),
-    "p0": ("#0b4f6c", "#8fd0ea"), "p1": ("#2a86a8", "#4fa3c4"), "p2": ("#72b7cf", "#2b6d88"),
-    "p3": ("#b06a00", "#e0a040"), "p4": ("#c9c4bc", "#55585d"), "ink": ("#1c1b1a", "#eceae6"),
-    "soft": ("#5f5c58", "#a5a29c"), "page": ("#faf9f7", "#131416"), "card": ("#fff", "#1b1d20"),
-    "rule": ("#e3dfd9", "#303338"), "grid": ("#edeae5", "#282b2f"), "tint": ("14%", "26%")}
+    "m0": ("#0072b2", "#5cb3ec"), "m1": ("#d55e00", "#ff8f4d"), "m2": ("#009e73", "#35c79c"), "m3": ("#b0508c", "#e08fc2"),
+    "m4": ("#a87900", "#e3b32c"), "m5": ("#3a9bd5", "#9ad4fb"), "m6": ("#6b6b6b", "#a8a8a8"), "prefix": ("#c77700", "#e9a13b"),
+    "diagnosis": ("#a3418a", "#e08fc2"), "correction": ("#0a6fb0", "#62b5ec"), "right": ("#00704f", "#45cfa4"),
+    "wrong": ("#b3400a", "#ff9a63"), "p0": ("#0b4f6c", "#8fd0ea"), "p1": ("#2a86a8", "#4fa3c4"), "p2": ("#72b7cf", "#2b6d88"),
+    "p3": ("#b06a00", "#e0a040"), "p4": ("#c9c4bc", "#55585d"), "ink": ("#1c1b1a", "#eceae6"), "soft": ("#5f5c58", "#a5a29c"),
+    "page": ("#faf9f7", "#131416"), "card": ("#fff", "#1b1d20"), "rule": ("#e3dfd9", "#303338"), "grid": ("#edeae5", "#282b2f"),
+    "tint": ("14%", "26%")}
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -279,9 +277,9 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
             f'aria-label="{escape(caption)}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def name_of(label: str, methods: dict) -> str:
+def name_of(label: str, methods: dict, names: dict = WORDS) -> str:
     """What the method is, behind a chip of its colour."""
-    return f'<span class="key" style="--c:var(--{colour_of(label, methods)})">{escape(WORDS.get(label, label))}</span>'
+    return f'<span class="key" style="--c:var(--{colour_of(label, methods)})">{escape(names.get(label, label))}</span>'
 
 
 def runs_section(methods: dict[str, list[Run]]) -> str:
@@ -304,7 +302,7 @@ def runs_section(methods: dict[str, list[Run]]) -> str:
     for key in dict.fromkeys(key for runs in methods.values() for run in runs for key in run.config):
         texts = [dict.fromkeys(json.dumps(run.config.get(key)) for run in runs) for runs in methods.values()]
         settings.append([f"<code>{escape(', '.join(text))}</code>" for text in ([key], *texts)])
-    head = ["Setting", *(name_of(label, methods) for label in methods)]
+    head = ["Setting", *(name_of(label, methods, SHORT) for label in methods)]
     differ = [row for row in settings if len(set(row[1:])) > 1 and row[0] != "<code>out_dir</code>"]
     if differ:
         out += table(head, differ, "Settings that differ between methods.")
@@ -328,9 +326,10 @@ def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
     seeds = [{re.search(r"(_[sc]\d+)?$", path.stem)[0]: path for path in paths} for paths in evals.values()]
     compared = {}
     for label, theirs in list(zip(evals, seeds, strict=True))[1:]:
-        common = [seed for seed in theirs if seed in seeds[0]]  # never the _c0 of a cold start and the _s0 of training
+        base = {seed: seeds[0].get(seed, seeds[0].get("")) for seed in theirs}  # one without a number stands for every seed
+        common = [seed for seed in theirs if base[seed]]  # never the _c0 of a cold start and the _s0 of training
         try:
-            found = compare_runs([[group[seed] for seed in common] for group in (seeds[0], theirs)]) if common else []
+            found = compare_runs([[group[seed] for seed in common] for group in (base, theirs)]) if common else []
             compared[label] = {tuple(d[key] for key in SETTING): d | {"seeds": common} for d in found}
         except ValueError as error:
             compared[label] = {"why": str(error)}
@@ -340,17 +339,19 @@ def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
 def forests(compared: dict[str, dict], first: str) -> list[tuple[str, list[tuple[str, dict]]]]:
     """[(title, [(label, comparison)])], one for each problem set: at temperature 1, or at all if there is none."""
     settings = dict.fromkeys(setting for found in compared.values() for setting in found if setting != "why")
-    return [(f"Pass@1 against {SHORT.get(first, first)}, points: {setting[0]}, temperature {setting[1]:g}",
+    return [(f"Δ Pass@1 to {SHORT.get(first, first)}, points ({setting[0]}, T {setting[1]:g})",
              [(label, found[setting]) for label, found in compared.items() if setting in found])
             for setting in [setting for setting in settings if setting[1] == 1] or settings]
 
 
 def forest_reach(rows: list[tuple[str, dict]]) -> tuple[float, float]:
-    """The axis, in points: 0, all seeds, and intervals as far as they are not useless, as those of two seeds are."""
-    seeds = 100 * np.array([0.0, *(v for _, d in rows for v in d["by_seed"])])
-    most = max(np.ptp(seeds), 1.0)
-    ends = [min(max(100 * d[key], seeds.min() - most), seeds.max() + most) for _, d in rows for key in ("low", "high")]
-    return min(*seeds, *ends) - 0.1 * most, max(*seeds, *ends) + 0.1 * most
+    """The axis, in points: 0, all seeds, all intervals but those of two seeds, which are too wide to be of use."""
+    values = [0.0]
+    for _, d in rows:
+        values += d["by_seed"] + [d["low"], d["high"]] * (len(d["by_seed"]) != 2)
+    low, high = 100 * min(values), 100 * max(values)
+    margin = 0.05 * max(high - low, 1.0)
+    return low - margin, high + margin
 
 
 def signed(difference: float) -> str:
@@ -359,7 +360,7 @@ def signed(difference: float) -> str:
 
 def delta(d: dict) -> str:
     """A comparison as HTML: the difference and its interval; on hover the number of seeds and p."""
-    return (f'<span title="{len(d["seeds"])} seeds in common, p = {d["p"]:.3f}">{signed(d["difference"])} '
+    return (f'<span title="seeds in common: {len(d["seeds"])}, p = {d["p"]:.3f}">{signed(d["difference"])} '
             f"<small>{signed(d['low'])} to {signed(d['high'])}</small></span>")
 
 
@@ -370,17 +371,20 @@ def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
     def X(points):
         return f"{100 * (points - low) / (high - low):.2f}%"
 
-    grid = "".join(f'<line{" class=zero" * (v == 0)} x1="{X(v)}" x2="{X(v)}" y2="100%"/>' for v in ticks(low, high, 5))
-    axis = "".join(f'<text x="{X(v)}" y="14">{show(v)}</text>' for v in ticks(low, high, 5))
+    marks = ticks(low, high, 8)
+    grid = "".join(f'<line{" class=zero" * (v == 0)} x1="{X(v)}" x2="{X(v)}" y2="28"/>' for v in marks)
+    axis = "".join(f'<text x="{X(v)}" y="14">{show(v)}</text>' for v in marks)
     lines = ""
     for label, d in rows:
-        dots = "".join(f'<circle cx="{X(100 * v)}" cy="50%" r="3.2"><title>{seed[1:]} {signed(v)}</title></circle>'
+        left, right, mean = (X(100 * d[key]) for key in ("low", "high", "difference"))
+        dots = "".join(f'<circle cx="{X(100 * v)}" cy="8" r="3"><title>{seed[1:]} {signed(v)}</title></circle>'
                        for seed, v in zip(d["seeds"], d["by_seed"], strict=True))
-        lines += (f'<li style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods)}<svg aria-hidden="true">{grid}'
-                  f'<line class="interval" x1="{X(100 * d["low"])}" x2="{X(100 * d["high"])}" y1="50%" y2="50%"/>{dots}'
-                  f'<circle class="mean" cx="{X(100 * d["difference"])}" cy="50%" r="6"/></svg>{delta(d)}</li>')
-    return (f'<figure class="panel forest"><h3>{escape(title)}</h3>'
-            f'<ul>{lines}<li><i></i><svg aria-hidden="true">{axis}</svg></li></ul></figure>')
+        lines += (f'<li style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods, SHORT)}<svg aria-hidden="true">'
+                  f'{grid}{dots}<line class="interval" x1="{left}" x2="{right}" y1="18" y2="18"/>'
+                  f'<circle class="mean" cx="{mean}" cy="18" r="5.5"/></svg>{delta(d)}</li>')
+    return (f'<figure class="panel forest"><h3>{escape(title)}</h3><p class="note">Dots: training seeds. '
+            f'Below them: their mean and its 95 % interval.</p><ul>{lines}'
+            f'<li><i></i><svg aria-hidden="true">{axis}</svg></li></ul></figure>')
 
 
 def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], methods: dict) -> str:
@@ -413,11 +417,10 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
         caption = f"{name}, temperature {temperature}, top-p {top_p}: {samples} samples of at most {cap} tokens"
         out += table(head, rows, f"{caption} for each of {problems} problems. All in %.")
     return out + (
-        '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. '
-        "Δ: paired by problem and by training seed, for the seeds that both have, with its 95 % interval over these, or "
-        "over problems where there is one seed. "
-        "DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their "
-        "error and end right. Both over problems solved sometimes but not always.</p>"
+        '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. Δ: paired by '
+        "problem and training seed, over the seeds that both have, with its 95 % interval over these, or over problems if there "
+        "is one. DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their error "
+        "and end right. Both over problems solved sometimes but not always.</p>"
         if out else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
 
 
@@ -443,8 +446,9 @@ def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
     out, found = "", {}
     for label, paths in measured.items():
         found[label] = [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths]
-        if not all({"shift", "gradient", "constructions"} <= m.keys() for m in found[label]):
-            raise ValueError(f"--measured: {label} is not from measure.py")
+        for path, m in zip(paths, found[label], strict=True):
+            if not {"shift", "gradient", "constructions"} <= m.keys():
+                raise ValueError(f"{path} is not a result of measure.py")
     for make, caption in MEASURED.items():
         rows = []
         for label, seeds in found.items():
@@ -452,7 +456,7 @@ def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
                 head, lines = make({label: seeds})
                 rows += [[name_of(label, methods) * (i == 0), *(escape(cell).replace("-", "−") for cell in cells)]
                          for i, (_, *cells) in enumerate(lines)]
-        out += table([*map(escape, head)], rows, caption) if rows else ""
+        out += table([escape(cell).replace("1e-3", "10⁻³") for cell in head], rows, caption) if rows else ""
     return out
 
 
@@ -629,8 +633,8 @@ def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]], comp
     sections = {
         "Runs": runs_section(methods),
         "Evaluation": evals_section(evals, compared, methods) + f'<div class="panels">{"".join(held_out)}</div>',
-        "Training dynamics": '<p class="note">Bold: centred moving average, its last value beside each name. Faint: '
-                             "raw. Band: one standard deviation over seeds. Hover for single steps.</p>"
+        "Training dynamics": '<p class="note">Bold: centred moving average, its last value beside each name. Faint: raw. Band: '
+                             "one standard deviation over seeds. Hover for single steps.</p>"
                              f'<div class="panels" id="figure-3">{"".join(figure_3)}</div>',
         "Reflections": reflection_section(methods),
         **({"Measurements": measured_section(measured, methods)} if measured else {}),
@@ -644,8 +648,7 @@ def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]], comp
     title = escape(" · ".join(SHORT.get(label, label) for label in methods))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}: training report</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<style>:root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}{STYLE}</style></head><body>"
         f"<header><p>Training report, {len(runs)} run{'s' * (len(runs) > 1)}</p><h1>{title}</h1><nav>{nav}</nav>"
@@ -676,18 +679,17 @@ code,.tokens{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .scroll{overflow-x:auto;margin:-8px 0 22px}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:8px 18px 8px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
+th{white-space:normal}tbody th{min-width:10em}thead th:has([style]){min-width:8em}
 thead th{font-weight:500;font-size:13.5px;vertical-align:bottom}
-details td{white-space:normal;overflow-wrap:anywhere}
+details td{min-width:11em;white-space:normal;overflow-wrap:anywhere}
 summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .key::before,.legend li::before{content:"";display:inline-block;width:10px;height:10px;border-radius:3px;
   background:var(--c);margin-right:7px}
-.forest{margin-bottom:22px}
-.forest ul{margin:10px 0 0;padding:0;font-size:14px;font-variant-numeric:tabular-nums}
-.forest li{display:grid;grid-template-columns:minmax(0,25em) 1fr 10em;gap:0 16px;align-items:center}
-.forest svg{width:100%;height:100%;min-height:26px}
-.forest line{stroke:var(--grid)}.forest .zero{stroke:var(--soft)}
-.forest .interval{stroke:var(--c);stroke-width:2.5}
-.forest circle{fill:var(--c);fill-opacity:.45}
+figure.forest{margin-bottom:22px}
+.forest ul{margin:0;padding:0;font-size:14px;font-variant-numeric:tabular-nums}
+.forest li{display:grid;grid-template-columns:19em 1fr 10em;gap:0 16px;align-items:center}
+.forest svg{width:100%;height:28px}.forest line{stroke:var(--grid)}.forest .zero{stroke:var(--soft)}
+.forest .interval{stroke:var(--c);stroke-width:2.5}.forest circle{fill:var(--c);fill-opacity:.5}
 .forest .mean{fill-opacity:1;stroke:var(--card);stroke-width:1.5}
 .forest text{fill:var(--soft);font-size:12px;text-anchor:middle}
 .bar{display:block;width:300px;height:16px;fill:var(--c)}
@@ -739,7 +741,8 @@ summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
 .tokens i{color:var(--soft);font-style:normal;opacity:.55}
 .tokens span>span:hover{background:var(--ink);color:var(--page)}
 @media (max-width:600px){header,main{padding:0 16px}header{padding-top:24px}.card{padding:14px}
-  .forest li{grid-template-columns:1fr auto}.forest svg{grid-area:2/1/3/3}.forest i{display:none}}
+  .forest ul{font-size:13px}.forest li{grid-template-columns:1fr auto;margin-bottom:6px}.forest svg{grid-area:2/1/3/3}
+  .forest i{display:none}}
 """
 
 
@@ -751,9 +754,7 @@ def draw_lines(axes, lines: list[Line]) -> None:
         axes.plot(line.steps, line.mean, color=colour, label=line.label)
         low, high = line.mean - line.spread, line.mean + line.spread
         axes.fill_between(line.steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
-    else:
+    if not axes.lines:
         axes.text(0.5, 0.5, "not logged", ha="center", color="gray", transform=axes.transAxes)
 
 
@@ -763,10 +764,10 @@ def draw_forest(axes, rows: list[tuple[str, dict]], methods: dict) -> None:
     for y, (label, d) in enumerate(rows):
         colour = COLOURS[colour_of(label, methods)][0]
         axes.plot([100 * d["low"], 100 * d["high"]], [y, y], color=colour, linewidth=2)
-        axes.plot([100 * v for v in d["by_seed"]], [y] * len(d["by_seed"]), "o", color=colour, alpha=0.45, markersize=4)
+        axes.plot([100 * v for v in d["by_seed"]], [y - 0.3] * len(d["by_seed"]), "o", color=colour, alpha=0.5, markersize=4)
         axes.plot(100 * d["difference"], y, "o", color=colour, markersize=9, markeredgecolor="white")
-    axes.set(yticks=range(len(rows)), yticklabels=[SHORT.get(label, label) for label, _ in rows])
-    axes.set(xlim=forest_reach(rows), ylim=(len(rows) - 0.4, -0.6))
+    axes.set(yticks=range(len(rows)), yticklabels=[SHORT.get(label, label) for label, _ in rows],
+             xlim=forest_reach(rows), ylim=(len(rows) - 0.4, -0.8))
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
@@ -785,6 +786,8 @@ def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[s
             axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
             axes.spines[["top", "right"]].set_visible(False)
             draw(axes, *what)
+        named = {line.get_label(): line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"}
+        figure.legend(named.values(), named, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=140)
 
     dynamics = {key: (title, draw_lines, method_lines(methods, key)) for key, title in FIGURE_3.items()}

@@ -151,7 +151,7 @@ def measured(folder: Path) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for path in sorted((folder / "measured").glob("*.json")):
         found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem), []).append(json.loads(path.read_text()))
-    return found
+    return dict(sorted(found.items(), key=lambda item: [*ROWS, item[0]].index(item[0])))
 
 
 def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
@@ -159,6 +159,8 @@ def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]
     for name, seeds in found.items():
         for kind in dict.fromkeys(kind for m in seeds for kind in m["shift"]):
             some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
+            if sum(s["tokens"] for s in some) < 100:  # the rare tagged reflection of a full reconstruction: says nothing
+                continue
             body.append([ROWS.get(name, name), kind,
                          *(show([s[key] for s in some], 2) for key in ("logprob", "entropy", "kl", "ots"))])
     return ["", "tokens", "log-prob", "entropy", "KL(writer, policy)", "OTS weight"], body

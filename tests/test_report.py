@@ -1,6 +1,7 @@
 """The report page: self-contained, everything escaped, no run too bare or too torn to be shown."""
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,16 +136,33 @@ def make_eval(path, rate, seed=0, n=120, samples=16):
     return path
 
 
+def make_measured(path, shift=0.0):
+    """What measure.py writes on a toy world, cut to a kind of token and an estimator or two."""
+    sizes = dict(logprob=-0.125 + shift, entropy=0.25, kl=None, ots=1.0)
+    gradient = dict(right=0.07, wrong=0.05, constructed=0.01, cosine=-0.2, wrong_advantage=-0.6, constructed_advantage=0.04)
+    recovery = dict(responses=40, with_an_error=10, unasked_reflects=0.3, unasked_right_if_reflects=0.4, unasked_right=0.2,
+                    forced_right=0.35)
+    micro = dict(candidates=20, kept=10, right=9, localised=8, groups=4, mixed_groups=1)
+    content = {"shift": {"ordinary, right": sizes, "micro, <diagnosis>": sizes | {"logprob": -2.0 + shift, "kl": 1.5}},
+               "gradient": {"decoupled, Eq. 5": gradient}, "constructions": {"micro": micro, "full": micro},
+               "recovery": recovery}
+    path.write_text(json.dumps(content))
+    return path
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Two TAPO seeds and one GRPO run with their evaluations, and the page made from them."""
+    """Two TAPO seeds and one GRPO run with their evaluations and measurements, and the page made from them."""
     folder = tmp_path_factory.mktemp("world")
     runs = [make_run(folder / "tapo_s0", reflections=True), make_run(folder / "tapo_s1", reflections=True, seed=1),
             make_run(folder / "grpo", reflections=False, seed=2, reward_gain=0.2)]
     rates = {"grpo_s0": 0.6, "grpo_s1": 0.61, "tapo_s0": 0.66, "tapo_s1": 0.67, "start": 0.4}
     evals = [make_eval(folder / f"{name}.json", rate, seed) for seed, (name, rate) in enumerate(rates.items())]
-    report.main([*map(str, runs), "--evals=" + ",".join(map(str, evals)), f"--out={folder / 'page.html'}",
-                 f"--png={folder / 'png'}"])
+    (folder / "measured").mkdir()
+    measured = [make_measured(folder / "measured" / f"{name}.json", shift)
+                for name, shift in (("tapo_s0", 0.0), ("tapo_s1", 0.25), ("a<b", 0.5))]
+    report.main([*map(str, runs), "--evals=" + ",".join(map(str, evals)), "--measured=" + ",".join(map(str, measured)),
+                 f"--out={folder / 'page.html'}", f"--png={folder / 'png'}"])
     return folder
 
 
@@ -188,7 +206,7 @@ def test_page_is_titled_readable_by_machines_and_well_nested(page):
     parser = Nesting()
     parser.feed(page)
     assert not parser.open_tags
-    assert '<html lang="en">' in page and "<title>tapo · grpo" in page and page.count("<h1>") == 1
+    assert '<html lang="en">' in page and "<title>TAPO · GRPO: training report" in page and page.count("<h1>") == 1
     assert {a for a in re.findall(r'href="#([^"]*)"', page)} <= set(re.findall(r'id="([^"]*)"', page))
 
 
@@ -197,7 +215,7 @@ def test_six_panels_of_figure_3_show_every_run(page):
     assert re.findall(r"<h3[^>]*>(.*?)</h3>", figure) == list(report.FIGURE_3.values())
     assert figure.count("<svg viewBox") == 6
     assert figure.count("<polygon") == 6  # a band for the two seeds of tapo in each, none for the single grpo run
-    assert "step 7\ntapo 0." in figure    # hover
+    assert "step 7\nTAPO 0." in figure    # hover
 
 
 def test_seeds_are_one_mean_line_with_their_standard_deviation(tmp_path):
@@ -225,6 +243,7 @@ def test_a_run_without_reflections_says_not_logged_and_shows_ordinary_rollouts(w
     assert "train/ots_weight" in re.search(r'not logged<br><code>(.*?)</code>', section(page, "training-dynamics"))[1]
     assert section(page, "trajectories").count("<article") == report.N_TRAJECTORIES
     assert "Ordinary rollout" in page and "no evaluation files" in page
+    assert "Measurements" not in page and '<figure class="panel forest"' not in page
 
 
 def test_a_run_whose_constructions_all_fail_still_shows_why(tmp_path):
@@ -309,12 +328,134 @@ def test_without_a_tokenizer_the_text_is_still_shown(tmp_path):
 def test_evaluations_show_seeds_as_mean_and_sd_with_a_paired_difference(page):
     tables = re.findall(r"<table>.*?</table>", section(page, "evaluation"), re.S)
     assert "findx, temperature 0.6, top-p 0.9: 16 samples of at most 54 tokens for each of 120 problems" in page
-    assert len(tables) == 2
+    assert len(tables) == 2 and "Δ Pass@1 <small>to GRPO</small>" in tables[0]
     grpo, tapo, start = re.findall(r'<tr><th scope="row">.*?</tr>', tables[0])
     assert "<small>2 runs</small>" in tapo and re.search(r"<b>\d\d\.\d</b> <small>± \d\.\d</small>", tapo)
     assert re.search(r"<b>\d\d\.\d</b> <small>\d\d\.\d–\d\d\.\d</small>", start)
-    assert re.search(r"<td>\+\d\.\d <small>[+−]\d+\.\d to \+\d+\.\d</small>", tapo)
-    assert re.search(r'<span title="[^"]*equally many seeds[^"]*">–</span>', start) and "title" not in grpo
+    assert re.search(r'<td><span title="seeds in common: 2, p = [\d.]+">\+\d\.\d <small>[+−]\d+\.\d to \+\d+\.\d<', tapo)
+    assert '<span title="no seed in common">–</span>' in start and '<span title="">–</span>' in grpo
+
+
+def pass1(path) -> float:
+    return np.mean([p["c"] / p["n"] for p in json.loads(path.read_text())["settings"][0]["per_problem"]])
+
+
+def test_seeds_are_paired_by_their_number_whatever_else_either_has(tmp_path):
+    path = {name: make_eval(tmp_path / f"{name}.json", rate, n=20) for name, rate in (
+        ("a_s0", 0.1), ("a_s1", 0.2), ("a_s2", 0.5), ("a_s3", 0.6), ("b_s3", 0.8), ("b_s1", 0.6), ("b_s7", 0.9), ("c_s9", 0.3))}
+    compared = report.differences(report.label_runs(list(path.values())))
+    d = compared["b"]["findx", 1.0, 1.0, 54]
+    assert d["seeds"] == ["_s3", "_s1"]
+    assert np.allclose(d["by_seed"], [pass1(path["b_s3"]) - pass1(path["a_s3"]), pass1(path["b_s1"]) - pass1(path["a_s1"])])
+    assert compared["c"] == {"why": "no seed in common"} and "a" not in compared
+
+
+def test_a_baseline_without_a_number_stands_for_every_seed(tmp_path):
+    paths = [make_eval(tmp_path / f"{name}.json", rate, n=20) for name, rate in (("start", 0.3), ("b_s0", 0.5), ("b_s1", 0.7))]
+    d = report.differences(report.label_runs(paths))["b"]["findx", 1.0, 1.0, 54]
+    assert np.allclose(d["by_seed"], [pass1(path) - pass1(paths[0]) for path in paths[1:]])
+    assert report.differences(report.label_runs(paths[::-1]))["start"] == {"why": "no seed in common"}
+
+
+def test_cold_starts_are_seeds_of_one_row_and_never_paired_with_training(tmp_path):
+    names = ("grpo_s0", "grpo_s1", "coldstart_c0", "coldstart_c1", "tapo_s0")
+    evals = report.label_runs([make_eval(tmp_path / f"{name}.json", 0.5, seed, n=20) for seed, name in enumerate(names)])
+    compared = report.differences(evals)
+    assert list(evals) == ["grpo", "coldstart", "tapo"] and len(evals["coldstart"]) == 2
+    assert compared["coldstart"] == {"why": "no seed in common"}
+    assert [[label for label, _ in rows] for _, rows in report.forests(compared, "grpo")] == [["tapo"]]
+    html = report.evals_section(evals, compared, {})
+    assert html.count("cold start") == html.count("cold start</span> <small>2 runs") == 2  # in the tables, not in the figure
+
+
+def comparison(*by_seed, low, high):
+    """One finding of eval.compare_runs, as far as the report looks at it."""
+    return dict(seeds=[f"_s{i}" for i in range(len(by_seed))], by_seed=list(by_seed), difference=sum(by_seed) / len(by_seed),
+                low=low, high=high, p=0.5)
+
+
+def test_forests_are_drawn_for_every_problem_set_at_temperature_1_if_there_is_one():
+    d = comparison(0.1, low=0, high=0.2)
+    warm, cool, other = ("x", 1.0, 1.0, 9), ("x", 0.6, 0.9, 9), ("y", 1.0, 1.0, 9)
+    compared = {"a": {cool: d, warm: d}, "b": {"why": "no seed in common"}, "c": {warm: d, other: d}}
+    found = report.forests(compared, "paper")
+    assert [title for title, _ in found] == ["Δ Pass@1 to TAPO as published, points (x, T 1)",
+                                             "Δ Pass@1 to TAPO as published, points (y, T 1)"]
+    assert [[label for label, _ in rows] for _, rows in found] == [["a", "c"], ["c"]]
+    assert [title for title, _ in report.forests({"a": {cool: d}}, "base<")] == ["Δ Pass@1 to base<, points (x, T 0.6)"]
+
+
+def test_a_forest_has_a_line_for_each_row_with_its_seeds_its_mean_and_its_interval_in_place():
+    rows = [("wo_dae", comparison(-0.02, 0.04, 0.07, low=-0.01, high=0.07)), ("<i>", comparison(0.01, low=-0.03, high=0.02))]
+    html, (low, high) = report.forest("T", rows, {"wo_dae": []}), report.forest_reach(rows)
+    lines = re.findall("<li.*?</li>", html)
+
+    def points(pattern, line):
+        return [low + float(found) / 100 * (high - low) for found in re.findall(pattern, line)]
+
+    assert len(lines) == 3 and lines[2].count("<text") >= 3 and ">0</text>" in lines[2]
+    for line, (_, d) in zip(lines, rows, strict=False):
+        assert points(r'<circle cx="([\d.]+)%"', line) == pytest.approx([100 * v for v in d["by_seed"]], abs=0.01)
+        assert points(r'"mean" cx="([\d.]+)%"', line) == pytest.approx([100 * d["difference"]], abs=0.01)
+        assert points(r'"interval" x1="([\d.]+)%"', line) == pytest.approx([100 * d["low"]], abs=0.01)
+        assert points(r'"interval" x1="[\d.]+%" x2="([\d.]+)%"', line) == pytest.approx([100 * d["high"]], abs=0.01)
+        assert points(r'class=zero x1="([\d.]+)%"', line) == pytest.approx([0], abs=0.01)
+    assert "w/o DAE" in lines[0] and "var(--m0)" in lines[0] and "<title>s1 +4.0</title>" in lines[0]
+    assert "&lt;i&gt;" in lines[1] and "<i>" not in lines[1] and "+1.0 <small>−3.0 to +2.0</small>" in lines[1]
+
+
+def test_the_forest_reaches_every_seed_and_interval_but_not_the_useless_one_of_two_seeds():
+    two, three = comparison(0.01, 0.03, low=-0.9, high=0.9), comparison(0.01, 0.02, 0.12, low=-0.08, high=0.18)
+    one = comparison(0.02, low=-0.05, high=0.25)
+    assert np.allclose(report.forest_reach([("a", two)]), (-0.15, 3.15))
+    assert np.allclose(report.forest_reach([("a", two), ("b", three)]), (-9.3, 19.3))
+    assert np.allclose(report.forest_reach([("a", one)]), (-6.5, 26.5))
+
+
+def test_one_seed_has_an_interval_over_problems(tmp_path):
+    evals = report.label_runs([make_eval(tmp_path / f"{name}.json", rate, n=60) for name, rate in (
+        ("a_s0", 0.4), ("a_s1", 0.4), ("b_s1", 0.6))])
+    d = report.differences(evals)["b"]["findx", 1.0, 1.0, 54]
+    assert len(d["by_seed"]) == 1 and d["low"] < d["difference"] < d["high"]
+    assert report.evals_section(evals, report.differences(evals), {}).count('title="seeds in common: 1, p = ') == 3
+
+
+def test_rows_of_the_sweep_go_by_their_words_and_other_names_by_themselves():
+    run = report.Run(Path("x"), {"a": 1}, [{"step": 1, "k": 2.0}])
+    names = [report.name_of(label, {}) for label in ("tapo", "paper", "my<idea>")]
+    assert [re.sub("<.*?>", "", name) for name in names] == [
+        "TAPO (A = r, one mean)", "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)", "my&lt;idea&gt;"]
+    lines = report.method_lines({"tapo": [run], "run (2)": [run]}, "k")
+    assert [line.label for line in lines] == ["TAPO", "run (2)"]  # in charts without what explains it
+
+
+def test_a_method_keeps_its_colour_where_others_are_not_shown():
+    run = report.Run(Path("x"), {}, [{"step": 1, "k": 2.0}])
+    lines = report.method_lines({"a": [run], "b": [run]}, "k", {"b": [run]})
+    assert [(line.label, line.colour) for line in lines] == [("b", "m1")]
+
+
+def test_measurements_are_three_tables_a_name_for_each_method(page):
+    html = section(page, "measurements")
+    tables = re.findall(r"<table>.*?</table>", html, re.S)
+    assert page.index('id="reflections"') < page.index('id="measurements"') < page.index('id="time"')
+    assert len(tables) == 3 and html.count('<p class="note">') == 3 and "micro, &lt;diagnosis&gt;" in tables[0]
+    shift, gradient, errors = ([re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
+                               for table in tables)
+    assert [re.sub("<.*?>", "", row[0]) for row in shift] == ["TAPO (A = r, one mean)", "", "a&lt;b", ""]
+    assert [row[2] for row in shift] == ["0.00 ± 0.18", "−1.88 ± 0.18", "0.38", "−1.50"]  # mean and sd over seeds
+    assert [row[4] for row in shift] == ["−", "1.50 ± 0.00", "−", "1.50"]
+    assert gradient[0][1:4] == ["decoupled, Eq. 5", "70.0 ± 0.0", "50.0 ± 0.0"] and "right, 10⁻³" in tables[1]
+    assert errors[1][1:] == ["1", "25.0", "30.0", "40.0", "20.0", "35.0", "50.0", "90.0", "80.0", "25.0"]
+
+
+def test_measurements_outside_a_toy_world_lack_the_errors_and_other_files_are_refused(tmp_path):
+    path = make_measured(tmp_path / "big_s0.json")
+    path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key != "recovery"}))
+    assert report.measured_section({"big": [path]}, {}).count("<table>") == 2
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"big_s0\.json is not a result of measure\.py$"):
+        report.measured_section({"big": [path]}, {})
 
 
 def test_evaluations_without_scores_or_on_other_problems_say_why_there_is_no_difference(world, tmp_path):
@@ -345,8 +486,33 @@ def test_model_size_comes_from_the_newest_checkpoint(tmp_path):
 
 
 def test_main_figures_are_written_as_png(world):
-    assert {p.name for p in (world / "png").iterdir()} == {"dynamics.png", "reflection.png"}
+    assert {p.name for p in (world / "png").iterdir()} == {"dynamics.png", "reflection.png", "forest.png", "headline.png"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (world / "png").iterdir())
+
+
+def test_headline_compares_the_methods_with_run_folders_and_forest_all(tmp_path, monkeypatch):
+    drawn, methods = [], {"grpo": [], "tapo": []}
+    monkeypatch.setattr(report, "draw_lines", lambda axes, lines: None)
+    monkeypatch.setattr(report, "draw_forest", lambda axes, rows, methods: drawn.append([label for label, _ in rows]))
+    rows = [(label, comparison(0.1, low=0, high=0.2)) for label in ("tapo", "wo_dae")]
+    report.save_pngs(methods, [("x", rows), ("y", rows[1:])], tmp_path)
+    assert drawn == [["tapo", "wo_dae"], ["wo_dae"], ["tapo"]]
+    report.save_pngs(methods, [("x", rows[1:])], tmp_path / "no_headline")
+    assert {p.name for p in (tmp_path / "no_headline").iterdir()} == {"dynamics.png", "forest.png"}
+    report.save_pngs(methods, [], tmp_path / "none")
+    assert {p.name for p in (tmp_path / "none").iterdir()} == {"dynamics.png"}
+
+
+def test_a_forest_in_a_png_has_words_marks_and_intervals(tmp_path):
+    from matplotlib.figure import Figure
+
+    rows = [("wo_dae", comparison(0.01, 0.05, low=-0.4, high=0.6)), ("x", comparison(0.02, low=0, high=0.1))]
+    axes = Figure().subplots()
+    report.draw_forest(axes, rows, {})
+    zero, interval, seeds, mean, *_ = [line.get_xdata() for line in axes.lines]
+    assert np.allclose(zero, 0) and np.allclose(interval, [-40, 60]) and np.allclose(seeds, [1, 5]) and np.allclose(mean, 3)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["w/o DAE", "x"]
+    assert np.allclose(axes.get_xlim(), (-0.5, 10.5)) and axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row on top
 
 
 def test_torn_last_line_is_tolerated_and_a_repeated_step_counts_once(tmp_path):
@@ -374,9 +540,10 @@ def test_bad_run_folders_are_one_line_errors(tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_evaluation_is_named(world):
-    with pytest.raises(FileNotFoundError, match=r"--evals: no file .*nowhere\.json"):
-        report.main([str(world / "grpo"), f"--evals={world / 'nowhere.json'}"])
+@pytest.mark.parametrize("option", ["--evals", "--measured"])
+def test_a_missing_evaluation_or_measurement_is_named(world, option):
+    with pytest.raises(FileNotFoundError, match=r"--evals, --measured: no file .*nowhere\.json"):
+        report.main([str(world / "grpo"), f"{option}={world / 'nowhere.json'}"])
 
 
 def test_values_that_are_not_numbers_leave_a_gap_and_a_lone_spike_does_not_flatten_the_panel(tmp_path):

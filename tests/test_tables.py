@@ -103,7 +103,8 @@ def test_habits_leave_out_what_a_seed_does_not_have(sweep):
 
 def test_measurements_are_means_over_seeds(tmp_path):
     def measured(scale):
-        return {"shift": {"ordinary, right": {"logprob": -0.1 * scale, "entropy": 0.2, "kl": 0.0, "ots": 1.0}},
+        ordinary = {"logprob": -0.1 * scale, "entropy": 0.2, "kl": 0.0, "ots": 1.0, "tokens": 100}
+        return {"shift": {"full, diagnosis": ordinary | {"tokens": 7}, "ordinary, right": ordinary},
                 "gradient": {"decoupled, A = r": {"right": 0.05, "wrong": 0.06, "constructed": 0.01 * scale, "cosine": 0.5,
                                                   "wrong_advantage": -1.0, "constructed_advantage": 1.0}},
                 "constructions": {"micro": {"candidates": 10, "kept": 5 * scale, "right": 5, "localised": 4, "groups": 4,
@@ -171,7 +172,7 @@ def test_no_job_is_listed_twice_and_every_row_of_a_table_is_run(jobs):
     for world in ("findx", "countdown"):
         assert all(len(seeds[world, row]) == 8 for row in ("grpo", "tapo", "copy"))
     for (_, row), found in seeds.items():
-        tuning = re.match(r"tune_(grpo|tapo|opsd)_", row)
+        tuning = re.match(r"tune_(grpo|tapo|published|opsd)_", row)
         assert found <= {"8", "9"} if tuning else len(found) >= 4
     in_tables = {row for rows, _ in tables.TABLES.values() for row in rows} - {"coldstart", "base", "easy"}
     assert in_tables <= {row for _, row in seeds} and in_tables <= set(tables.ROWS)
