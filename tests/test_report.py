@@ -138,7 +138,7 @@ def make_eval(path, rate, seed=0, n=120, samples=16):
 
 def make_measured(path, shift=0.0):
     """What measure.py writes on a toy world, cut to a kind of token and an estimator or two."""
-    sizes = dict(logprob=-0.125 + shift, entropy=0.25, kl=None, ots=1.0)
+    sizes = dict(logprob=-0.125 + shift, entropy=0.25, kl=None, ots=1.0, tokens=100)
     gradient = dict(right=0.07, wrong=0.05, constructed=0.01, cosine=-0.2, wrong_advantage=-0.6, constructed_advantage=0.04)
     recovery = dict(responses=40, with_an_error=10, unasked_reflects=0.3, unasked_right_if_reflects=0.4, unasked_right=0.2,
                     forced_right=0.35)
