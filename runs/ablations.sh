@@ -129,7 +129,6 @@ while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % 2
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
-
 MAIN="grpo tapo copy published opsd"  # what is measured, and drawn; every row is in the tables
 echo "== measurements, on the first four seeds"
 for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 s0 s1 s2 s3; do
@@ -141,7 +140,9 @@ for world in "$OUT"/*/; do
   runs=() evals=()
   for name in $MAIN; do for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done; done
   for name in $MAIN coldstart '*'; do
-    for file in "$world"$name"_"[cs]*.json; do [[ $file == *tune_* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file"); done
+    for file in "$world"$name"_"[cs]*.json; do
+      [[ ! -f $file || $file == *tune_* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
+    done
   done
   python report.py "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" --out="${world%/}.html" --png="${world}figures" \
     --measured="$(ls "$world"measured/*.json | paste -sd,)"
