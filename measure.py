@@ -235,6 +235,7 @@ def constructions(results: list, problem_of: dict[int, Problem], tokenizer, exac
 
 
 def main() -> None:
+    """Draw one step from the checkpoint, look at it, print and write what was found."""
     config = configure(globals())
     c = SimpleNamespace(**config)
     for key in ("init_from", "problems"):
