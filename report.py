@@ -679,7 +679,7 @@ code,.tokens{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .scroll{overflow-x:auto;margin:-8px 0 22px}
 table{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:8px 18px 8px 0;border-bottom:1px solid var(--rule);white-space:nowrap}
-th{white-space:normal}tbody th{min-width:10em}thead th:has([style]){min-width:8em}
+th{white-space:normal}tbody th{min-width:10em}thead th:has(.key){white-space:nowrap}
 thead th{font-weight:500;font-size:13.5px;vertical-align:bottom}
 details td{min-width:11em;white-space:normal;overflow-wrap:anywhere}
 summary{cursor:pointer;font-size:14.5px;margin-bottom:12px}
@@ -794,11 +794,11 @@ def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[s
     save("dynamics", (11, 5.4), 2, list(dynamics.values()))
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if constructing:
-        last = list(constructing.values())[-1]
+        last, runs = list(constructing.items())[-1]
         save("reflection", (11, 5.4), 2, [
             *((REFLECTION[f"reflect/{name}"], draw_lines, method_lines(methods, f"reflect/{name}", constructing))
               for name in ("parsed", "correct", "mixed_groups", "length")),
-            *((f"{name} by role", draw_lines, role_lines(last, key))
+            *((f"{name} by role, {SHORT.get(last, last)}", draw_lines, role_lines(runs, key))
               for name, key in (("Log-prob", "logprob"), ("OTS weight", "ots")))])
     if trees:
         height = 0.8 + 0.3 * max(len(rows) for _, rows in trees)
