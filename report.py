@@ -594,10 +594,10 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
 
 
 def trajectories_section(runs: list[Run]) -> str:
-    """From the last run that constructs trajectories; if none does, ordinary rollouts of the last run that kept any."""
+    """From the first run that constructs trajectories; if none does, ordinary rollouts of the first run that kept any."""
     picked = []
     for reflections in (True, False):
-        for run in reversed(runs):
+        for run in runs:
             if not picked and reflects(run) >= reflections:
                 picked, source = pick_trajectories(run.folder, N_TRAJECTORIES, reflections), run
     if not picked:
@@ -787,18 +787,19 @@ def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[s
             axes.spines[["top", "right"]].set_visible(False)
             draw(axes, *what)
         named = {line.get_label(): line for axes in figure.axes for line in axes.lines if line.get_label()[0] != "_"}
-        figure.legend(named.values(), named, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+        if named:
+            figure.legend(named.values(), named, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=140)
 
     dynamics = {key: (title, draw_lines, method_lines(methods, key)) for key, title in FIGURE_3.items()}
     save("dynamics", (11, 5.4), 2, list(dynamics.values()))
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if constructing:
-        last, runs = list(constructing.items())[-1]
+        label, runs = next(iter(constructing.items()))
         save("reflection", (11, 5.4), 2, [
             *((REFLECTION[f"reflect/{name}"], draw_lines, method_lines(methods, f"reflect/{name}", constructing))
               for name in ("parsed", "correct", "mixed_groups", "length")),
-            *((f"{name} by role, {SHORT.get(last, last)}", draw_lines, role_lines(runs, key))
+            *((f"{name} by role, {SHORT.get(label, label)}", draw_lines, role_lines(runs, key))
               for name, key in (("Log-prob", "logprob"), ("OTS weight", "ots")))])
     if trees:
         height = 0.8 + 0.3 * max(len(rows) for _, rows in trees)

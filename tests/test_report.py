@@ -264,6 +264,7 @@ def test_an_empty_run_makes_a_page_without_a_single_number(tmp_path):
 
 
 def test_twenty_trajectories_in_every_role_spread_over_training(page):
+    assert " of <b>tapo_s0</b>, spread evenly" in section(page, "trajectories")  # the first run that constructs any
     cards = section(page, "trajectories").split("<article")[1:]
     assert len(cards) == report.N_TRAJECTORIES
     steps = [int(re.search(r"Step (\d+)", card)[1]) for card in cards]
