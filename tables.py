@@ -18,6 +18,8 @@ import numpy as np
 
 from eval import compare_runs
 
+KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full") for part in (
+    "prefix", "diagnosis", "its first token", "correction"))]  # of tokens, in measure.py
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
@@ -26,7 +28,8 @@ ROWS = {  # row: what it is
     "grpo_long": "GRPO, as much time as TAPO", "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
     "full": "full reconstruction", "sft": "SFT on y_ref",
     "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives", "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
-    "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "2, 2, 4", "zpd_153": "1, 5, 3",
+    "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "n_pos, n_neg, m_max = 2, 2, 4",
+    "zpd_153": "n_pos, n_neg, m_max = 1, 5, 3",
     "diagnosis_ots": "diagnosis trained under OTS", "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
@@ -157,7 +160,7 @@ def measured(folder: Path) -> dict[str, list[dict]]:
 def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     body = []
     for name, seeds in found.items():
-        for kind in dict.fromkeys(kind for m in seeds for kind in m["shift"]):
+        for kind in sorted({kind for m in seeds for kind in m["shift"]}, key=lambda kind: [*KINDS, kind].index(kind)):
             some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
             if sum(s["tokens"] for s in some) < 100:  # the rare tagged reflection of a full reconstruction: says nothing
                 continue
