@@ -24,9 +24,8 @@ import numpy as np
 
 import tables
 from eval import compare_runs
+from tables import SHORT, WORDS
 
-WORDS = {row: words.replace("**", "") for row, words in tables.ROWS.items()}
-SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts
 FIGURE_3 = {  # metric key: title, in the order of the paper's panels
     "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss",
     "rollout/pass1": "Training accuracy, %", "train/grad_norm": "Gradient norm",

@@ -37,6 +37,8 @@ ROWS = {  # row: what it is
     "base": "no cold start", "easy": "easier start",
     "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
     "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
+WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
+SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
 TABLES = {  # name: (rows, what the differences refer to)
     "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "grpo_long", "published"], GRPO),
     "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
@@ -75,15 +77,16 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def against(row: dict[int, Path], base: dict[int, Path], setting: tuple) -> str:
-    """'+2.5 [+0.9, +4.2], p .008' over the seeds that both have."""
-    seeds = sorted(row.keys() & base.keys())
+def against(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, str]:
+    """{setting: '+2.5 [+0.9, +4.2], p 0.008'} over the seeds that both have; {} if there are none, or both are the same."""
+    seeds, texts = sorted(row.keys() & base.keys()), {}
     if row is base or not seeds:
-        return ""
-    found = compare_runs([[base[s] for s in seeds], [row[s] for s in seeds]])
-    d = next(d for d in found if (d["temperature"], d["top_p"]) == setting)
-    value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
-    return f"{value} [{low}, {high}], p {d['p']:.3f}" if len(seeds) > 1 else value
+        return texts
+    for d in compare_runs([[base[s] for s in seeds], [row[s] for s in seeds]]):
+        value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
+        interval = f" [{low}, {high}], p {d['p']:.3f}" if len(seeds) > 1 else ""
+        texts[d["temperature"], d["top_p"]] = value + interval
+    return texts
 
 
 def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: str | None) -> str:
@@ -93,12 +96,11 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
         paths = list(rows[name].values())
         scores = [show([100 * setting_of(p, s)["pass@k"][k]["value"] for p in paths])
                   for s, k in ((T1, "1"), (T06, "1"), (T1, "8"))]
-        base = rows.get(baseline, {})
-        compared = [against(rows[name], base, s) if name != "coldstart" else "" for s in (T1, T06)] if baseline else []
+        difference = against(rows[name], rows.get(baseline, {})) if name != "coldstart" else {}
+        compared = [difference.get(s, "") for s in (T1, T06)] if baseline else []
         body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
-    to = ROWS.get(baseline, "").split(" (")[0].strip("*")
     return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
-                     *([f"to {to}, T 1", f"to {to}, T 0.6"] if baseline else [])], body)
+                     *([f"to {SHORT[baseline]}, T 1", f"to {SHORT[baseline]}, T 0.6"] if baseline else [])], body)
 
 
 def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
@@ -158,6 +160,7 @@ def measured(folder: Path) -> dict[str, list[dict]]:
 
 
 def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: per method and kind of token, how far it is from the policy; log-probs and KL in nats."""
     body = []
     for name, seeds in found.items():
         for kind in sorted({kind for m in seeds for kind in m["shift"]}, key=lambda kind: [*KINDS, kind].index(kind)):
@@ -170,6 +173,7 @@ def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]
 
 
 def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: per method and estimator, gradient norms of the parts of one step, mean advantages."""
     body = []
     for name, seeds in found.items():
         for estimator in seeds[0]["gradient"]:
@@ -182,6 +186,7 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 
 
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: per method, in %, what becomes of a response after its own error, and of constructions."""
     body = []
     for name, seeds in found.items():
         columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"] for m in seeds]]
