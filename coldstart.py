@@ -67,7 +67,7 @@ train_prefix = False           # True also trains the preserved wrong reasoning 
 # --- sampling, here and in the evaluation ----------------------------------------------------------------------------
 max_new_tokens = 8192
 temperature = 1.0
-max_rows = 256                 # rows that decode at once
+max_rows = 256                 # rows that decode at once; 0: as many as free memory holds
 # --- the optimiser ---------------------------------------------------------------------------------------------------
 epochs = 3                     # over a fixed set; sets max_steps
 max_steps = 0                  # of a toy world, whose examples never repeat
@@ -139,6 +139,8 @@ def check_config(c: SimpleNamespace) -> None:
                 "keep_last"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
+    if c.max_rows < 0:
+        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.from_rollouts and c.samples_per_prompt < 2:
         raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} leaves no right and wrong pair; use at least 2")
 

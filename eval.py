@@ -36,7 +36,7 @@ from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, l
 from data import render_prompt, save_problems, stop_ids_of
 from model import load_hf, num_params
 from parallel import pick_device
-from plan import eval_table
+from plan import eval_table, rows_now
 from rollout import EVALUATION, completion_text, generate
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ temperatures = (1.0, 0.6)      # settings are pairs (temperature, top-p): what t
 top_ps = (1.0, 0.9)            # ... and the paper's (§4.1)
 pass_k = (1,)                  # the k of Pass@k
 max_new_tokens = 8192          # the cap is part of the score: longer responses count as wrong
-max_rows = 256                 # rows that decode at once: the memory knob
+max_rows = 256                 # rows that decode at once, the memory knob; 0: as many as free memory holds
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # 'float32' | 'bfloat16'
 compile = False                # torch.compile: a minute at start, then a quarter faster on a CPU
@@ -274,7 +274,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
         del row["text"]  # responses may be long and many; the file keeps them
         stored[sample_key(row)[:-1]][row["sample"]] = row
     path.parent.mkdir(parents=True, exist_ok=True)
-    model, at_once, results = None, max(1, c.max_rows // c.samples), {}
+    model, results = None, {}
     with open(path, "a" if old else "w", encoding="utf-8") as file:
         if not old:
             print(json.dumps(header), file=file, flush=True)
@@ -283,6 +283,10 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
             if missing and model is None:
                 model, stop_ids = load_model(c, tokenizer, prompts)
+            if missing:
+                longest = max(len(prompts[p.uid]) for p in missing)
+                rows = c.max_rows or rows_now(model, len(missing) * c.samples, c.samples, longest, c.max_new_tokens)
+                at_once = max(1, rows // c.samples)
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
                        desc=f"T {temperature} top-p {top_p}", disable=not missing)
             for start in range(0, len(missing), at_once):
@@ -290,7 +294,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
                 completions = generate(
                     model, [prompts[p.uid] for p in now], c.samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
                     keys=[(c.seed, EVALUATION, 0, zlib.crc32(p.uid.encode())) for p in now],
-                    temperature=temperature, top_p=top_p, max_rows=c.max_rows)
+                    temperature=temperature, top_p=top_p, max_rows=rows)
                 drawn = [(p, i, completion, completion_text(tokenizer, completion))
                          for p, group in zip(now, completions, strict=True) for i, completion in enumerate(group)]
                 grades = reward.grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
@@ -492,6 +496,8 @@ def check_config(c) -> None:
         raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; give as many of both")
     if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
         raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise samples or lower k")
+    if c.max_rows < 0:
+        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
         raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 <= low <= high <= 1")
     if bool(c.judge_url) != bool(c.judge_model):

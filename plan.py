@@ -13,6 +13,7 @@ where no fused kernel exists.
 import json
 import os
 import re
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, flops_pe
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
 SYNTHESIS_WORDS = 600     # tokens of a synthesis prompt beside its question and the two responses (reflect.TEMPLATES: 530)
+MOST_ROWS = 4096          # that max_rows = 0 lets decode at once: more gain nothing
 ASSUMED_PROMPT = 1024     # tokens of the longest prompt where there is no problem file yet; DeepScaleR's is about that
 
 
@@ -85,15 +87,49 @@ def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int
     return rows * columns * per_column * (2 if dtype == "bfloat16" else 4)
 
 
+def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prompt: int, new: int, *, dtype: str, autocast: bool,
+                   device: str) -> dict[str, int]:
+    """Bytes of `rows` rows that decode together, beside the weights: {'KV cache', 'prefill', 'peak'}. Lengths in tokens."""
+    c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
+    _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
+    cache, prompts = cache_bytes(config, rows, prompt + new - 1, dtype), -(-rows // samples_per_prompt)
+    # beside it: growing copies one layer's keys; sampling holds logits, log-probs, their exp and its sum in fp64
+    decode = cache + max(cache // (2 * config.num_hidden_layers), rows * V * 24,
+                         (rows * V * 4 + 2 * config.vocab_size * config.hidden_size) * autocast)
+    # rows that join later are few at a time: their prefill beside a full cache is left to the reserve
+    prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * config.intermediate_size * c + 4 * of_input)
+    return {"KV cache": cache, "prefill": prefill, "peak": max(prefill, decode)}
+
+
+def rows_that_fit(room: float, most: int, bytes_of) -> int:
+    """max_rows = 0: how many of `most` rows `room` bytes hold, at least one; bytes_of(rows) grows with the rows."""
+    return max(1, bisect_right(range(1, min(most, MOST_ROWS) + 1), room, key=bytes_of))
+
+
+def rows_now(model: CausalLM, most: int, samples_per_prompt: int, prompt: int, new: int) -> int:
+    """max_rows = 0 in a running process: the rows that the memory it may still take holds, USABLE of it."""
+    device, dtype = model.head_weight.device, model.compute_dtype
+    if device.type == "cuda":  # what the driver has left, and what torch holds without using it
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    autocast = torch.is_autocast_enabled(device.type)
+    room = USABLE * free - dtype.itemsize * num_params(model) * autocast  # autocast's copies of the weights are yet to come
+    return rows_that_fit(room, most, lambda rows: sampling_bytes(
+        model.config, rows, samples_per_prompt, prompt, new, dtype=str(dtype).removeprefix("torch."), autocast=autocast,
+        device=device.type)["peak"])
+
+
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int, tokens_per_microbatch: int,
                 dtype: str, samples_per_prompt: int = 1, reflections: int = 0, max_synthesis_tokens: int = 0,
-                world_size: int = 1, offload: bool = False, reference_model: bool = True, full_divergence: bool = False,
-                checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
-    """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'.
+                rollouts: int = 0, limit: float = 0, world_size: int = 1, offload: bool = False, reference_model: bool = True,
+                full_divergence: bool = False, checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
+    """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'; the rows that decode at once.
 
     peak = persistent + max(update, sampling): gradients and activations are gone when sampling begins. Lengths in tokens.
     dtype: of products; masters, gradients and AdamW's moments are fp32. world_size: processes that share one copy of the
-    model (FSDP2). reflections: a process writes at most so many a step. full_divergence: OPSD over the whole vocabulary.
+    model (FSDP2). rollouts, reflections: a process samples at most so many a step (rollouts 0: max_rows or more).
+    max_rows 0: each phase takes the rows that `limit` bytes hold. full_divergence: OPSD over the whole vocabulary.
     """
     total, block, matrices, tensors = count_parameters(config)
     L, V, root = config.num_hidden_layers, config.num_tokens, total - config.num_hidden_layers * block
@@ -127,18 +163,21 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     # Sampling: rollouts, then reflections, whose prompts hold two whole responses; prompts are prefilled once.
     parts["unsharded"] = c * (total + root * reference_model) if sharded else parts["compute copies"]
-    jobs = {"rollouts": (max_rows, -(-max_rows // samples_per_prompt), longest_prompt, max_new_tokens)}
+    jobs = {"rollouts": (rollouts or max_rows, samples_per_prompt, longest_prompt, max_new_tokens)}
     if reflections:
-        rows, room = min(max_rows, reflections), max_synthesis_tokens or 2 * max_new_tokens
-        prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS, config.max_position_embeddings - room)
-        jobs["reflections"] = rows, rows, prompt, room         # what does not fit the context is dropped
-    for name, (rows, prompts, prompt, new) in jobs.items():
-        cache = parts[f"{name}: KV cache"] = cache_bytes(config, rows, prompt + new - 1, dtype)
-        # beside it: growing copies one layer's keys; sampling holds logits, log-probs, their exp and its sum in fp64
-        decode = cache + max(cache // (2 * L), rows * V * 24, (rows * V * 4 + 2 * head) * autocast)
-        # rows that join later are few at a time: their prefill beside a full cache is left to the reserve
-        prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * mlp + 4 * of_input)
-        parts[f"{name}: prefill"], parts[name] = prefill, max(prefill, decode)
+        new = max_synthesis_tokens or 2 * max_new_tokens
+        prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS, config.max_position_embeddings - new)
+        jobs["reflections"] = reflections, 1, prompt, new      # what does not fit the context is dropped
+
+    def need(rows: int, *shape: int) -> dict[str, int]:
+        return sampling_bytes(config, rows, *shape, dtype=dtype, autocast=autocast, device=device)
+
+    for name, (most, *shape) in jobs.items():
+        room = limit - persistent - parts["unsharded"]
+        rows = min(most, max_rows or rows_that_fit(room, most, lambda rows, shape=shape: need(rows, *shape)["peak"]))
+        needed = need(rows, *shape)
+        parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"], f"{name}: prefill": needed["prefill"],
+                  name: needed["peak"]}
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
     return parts | {"persistent": persistent, "update": update, "sampling": sampling, "peak": persistent + max(update, sampling)}
 
@@ -197,7 +236,8 @@ def plan_table(config: dict) -> str:
     rollouts = c.prompts_per_step * c.samples_per_prompt
     reflections = c.prompts_per_step * c.m_max if c.method in ("tapo", "sft") and c.prefix_mode != "copy" else 0
     sizes = {key: config[key] for key in SHARED_KNOBS} | {
-        "config": model, "longest_prompt": prompt, "reflections": -(-reflections // processes), "device": device,
+        "config": model, "longest_prompt": prompt, "device": device, "rollouts": -(-rollouts // processes),
+        "reflections": -(-reflections // processes), "limit": USABLE * memory,
         "reference_model": bool(c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial")),
         "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd", "world_size": processes // c.replicas}
 
@@ -221,8 +261,9 @@ def coldstart_table(config: dict) -> str:
     device, processes, memory = machine(config)
     prompt, head = headline(c, model, processes, memory, device)
     sizes = {key: config[key] for key in SHARED_KNOBS} | {
-        "config": model, "longest_prompt": prompt, "reflections": -(-c.queries_per_round // processes), "device": device,
-        "reference_model": False, "world_size": processes // c.replicas}
+        "config": model, "longest_prompt": prompt, "device": device, "reference_model": False, "limit": USABLE * memory,
+        "rollouts": -(-c.queries_per_round // processes) * c.samples_per_prompt,
+        "reflections": -(-c.queries_per_round // processes), "world_size": processes // c.replicas}
     return "\n".join([
         *head, f"one round   {c.queries_per_round} prompts x {c.samples_per_prompt} rollouts, a construction each at most",
         *memory_lines(sizes, memory)])
@@ -239,11 +280,12 @@ def eval_table(config: dict) -> str:
         return eval_bytes(model, c.dtype, device, max_rows=rows, samples_per_prompt=c.samples, longest_prompt=prompt,
                           max_new_tokens=c.max_new_tokens)
 
-    text = [*head, f"memory      {c.max_rows} rows at once, peak {peak(c.max_rows) / GIB:.2f} GiB of {limit / GIB:.2f} "
+    rows = c.max_rows or rows_that_fit(limit, MOST_ROWS, peak)
+    text = [*head, f"memory      {rows} rows at once, peak {peak(rows) / GIB:.2f} GiB of {limit / GIB:.2f} "
                    f"({USABLE:.0%} of {memory / GIB:.0f}); without rows {peak(0) / GIB:.2f}"]
-    if peak(c.max_rows) > limit:
-        rows = next((rows for rows in range(c.max_rows - 1, 0, -1) if peak(rows) <= limit), 0)
-        text.append("WARNING: that does not fit; " + (f"set --max_rows={rows}" if rows else "use a larger GPU"))
+    if peak(rows) > limit:
+        rows = rows_that_fit(limit, rows, peak)
+        text.append("WARNING: that does not fit; " + (f"set --max_rows={rows}" if peak(rows) <= limit else "use a larger GPU"))
     return "\n".join(text)
 
 
@@ -277,7 +319,8 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
         line("update", gradients="gradients", copies="compute copies", activations="activations",
              temporaries="temporaries"),
         line("sampling", whole_model="unsharded", **{largest: largest}),
-        "                      " + ", ".join(f"{key} {p[key] / GIB:.2f}" for key in p if ":" in key),
+        *(f"                      {p[f'{name} at once']} {name} at once: KV cache {p[f'{name}: KV cache'] / GIB:.2f}, "
+          f"prefill {p[f'{name}: prefill'] / GIB:.2f}" for name in ("rollouts", "reflections") if name in p),
         f"  {'peak':<10} {p['peak'] / GIB:7.2f}  of {USABLE * memory / GIB:.2f} ({USABLE:.0%} of {memory / GIB:.0f})"]
     if p["peak"] > USABLE * memory:
         turned = what_fits(USABLE * memory, sizes)

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from model import KVCache
+from plan import rows_now
 
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2       # role of a token in a reflection; tokens of ordinary rollouts are all PREFIX
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, the second counter of every key
@@ -103,8 +104,8 @@ def generate(
     """Sample n completions for every prompt -> one list of n Completions per prompt, in order.
 
     keys holds one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is appended here.
-    At most max_rows rows decode at once; rows that wait take the place of those that have ended. `progress` labels a bar
-    with tokens/s, shown on a terminal only; "" shows none.
+    At most max_rows rows decode at once (0: as many as free memory holds); rows that wait take the place of those that
+    have ended. `progress` labels a bar with tokens/s, shown on a terminal only; "" shows none.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad sampling knobs.
     """
     if not 0 < top_p <= 1 or temperature < 0:
@@ -120,6 +121,7 @@ def generate(
     completions = [[None] * n for _ in prompts]
     device, width = model.head_weight.device, max_new_tokens + 1        # one column more: see draw
     # What is known of a row lies in its slot, from its prefill until it is dropped; row b of the cache has slot[b].
+    max_rows = max_rows or rows_now(model, len(waiting), n, max(map(len, prompts), default=0), max_new_tokens)
     free, owner = list(range(min(max_rows, len(waiting)))), {}
     tokens = torch.zeros(len(free), width, dtype=torch.int64, device=device)
     logprobs = torch.zeros(len(free), width, device=device)
@@ -155,6 +157,7 @@ def generate(
             uniforms[joining], drawn[joining], ended[joining] = torch.from_numpy(noise).to(device), 0, False
             draw(logits[rows], joining)
             slot = torch.cat([slot, joining])
+            del new, logits     # else the first cache would live on beside the next
         missing = max_new_tokens - torch.where(ended[slot], max_new_tokens, drawn[slot]).min()  # of the youngest row
         for _ in range(min(DROP_EVERY, int(missing))):
             last = tokens[slot, drawn[slot] - 1]

@@ -70,7 +70,7 @@ samples_per_prompt = 8         # K
 max_new_tokens = 8192          # longer responses are truncated, and count as wrong
 temperature = 1.0              # divides the logits in the trainer too
 top_p = 1.0                    # must stay 1: the trainer scores the full softmax
-max_rows = 256                 # rows that decode at once
+max_rows = 256                 # rows that decode at once; 0: as many as free memory holds
 # --- micro-reflective trajectories (lines 8-14) ------------------------------------------------------------------------
 n_pos = 2                      # Eq. 3: a group is eligible with at least n_pos right ...
 n_neg = 4                      # ... and n_neg wrong responses
@@ -141,10 +141,12 @@ def check_config(c: SimpleNamespace) -> None:
     for key, values in allowed.items():
         if getattr(c, key) not in values:
             raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
-    for key in ("max_steps", "prompts_per_step", "max_new_tokens", "n_pos", "n_neg", "m_max", "keep_last", "max_rows",
+    for key in ("max_steps", "prompts_per_step", "max_new_tokens", "n_pos", "n_neg", "m_max", "keep_last",
                 "tokens_per_microbatch", "updates_per_step", "eval_samples", "replicas", "max_bad_steps"):
         if getattr(c, key) < 1:
             raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
+    if c.max_rows < 0:
+        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.top_p != 1.0:
         raise ValueError(f"top_p = {c.top_p}: training rollouts must come from the full softmax, which the trainer scores; "
                          "keep top_p = 1 here, eval.py takes any")

@@ -1,5 +1,5 @@
 # torchrun --nproc_per_node=8 train.py config/aime.py --init_from=out/aime/coldstart/final --out_dir=out/aime/tapo
-#   python train.py config/aime.py --plan=True          what it will cost, from config.json alone: 67 of 80 GiB a GPU
+#   python train.py config/aime.py --plan=True          what it will cost, from config.json alone: 73 of 80 GiB a GPU
 # The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh makes what it needs, in order. Baselines:
 # add --method=grpo or --method=opsd. The paper's own diagnosis: add --diagnosis=ots.
 init_from = "Qwen/Qwen3-8B"    # §4.1. runs/aime.sh passes the cold-started policy: without §3.2 TAPO loses to GRPO
@@ -22,7 +22,7 @@ diagnosis = "mask"             # NOT the paper's: it trains the diagnosis under 
 # Not in the paper, chosen by --plan for 8 GPUs of 80 GiB:
 max_new_tokens = 8192          # its responses are 2,000 to 5,000 tokens long (§4.3)
 max_synthesis_tokens = 9216    # a reconstruction may be as long as a response; 1,024 for the analysis
-max_rows = 8                   # a reflection's row keeps up to 27k tokens of keys and values, 3.7 GiB; rollouts alone: 28
+max_rows = 0                   # as many as memory holds: a rollout keeps up to 9k tokens of keys and values, a reflection 27k
 tokens_per_microbatch = 32768
 checkpoint_activations = True  # 16k tokens of activations would be 94 GiB
 dtype = "bfloat16"

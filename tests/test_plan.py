@@ -241,6 +241,43 @@ def test_an_evaluation_peaks_where_planned(rows, n, prompt, new, dtype):
         config, dtype, "cpu", max_rows=rows, samples_per_prompt=n, longest_prompt=prompt, max_new_tokens=new))
 
 
+@pytest.mark.parametrize("n,prompt,new,dtype", [(1, 150, 8, "float32"), (4, 20, 50, "float32"), (4, 20, 50, "bfloat16")])
+def test_max_rows_0_takes_the_rows_that_free_memory_holds(n, prompt, new, dtype, monkeypatch):
+    """Guards: rows that do not fit; memory left idle; rows counted that nobody asked for."""
+    config = ModelConfig(**SMALL)
+    model, widths = CausalLM(config), []
+    model.register_forward_hook(lambda _, args, kwargs, out: widths.append(len(kwargs["cache"].starts)), with_kwargs=True)
+
+    def peak(free: int, max_rows: int = 0) -> int:
+        """Bytes beside the weights; as if the machine had so many left."""
+        monkeypatch.setattr(plan.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
+        widths.clear()
+        with LiveBytes(*model.parameters()) as live, autocast(dtype):
+            start = live.now
+            rollout.generate(model, [[1] * prompt] * (24 // n), n, max_new_tokens=new, stop_ids=(-1,), max_rows=max_rows,
+                             keys=[(i,) for i in range(24 // n)])
+        return live.peak - start
+
+    half = peak(0, max_rows=12)
+    taken = peak(round(1.1 * half / plan.USABLE))
+    assert max(widths) in (12, 13, 14) and taken < 1.1 * half
+    peak(100 * half)
+    assert max(widths) == 24
+    peak(1)  # one row at least: if that is too much, out of memory names the knob
+    assert max(widths) == 1
+
+
+@pytest.mark.parametrize("gigabytes", (48, 80))
+def test_a_plan_with_max_rows_0_fills_the_gpu_and_no_more(gigabytes, tmp_path):
+    argv = ["config/aime.py", folder(tmp_path, QWEN_8B), f"--plan_gpu_gb={gigabytes}"]
+    table = table_of(*argv)
+    rollouts, reflections = (int(re.search(rf"(\d+) {name} at once", table)[1]) for name in ("rollouts", "reflections"))
+    assert 1 < reflections < rollouts < 32 and "WARNING" not in table
+    for rows in (reflections, rollouts):  # each phase by itself: one row more would be too much
+        assert ("WARNING" in table_of(*argv, f"--max_rows={rows + 1}")) and f"{rows} r" in table_of(*argv, f"--max_rows={rows}")
+    assert "32 rollouts at once" in table_of(*argv[:2], "--plan_gpu_gb=141")  # no more than a process samples
+
+
 def test_shards_divide_by_the_processes_and_gathered_weights_do_not():
     config = ModelConfig.from_hf(QWEN_8B)
     one, eight = (small_plan(config, "float32", world_size=n, device="cuda") for n in (1, 8))
@@ -328,7 +365,7 @@ def test_plan_gpus_speaks_of_plans_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [("--checkpoint_activations=False", "--max_rows=64"), ("--plan_gpus=4", "--max_rows=16"),
-                                  ("--method=grpo", "--max_rows=256"), ("--plan_gpu_gb=48",)])
+                                  ("--method=grpo", "--max_rows=256"), ("--plan_gpu_gb=48", "--max_rows=8")])
 def test_following_the_warning_makes_it_fit(argv, tmp_path):
     argv = ["config/aime.py", folder(tmp_path, QWEN_8B), *argv]
     warning = re.search("WARNING: .* do not fit.*; set (.*)", table_of(*argv))

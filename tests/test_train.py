@@ -420,6 +420,7 @@ def test_only_the_newest_checkpoints_are_kept(start, tmp_path, monkeypatch):
     ({"temperature": 0.0}, r"temperature = 0.0 must be above 0"),
     ({"samples_per_prompt": 1, "method": "grpo"}, r"samples_per_prompt = 1 must be at least 2"),
     ({"max_steps": 0}, r"max_steps = 0 must be at least 1"),
+    ({"max_rows": -1}, r"max_rows = -1 must be 0, as many as free memory holds, or more"),
     ({"init_from": ""}, r"init_from is not set; pass --init_from=PATH"),
     ({"problems": "nowhere.jsonl"}, r"no problem file at nowhere.jsonl"),
     ({"init_from": "/nowhere/model"}, r"/nowhere/model"),
