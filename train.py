@@ -126,6 +126,7 @@ replicas = 1                   # HSDP: shard within world_size / replicas ranks 
 offload = False                # keep shards of weights and moments in host memory
 timeout_minutes = 60.0         # a collective that waits longer ends the job: longer than any rank may decode alone
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
+sample_dtype = ""              # '' is dtype; 'bfloat16': samples in bf16 beside fp32 training, train/parity_* says how far off
 compile = False                # torch.compile: a minute at start, then a quarter faster on a CPU
 threads = 0                    # CPU threads; 0 = torch's choice
 
@@ -137,7 +138,8 @@ def check_config(c: SimpleNamespace) -> None:
         "ref_advantage": ("group", "reward", "orig", "joint"), "std": ("population", "sample"),
         "diagnosis": ("mask", "ots", "train"), "loss_agg": ("sequence", "token"), "loss_norm": ("separate", "merged"),
         "opsd_loss": ("jsd", "sampled"), "opsd_teacher": ("initial", "current"),
-        "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"), "log_to": ("", "wandb", "tensorboard")}
+        "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
+        "sample_dtype": ("", "bfloat16"), "log_to": ("", "wandb", "tensorboard")}
     for key, values in allowed.items():
         if getattr(c, key) not in values:
             raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
@@ -374,6 +376,7 @@ def main() -> None:
         torch.set_num_threads(c.threads)
 
     wrap, autocast = parallel.precision(c, world, device)  # explicit FSDP2; neither with one process in fp32
+    sampling = torch.autocast(device, dtype=torch.bfloat16) if c.sample_dtype else autocast
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)
@@ -411,7 +414,7 @@ def main() -> None:
 
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         problem_of = dict(queries)
-        with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
+        with failing.out_of_memory_names(c, "max_rows"), unsharded(model), sampling:
             # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each process takes its share of the queries.
             rollouts = sample_rollouts(model, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
             sums = {"time/generate": lap()}
@@ -455,7 +458,7 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
+            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), sampling:
                 metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank == 0:
