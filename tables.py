@@ -40,7 +40,8 @@ ROWS = {  # row: what it is
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
 TABLES = {  # name: (rows, what the differences refer to)
-    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "grpo_long", "published"], GRPO),
+    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "published"], GRPO),
+    "equal time": (["grpo_long", "tapo", "copy"], "grpo_long"),
     "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
     "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),
@@ -48,6 +49,15 @@ TABLES = {  # name: (rows, what the differences refer to)
     "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked", "ref_group", "ref_orig",
              "separate", "tapo"], TAPO),
     "starts": (["base", "base_grpo", "base_opsd", "base_tapo", "easy", "easy_grpo", "easy_tapo"], None)}
+# Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and TAPO beside it. Table 3 ends at
+# step 200. Single runs of an 8B model.
+TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
+PAPER = {
+    "grpo": ((52.92, 46.88, 28.75), TAPO_500), "opsd": ((57.71, 43.33, 24.17), TAPO_500),
+    "sft": ((30.62, 20.21, 12.29), TAPO_200), "full": ((42.29, 33.75, 18.75), TAPO_200),
+    "wo_dae_ots_neg": ((52.71, 41.46, 20.83), TAPO_500), "wo_ots_neg": ((49.17, 36.67, 21.67), TAPO_500),
+    "wo_ots": ((57.29, 45.83, 21.46), TAPO_500), "zpd_222": ((51.88, 37.92, 22.08), TAPO_500),
+    "zpd_224": ((57.92, 40.21, 24.17), TAPO_500), "zpd_153": ((57.08, 48.96, 30.42), TAPO_500)}
 
 
 def find_rows(folder: Path) -> dict[str, dict[int, Path]]:
@@ -77,16 +87,21 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def against(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, str]:
-    """{setting: '+2.5 [+0.9, +4.2], p 0.008'} over the seeds that both have; {} if there are none, or both are the same."""
-    seeds, texts = sorted(row.keys() & base.keys()), {}
+def differences(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, dict]:
+    """{setting: eval.py's paired comparison} over the seeds that both have; {} if there are none, or both are the same."""
+    seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
-        return texts
-    for d in compare_runs([[base[s] for s in seeds], [row[s] for s in seeds]]):
-        value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
-        interval = f" [{low}, {high}], p {d['p']:.3f}" if len(seeds) > 1 else ""
-        texts[d["temperature"], d["top_p"]] = value + interval
-    return texts
+        return {}
+    return {(d["temperature"], d["top_p"]): d | {"seeds": len(seeds)}
+            for d in compare_runs([[base[s] for s in seeds], [row[s] for s in seeds]])}
+
+
+def points(d: dict | None) -> str:
+    """'+2.5 [+0.9, +4.2], p 0.008' of a comparison; of a single pair the difference alone."""
+    if d is None:
+        return ""
+    value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
+    return value + (f" [{low}, {high}], p {d['p']:.3f}" if d["seeds"] > 1 else "")
 
 
 def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: str | None) -> str:
@@ -96,11 +111,25 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
         paths = list(rows[name].values())
         scores = [show([100 * setting_of(p, s)["pass@k"][k]["value"] for p in paths])
                   for s, k in ((T1, "1"), (T06, "1"), (T1, "8"))]
-        difference = against(rows[name], rows.get(baseline, {})) if name != "coldstart" else {}
-        compared = [difference.get(s, "") for s in (T1, T06)] if baseline else []
+        difference = differences(rows[name], rows.get(baseline, {})) if name != "coldstart" else {}
+        compared = [points(difference.get(s)) for s in (T1, T06)] if baseline else []
         body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
     return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
                      *([f"to {SHORT[baseline]}, T 1", f"to {SHORT[baseline]}, T 0.6"] if baseline else [])], body)
+
+
+def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
+    """Each published row against TAPO, the paper's difference (mean of its three contests) beside ours: resolved where the 95 %
+    interval over seeds leaves 0 out."""
+    body = []
+    for name in (name for name in PAPER if name in rows and len(rows[name].keys() & rows.get(TAPO, {}).keys()) > 1):
+        published = [a - b for a, b in zip(*PAPER[name], strict=True)]
+        ours, cells = differences(rows[name], rows[TAPO]), []
+        for d in (ours[T1], ours[T06]):
+            same = d["difference"] * np.mean(published) > 0
+            cells += [points(d), "unresolved" if d["low"] <= 0 <= d["high"] else "same sign" if same else "opposite"]
+        body.append([ROWS[name], f"{np.mean(published):+.1f} ({', '.join(f'{p:+.1f}' for p in published)})", *cells])
+    return markdown(["to TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""], body)
 
 
 def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
@@ -213,6 +242,7 @@ def all_tables(out: Path) -> dict[str, str]:
             if any(n in rows for n in names if n not in ("coldstart", TAPO, GRPO)) or name == "1":
                 table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
                 tables[f"{folder.name} {name}"] = table
+        tables[f"{folder.name} verdicts"] = verdicts_table(rows)
         tables[f"{folder.name} rates"] = rates_table(rows)
         tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
         if found:

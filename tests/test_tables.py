@@ -71,6 +71,23 @@ def test_scores_are_means_over_seeds_and_differences_pair_the_seeds_that_both_ha
     assert table["cold start"][:2] == ["1", "12.5"] and table["cold start"][-2:] == ["", ""] == table["GRPO"][-2:]
 
 
+def test_a_verdict_is_about_the_sign_and_only_where_the_interval_leaves_0_out(tmp_path):
+    """Bug: the paper's difference or ours the other way round; four lucky seeds called a result."""
+    world, half = tmp_path / "findx", [2, 2]
+    for seed in range(4):
+        evaluated(world / f"tapo_s{seed}.json", half)
+        evaluated(world / f"sft_s{seed}.json", [1, seed % 2], [3, 2 + seed % 2])   # below TAPO at T 1, above it at T 0.6
+        evaluated(world / f"full_s{seed}.json", [seed, 2], half)                   # within its spread; the same
+        logged(world / f"sft_s{seed}", {"time/step": 1.0}), logged(world / f"full_s{seed}", {"time/step": 1.0})
+        logged(world / f"tapo_s{seed}", {"time/step": 1.0})
+    table = cells(tables.all_tables(tmp_path)["findx verdicts"])
+    published, t1, verdict, t06, verdict_06 = table["SFT on y_ref"]
+    assert published == "-13.5 (-16.1, -16.2, -8.3)"  # SFT 30.62 20.21 12.29, TAPO at the same step 46.67 36.46 20.62
+    assert t1.startswith("-31.2 [") and verdict == "same sign"
+    assert t06.startswith("+18.8 [") and verdict_06 == "opposite"
+    assert table["full reconstruction"][2::2] == ["unresolved", "unresolved"]
+
+
 def test_rates_and_times_come_from_the_logs(sweep):
     found = tables.all_tables(sweep)
     assert cells(found["findx rates"])["validation Pass@1, T 1"] == ["3e-4", "6e-4"]
