@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in minutes on one: bf16 training of the toy and of a random model of Qwen3-0.6B's shape, three steps
-# each. Reported: |log-prob of sampler - trainer| of every step, and peak memory against what --plan predicts.
+# What only a GPU can show, on one: bf16 training of the toy and of a random model of Qwen3-0.6B's shape, three steps each
+# (reported: |log-prob of sampler - trainer| of every step, and peak memory against what --plan predicts); then bench.py on
+# Qwen3's shapes, against transformers and the limits of the machine.
 #   TOKENIZER=Qwen/Qwen3-0.6B bash runs/gpu.sh     # a hub id, or a folder with Qwen3's tokenizer files
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,3 +17,7 @@ python tests/gpu.py make "$TOKENIZER" "$OUT/random"
 python tests/gpu.py qwen3-0.6b --init_from="$OUT/random" --problems="$OUT/data/findx_train.jsonl" --out_dir="$OUT/run_random" \
   --max_steps=3 --prompts_per_step=8 --samples_per_prompt=8 --max_new_tokens=1024 --tokens_per_microbatch=8192 --max_rows=64 \
   --save_interval=0 --dtype=bfloat16 --kl_coef=0.01
+bench() { python bench.py --dtype=bfloat16 --repeats=3 --out="$OUT/bench_$1.json" "${@:2}"; }
+bench decode_8b --what=rollout --size=qwen3_8b --rows=64 --prompt_length=1024 --max_new_tokens=1024
+bench decode_0p6b --what=rollout --size=qwen3_0p6b --rows=256 --prompt_length=128 --max_new_tokens=512
+bench update_1p7b --what=update --size=qwen3_1p7b --rows=16 --prompt_length=256 --max_new_tokens=768
