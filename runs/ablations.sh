@@ -52,17 +52,17 @@ jobs() {
     tapo $world wo_ots_neg --ots=False --ref_negatives=False
     tapo $world wo_ots --ots=False
     tapo $world wo_dae --decoupled=False
-    tapo $world zpd_222 --n_pos=2 --n_neg=2 --m_max=2      # Table 5; 2, 4, 4 is TAPO
-    tapo $world zpd_224 --n_pos=2 --n_neg=2 --m_max=4
-    tapo $world zpd_153 --n_pos=1 --n_neg=5 --m_max=3
-    tapo $world diagnosis_ots --diagnosis=ots              # ours: what the diagnosis does ...
-    tapo $world diagnosis_train --diagnosis=train
-    tapo $world diagnosis_train_wo_ots --diagnosis=train --ots=False
-    tapo $world prefix_masked --train_prefix=False         # ... the prefix ...
-    tapo $world ref_group --ref_advantage=group            # ... and what a construction is compared with
-    tapo $world ref_orig --ref_advantage=orig
+    tapo $world ref_group --ref_advantage=group            # ours: what the published estimator is made of
     tapo $world separate --loss_norm=separate
   done
+  tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO
+  tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
+  tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
+  tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does, ...
+  tapo findx diagnosis_train --diagnosis=train
+  tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
+  tapo findx prefix_masked --train_prefix=False            # ... the prefix, ...
+  tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean
   for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
   for method in grpo tapo; do row findx easy_$method "$FOUR" config/$method.py $QUIET; done       # from 55 % instead of 34 %
   for seed in $FOUR; do
