@@ -41,6 +41,7 @@ FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
               "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes", "async_save", "max_bad_steps", "log_to",
+              "sample_dtype",
               "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations", "tokens_per_microbatch", "compile"}
 
 

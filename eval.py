@@ -283,10 +283,11 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
             if missing and model is None:
                 model, stop_ids = load_model(c, tokenizer, prompts)
-            if missing:
+            rows = c.max_rows
+            if missing and not rows:
                 longest = max(len(prompts[p.uid]) for p in missing)
-                rows = c.max_rows or rows_now(model, len(missing) * c.samples, c.samples, longest, c.max_new_tokens)
-                at_once = max(1, rows // c.samples)
+                rows = rows_now(model, len(missing) * c.samples, c.samples, longest, c.max_new_tokens)
+            at_once = max(1, -(-rows // c.samples))  # problems between two writes to disk
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
                        desc=f"T {temperature} top-p {top_p}", disable=not missing)
             for start in range(0, len(missing), at_once):

@@ -114,7 +114,7 @@ def rows_now(model: CausalLM, most: int, samples_per_prompt: int, prompt: int, n
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     autocast = torch.is_autocast_enabled(device.type)
-    room = USABLE * free - dtype.itemsize * num_params(model) * autocast  # autocast's copies of the weights are yet to come
+    room = USABLE * free - dtype.itemsize * num_params(model) * autocast  # autocast's copies of the weights may be yet to come
     return rows_that_fit(room, most, lambda rows: sampling_bytes(
         model.config, rows, samples_per_prompt, prompt, new, dtype=str(dtype).removeprefix("torch."), autocast=autocast,
         device=device.type)["peak"])
@@ -128,8 +128,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     peak = persistent + max(update, sampling): gradients and activations are gone when sampling begins. Lengths in tokens.
     dtype: of products; masters, gradients and AdamW's moments are fp32. world_size: processes that share one copy of the
-    model (FSDP2). rollouts, reflections: a process samples at most so many a step (rollouts 0: max_rows or more).
-    max_rows 0: each phase takes the rows that `limit` bytes hold. full_divergence: OPSD over the whole vocabulary.
+    model (FSDP2). reflections: a process writes at most so many a step. max_rows 0: each phase takes the rows that `limit`
+    bytes hold, of the step's `rollouts` and reflections. full_divergence: OPSD over the whole vocabulary.
     """
     total, block, matrices, tensors = count_parameters(config)
     L, V, root = config.num_hidden_layers, config.num_tokens, total - config.num_hidden_layers * block
@@ -163,7 +163,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     # Sampling: rollouts, then reflections, whose prompts hold two whole responses; prompts are prefilled once.
     parts["unsharded"] = c * (total + root * reference_model) if sharded else parts["compute copies"]
-    jobs = {"rollouts": (rollouts or max_rows, samples_per_prompt, longest_prompt, max_new_tokens)}
+    # Held-out problems may be more than a step's rollouts: up to max_rows of them decode at once, too.
+    jobs = {"rollouts": (max_rows or rollouts or MOST_ROWS, samples_per_prompt, longest_prompt, max_new_tokens)}
     if reflections:
         new = max_synthesis_tokens or 2 * max_new_tokens
         prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS, config.max_position_embeddings - new)

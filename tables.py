@@ -119,17 +119,18 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
 
 
 def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
-    """Each published row against TAPO, the paper's difference (mean of its three contests) beside ours: resolved where the 95 %
-    interval over seeds leaves 0 out."""
+    """Each row that the paper has, too, against TAPO: the paper's difference (mean of its three contests) beside ours, resolved
+    where the 95 % interval over seeds leaves 0 out. "" where there is none."""
     body = []
-    for name in (name for name in PAPER if name in rows and len(rows[name].keys() & rows.get(TAPO, {}).keys()) > 1):
+    for name in (name for name in PAPER if len(rows.get(name, {}).keys() & rows.get(TAPO, {}).keys()) > 1):
         published = [a - b for a, b in zip(*PAPER[name], strict=True)]
         ours, cells = differences(rows[name], rows[TAPO]), []
         for d in (ours[T1], ours[T06]):
             same = d["difference"] * np.mean(published) > 0
             cells += [points(d), "unresolved" if d["low"] <= 0 <= d["high"] else "same sign" if same else "opposite"]
         body.append([ROWS[name], f"{np.mean(published):+.1f} ({', '.join(f'{p:+.1f}' for p in published)})", *cells])
-    return markdown(["to TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""], body)
+    head = ["to TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""]
+    return markdown(head, body) if body else ""
 
 
 def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
@@ -148,6 +149,12 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
 
 
+def logs_kl(path: Path) -> bool:
+    """Of the run beside an evaluation."""
+    config = path.with_suffix("") / "config.json"
+    return config.is_file() and json.loads(config.read_text())["log_kl"]
+
+
 def rates_table(rows: dict[str, dict[int, Path]]) -> str:
     """Which learning rate was best on validation problems: held-out Pass@1 at the end, seeds that count nowhere else."""
     found: dict[str, dict[str, str]] = {}
@@ -160,10 +167,12 @@ def rates_table(rows: dict[str, dict[int, Path]]) -> str:
 
 
 def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Seconds of a step, by phase, two processes side by side; and what came of the constructions, means over training."""
+    """Seconds of a step, by phase, two processes side by side; and what came of the constructions, means over training. Over the
+    seeds whose runs do not log the KL, where there are any."""
     body = []
     for name in (name for name in names if name in rows and name != "coldstart"):
-        logs = [read_metrics(p) for p in rows[name].values()]
+        quiet = [p for p in rows[name].values() if not logs_kl(p)]  # the others are slower, by a pass of the reference model
+        logs = [read_metrics(p) for p in quiet or rows[name].values()]
 
         def mean(key, logs=logs):
             per_run = [[row[key] for row in log if key in row] for log in logs]
@@ -242,7 +251,8 @@ def all_tables(out: Path) -> dict[str, str]:
             if any(n in rows for n in names if n not in ("coldstart", TAPO, GRPO)) or name == "1":
                 table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
                 tables[f"{folder.name} {name}"] = table
-        tables[f"{folder.name} verdicts"] = verdicts_table(rows)
+        if verdicts := verdicts_table(rows):
+            tables[f"{folder.name} verdicts"] = verdicts
         tables[f"{folder.name} rates"] = rates_table(rows)
         tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
         if found:

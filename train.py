@@ -376,7 +376,7 @@ def main() -> None:
         torch.set_num_threads(c.threads)
 
     wrap, autocast = parallel.precision(c, world, device)  # explicit FSDP2; neither with one process in fp32
-    sampling = torch.autocast(device, dtype=torch.bfloat16) if c.sample_dtype else autocast
+    sampling = autocast if c.sample_dtype in ("", c.dtype) else torch.autocast(device, dtype=torch.bfloat16)
     training, held_out = load_problems(c.problems), load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)

@@ -21,7 +21,7 @@ rate_of() {  # the best on validation problems, where it is not that of config/t
   case $1-$2 in
     countdown-published) echo --learning_rate=6e-4 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
-    *-sft) echo --learning_rate=3e-5 ;;  # in findx; in countdown not yet tuned
+    findx-sft) echo --learning_rate=3e-5 ;;
   esac
 }
 tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }

@@ -55,11 +55,10 @@ echo "== training queries: those that the cold-started policy solves sometimes (
 
 for method in grpo opsd tapo; do
   echo "== $method: one epoch, then the contests"
-  last=$OUT/$method/step_000500 rows=24
-  if [ $method = tapo ]; then rows=8; fi  # its reflections need the room; samples do not depend on who decodes beside them
+  last=$OUT/$method/step_000500
   [ -f "$last/meta.json" ] ||
     on_all train.py config/aime.py --method=$method --init_from="$OUT/coldstart/final" --problems="$OUT/filtered.jsonl" \
-      --out_dir="$OUT/$method" --max_rows=$rows --resume=True
+      --out_dir="$OUT/$method" --resume=True
   contests $method "$last"
 done
 

@@ -273,8 +273,9 @@ def test_a_plan_with_max_rows_0_fills_the_gpu_and_no_more(gigabytes, tmp_path):
     table = table_of(*argv)
     rollouts, reflections = (int(re.search(rf"(\d+) {name} at once", table)[1]) for name in ("rollouts", "reflections"))
     assert 1 < reflections < rollouts < 32 and "WARNING" not in table
-    for rows in (reflections, rollouts):  # each phase by itself: one row more would be too much
-        assert ("WARNING" in table_of(*argv, f"--max_rows={rows + 1}")) and f"{rows} r" in table_of(*argv, f"--max_rows={rows}")
+    for rows, method in (reflections, "tapo"), (rollouts, "grpo"):  # each phase by itself: one row more would be too much
+        fits, too_many = (table_of(*argv, f"--method={method}", f"--max_rows={n}") for n in (rows, rows + 1))
+        assert "WARNING" not in fits and "WARNING" in too_many
     assert "32 rollouts at once" in table_of(*argv[:2], "--plan_gpu_gb=141")  # no more than a process samples
 
 
