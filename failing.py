@@ -97,6 +97,7 @@ def out_of_memory_names(c, *knobs: str):
         yield
     except torch.OutOfMemoryError as e:
         what = ". ".join(str(e).split(". ")[:2])  # how much was asked for; not what the allocator advises
-        values = ", ".join(f"{knob} = {getattr(c, knob)}" for knob in knobs).replace("max_rows = 0", "max_rows = 0 (as many as fit)")
+        values = ", ".join(f"{knob} = {getattr(c, knob)}" for knob in knobs)
+        values = values.replace("max_rows = 0", "max_rows = 0 (as many as fit)")
         raise ValueError(f"{what}; change {values} (what a change saves: --plan=True), then --resume=True goes on from "
                          f"{newest(c.out_dir)}") from e

@@ -167,18 +167,18 @@ def rates_table(rows: dict[str, dict[int, Path]]) -> str:
 
 
 def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Seconds of a step, by phase, two processes side by side; and what came of the constructions, means over training. Over the
-    seeds whose runs do not log the KL, where there are any."""
+    """Seconds of a step, by phase, two processes side by side, over the seeds that log no KL where there are any; and what
+    came of the constructions, means over training."""
     body = []
     for name in (name for name in names if name in rows and name != "coldstart"):
-        quiet = [p for p in rows[name].values() if not logs_kl(p)]  # the others are slower, by a pass of the reference model
-        logs = [read_metrics(p) for p in quiet or rows[name].values()]
+        paths = rows[name].values()
+        quiet = [p for p in paths if not logs_kl(p)] or paths  # the others are slower, by a pass of the reference model
 
-        def mean(key, logs=logs):
-            per_run = [[row[key] for row in log if key in row] for log in logs]
+        def mean(key, paths=paths):
+            per_run = [[row[key] for row in read_metrics(p) if key in row] for p in paths]
             return [np.mean(values) for values in per_run if values]
 
-        phases = [show(mean(f"time/{key}"), 2) for key in ("step", "generate", "reflect", "update")]
+        phases = [show(mean(f"time/{key}", quiet), 2) for key in ("step", "generate", "reflect", "update")]
         life = [show([100 * v for v in mean(f"reflect/{key}")]) for key in ("correct", "mixed_groups")]
         body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
                      show(mean("reflect/ots_first_diagnosis"), 2)])
