@@ -41,6 +41,7 @@ WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
 TABLES = {  # name: (rows, what the differences refer to)
     "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "published"], GRPO),
+    "control": (["copy", "tapo"], "copy"),
     "equal time": (["grpo_long", "tapo"], "grpo_long"),
     "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
