@@ -173,8 +173,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     def need(rows: int, *shape: int) -> dict[str, int]:
         return sampling_bytes(config, rows, *shape, dtype=dtype, autocast=autocast, device=device)
 
+    room = limit - persistent - parts["unsharded"]
     for name, (most, *shape) in jobs.items():
-        room = limit - persistent - parts["unsharded"]
         rows = min(most, max_rows or rows_that_fit(room, most, lambda rows, shape=shape: need(rows, *shape)["peak"]))
         needed = need(rows, *shape)
         parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"], f"{name}: prefill": needed["prefill"],

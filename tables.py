@@ -173,10 +173,12 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
     body = []
     for name in (name for name in names if name in rows and name != "coldstart"):
         paths = rows[name].values()
-        quiet = [p for p in paths if not logs_kl(p)] or paths  # the others are slower, by a pass of the reference model
+        logs = [read_metrics(p) for p in paths]
+        # those that log the KL are slower, by a pass of the reference model
+        quiet = [log for p, log in zip(paths, logs, strict=True) if not logs_kl(p)] or logs
 
-        def mean(key, paths=paths):
-            per_run = [[row[key] for row in read_metrics(p) if key in row] for p in paths]
+        def mean(key, logs=logs):
+            per_run = [[row[key] for row in log if key in row] for log in logs]
             return [np.mean(values) for values in per_run if values]
 
         phases = [show(mean(f"time/{key}", quiet), 2) for key in ("step", "generate", "reflect", "update")]
