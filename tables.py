@@ -34,7 +34,7 @@ ROWS = {  # row: what it is
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
-    "base": "no cold start", "easy": "easier start",
+    "base": "start that never reflects", "easy": "easier start",
     "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
     "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
@@ -49,7 +49,9 @@ TABLES = {  # name: (rows, what the differences refer to)
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
     "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked", "ref_group", "ref_orig",
              "separate", "tapo"], TAPO),
-    "starts": (["base", "base_grpo", "base_opsd", "base_tapo", "easy", "easy_grpo", "easy_tapo"], None)}
+    "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo"),
+    "easier start": (["easy", "easy_grpo", "easy_tapo"], "easy_grpo")}
+STARTS = ("coldstart", "base", "easy")  # rows whose seeds are numbers of cold starts: paired with nothing
 # Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and TAPO beside it. Table 3 ends at
 # step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
@@ -112,7 +114,7 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
         paths = list(rows[name].values())
         scores = [show([100 * setting_of(p, s)["pass@k"][k]["value"] for p in paths])
                   for s, k in ((T1, "1"), (T06, "1"), (T1, "8"))]
-        difference = differences(rows[name], rows.get(baseline, {})) if name != "coldstart" else {}
+        difference = differences(rows[name], rows.get(baseline, {})) if name not in STARTS else {}
         compared = [points(difference.get(s)) for s in (T1, T06)] if baseline else []
         body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
     return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
@@ -171,7 +173,7 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
     """Seconds of a step, by phase, two processes side by side, over the seeds that log no KL where there are any; and what
     came of the constructions, means over training."""
     body = []
-    for name in (name for name in names if name in rows and name != "coldstart"):
+    for name in (name for name in names if name in rows and name not in STARTS):
         paths = rows[name].values()
         logs = [read_metrics(p) for p in paths]
         # those that log the KL are slower, by a pass of the reference model
@@ -251,7 +253,7 @@ def all_tables(out: Path) -> dict[str, str]:
         rows, found = find_rows(folder), measured(folder)
         new = [name for name in rows if name not in ROWS and not name.startswith("tune_")]  # a fork's own
         for name, (names, baseline) in (TABLES | ({"new": ([GRPO, TAPO, *new], TAPO)} if new else {})).items():
-            if any(n in rows for n in names if n not in ("coldstart", TAPO, GRPO)) or name == "1":
+            if any(n in rows for n in names if n not in (*STARTS, TAPO, GRPO)) or name == "1":
                 table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
                 tables[f"{folder.name} {name}"] = table
         if verdicts := verdicts_table(rows):
