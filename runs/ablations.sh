@@ -21,7 +21,7 @@ rate_of() {  # the best on validation problems, where it is not that of config/t
   case $1-$2 in
     countdown-published) echo --learning_rate=6e-4 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
-    findx-sft) echo --learning_rate=3e-5 ;;
+    *-sft) echo --learning_rate=3e-5 ;;
   esac
 }
 tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
@@ -36,6 +36,9 @@ jobs() {
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
     row countdown tune_sft_$rate 8 config/tapo.py --method=sft --learning_rate=$rate $QUIET
+  done
+  for method in grpo tapo; do
+    for rate in 1.5e-4 3e-4 6e-4; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
   row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
@@ -70,8 +73,8 @@ jobs() {
   for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
   for method in grpo tapo; do row findx easy_$method "$FOUR" config/$method.py $QUIET; done       # from 55 % instead of 34 %
   for seed in $FOUR; do
-    for method in grpo tapo; do row chain $method $seed config/$method.py; done
-    SEEDS=$seed tapo chain copy --prefix_mode=copy
+    for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
+    SEEDS=$seed tapo chain copy --prefix_mode=copy $(rate_of chain tapo)
   done
 }
 
