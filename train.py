@@ -238,8 +238,9 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
         trained = [n * (prompt is not None) for n, prompt in zip(trained, teacher_of, strict=True)]
     trained = torch.tensor([*trained[:-1], 0])  # the filler counts nowhere
     # CRITICAL: the one denominator, counted over the whole step by the mask the loss uses, before the first backward.
-    scale = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
-                        loss_agg=c.loss_agg, loss_norm=c.loss_norm) * (trained > 0)
+    scales = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
+                         loss_agg=c.loss_agg, loss_norm=c.loss_norm)
+    scales = (scales * (trained > 0)).tolist()
 
     # A row of advantage 0 (a group all right or all wrong) counts in the denominator and has no gradient: it is only
     # looked at, by a forward pass for the logs. Each kind of micro-batch comes equally often on every rank.
@@ -253,7 +254,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
                for batch in balance([rollouts[i] for i in rows], c.tokens_per_microbatch, rank, world)]
 
     def batch_of(index: list[int]):
-        return collate([rollouts[i] for i in index], scale[index].tolist()).to(device)
+        return collate([rollouts[i] for i in index], [scales[i] for i in index]).to(device)
 
     # With one update the old policy is the policy itself: old = new.detach(), no pass spent on it (trap 9).
     old = {}

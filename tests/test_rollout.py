@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import HostReads
 
 import model as model_file
 import rollout
@@ -321,6 +322,16 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, 
     calls.clear()
     draw(calls.of(tiny_model()), n=2, max_new_tokens=7, stop_ids=())
     assert len(calls) == 7
+
+
+def test_the_host_looks_at_the_device_once_in_eight_tokens():
+    """Bug: a finish flag, or a token, read at every step: on a GPU the decoding loop then waits for every kernel."""
+    def reads(max_new_tokens):
+        with HostReads() as seen:
+            draw(tiny_model(), n=4, max_new_tokens=max_new_tokens, stop_ids=(99,))  # no row ends before its cap
+        return len(seen.found)
+
+    assert 0 < reads(56) - reads(8) <= 2 * 48 / 8  # how many tokens are missing, how many rows are alive
 
 
 def test_sampling_is_in_eval_mode_without_a_graph_and_leaves_the_model_in_the_mode_it_found():

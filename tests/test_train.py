@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import HostReads
 
 import checkpoint
 import toy
@@ -160,6 +161,32 @@ def test_where_the_advantage_is_not_the_whole_loss_rows_of_advantage_zero_learn(
         assert row["reflect/correct"] == 1 and sum(with_grad) == row["reflect/kept"] > 1 and row["train/grad_norm"] > 0.1
     else:  # a teacher is shown another right response: of four groups with one, the three wrong ones learn
         assert sum(with_grad) == (12 if knobs["method"] == "opsd" else 16)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"method": "sft"}, {"method": "opsd"}, {"method": "opsd", "opsd_loss": "sampled"},
+                                   {"kl_coef": 0.1, "loss_agg": "token"}, {"updates_per_step": 2}])
+def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):
+    """Bug: a loss or a count read inside the loop: on a GPU the next micro-batch is launched only when this one is done."""
+    reads, batches, looked_at = HostReads(), [], []
+    collate, clip = train.collate, torch.nn.utils.clip_grad_norm_
+
+    def first_in(*args):
+        if not batches:
+            reads.__enter__()
+        batches.append(args)
+        return collate(*args)
+
+    def last_out(*args):
+        reads.__exit__(None, None, None)
+        looked_at.append((len(batches), list(reads.found)))
+        batches.clear()
+        return clip(*args)
+
+    author(monkeypatch)
+    monkeypatch.setattr(train, "collate", first_in)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", last_out)
+    run(start, tmp_path / "out", monkeypatch, max_steps=1, **knobs)
+    assert looked_at and all(seen > 1 and found == [] for seen, found in looked_at)
 
 
 def test_second_update_of_a_step_is_off_policy(start, tmp_path, monkeypatch):
