@@ -1,4 +1,4 @@
-# The cold start of the other toy world; slower, because several operations must be right in a row. Not tuned yet.
+# The cold start of the world chain: twelve minutes, because several operations must be right in a row.
 #   python coldstart.py config/coldstart_toy.py config/coldstart_chain.py
 world = "chain"
 levels = ()                 # 2 to 5 operations

@@ -33,14 +33,14 @@ jobs() {
     for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
     for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
+  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
     row countdown tune_sft_$rate 8 config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
   for method in grpo tapo; do
-    for rate in 1.5e-4 3e-4 6e-4; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 1.5e-4 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
-  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
     row $world grpo $seed config/grpo.py $kl
