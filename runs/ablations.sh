@@ -20,6 +20,7 @@ QUIET=--log_kl=False                    # the KL is only logged; without it a st
 rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
   case $1-$2 in
     countdown-published) echo --learning_rate=6e-4 ;;
+    chain-tapo) echo --learning_rate=1.2e-3 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
     *-sft) echo --learning_rate=3e-5 ;;
   esac
