@@ -59,10 +59,10 @@ jobs() {
     tapo $world wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
     tapo $world wo_ots_neg --ots=False --ref_negatives=False
     tapo $world wo_ots --ots=False
-    tapo $world wo_dae --decoupled=False
     tapo $world ref_group --ref_advantage=group            # ours: what the published estimator is made of
     tapo $world separate --loss_norm=separate
   done
+  tapo findx wo_dae --decoupled=False                      # of Table 4, alone
   tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO
   tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
   tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
