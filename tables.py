@@ -147,6 +147,15 @@ def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
     return markdown(["", "seeds", "DSR", "ERR", "reflects", "truncated", "length, tokens"], body)
 
 
+def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
+    """Pass@1 at T 1 by difficulty, where a world has several levels; "" where it has not."""
+    found = {name: [setting_of(p, T1)["levels"] for p in rows[name].values()] for name in names if name in rows}
+    levels = sorted({level for seeds in found.values() for of_seed in seeds for level in of_seed})
+    return markdown(["Pass@1, T 1", *(f"level {level}" for level in levels)], [
+        [ROWS[name], *(show([100 * of_seed[level]["pass@k"]["1"]["value"] for of_seed in seeds]) for level in levels)]
+        for name, seeds in found.items()]) if levels else ""
+
+
 def read_metrics(path: Path) -> list[dict]:
     """metrics.jsonl beside an evaluation."""
     return [json.loads(line) for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
@@ -258,6 +267,8 @@ def all_tables(out: Path) -> dict[str, str]:
                 tables[f"{folder.name} {name}"] = table
         if verdicts := verdicts_table(rows):
             tables[f"{folder.name} verdicts"] = verdicts
+        if levels := levels_table(rows, TABLES["1"][0]):
+            tables[f"{folder.name} levels"] = levels
         tables[f"{folder.name} rates"] = rates_table(rows)
         tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
         if found:

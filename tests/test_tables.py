@@ -23,7 +23,7 @@ def evaluated(path: Path, right: list[int], right_06: list[int] | None = None, n
         rates = {str(k): {"value": np.mean([evaluation.pass_at_k(n, c, min(k, n)) for c in counts])} for k in (1, 8)}
         settings.append({
             "set": "test", "temperature": temperature, "top_p": top_p, "max_new_tokens": 54, "pass@k": rates, "DSR": 0.8,
-            "ERR": None, "reflect_rate": 0.25, "truncated": 0.0, "length": 30.0,
+            "levels": {}, "ERR": None, "reflect_rate": 0.25, "truncated": 0.0, "length": 30.0,
             "per_problem": [{"uid": f"p{i}", "level": "1", "n": n, "c": c, "truncated": 0} for i, c in enumerate(counts)]})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings}))
@@ -116,6 +116,21 @@ def test_a_row_that_nobody_knows_is_compared_with_tapo(sweep):
 def test_habits_leave_out_what_a_seed_does_not_have(sweep):
     habits = cells(tables.all_tables(sweep).get("findx 2") or tables.habits_table(tables.find_rows(sweep / "findx"), ["grpo"]))
     assert habits["GRPO"] == ["3", "80.0 ± 0.0", "-", "25.0 ± 0.0", "0.0 ± 0.0", "30.0 ± 0.0"]
+
+
+def test_difficulty_levels_are_told_apart_where_there_are_several(sweep):
+    assert "findx levels" not in tables.all_tables(sweep)
+    for seed, values in ((0, (0.5, 0.25)), (1, (0.75, 0.25))):
+        path = sweep / "findx" / f"grpo_s{seed}.json"
+        made = json.loads(path.read_text())
+        for setting in made["settings"]:
+            here = values if setting["temperature"] == 1 else (0.0, 0.0)
+            setting["levels"] = {str(level): {"pass@k": {"1": {"value": v}}} for level, v in zip((2, 3), here, strict=True)}
+        path.write_text(json.dumps(made))
+    for name in ("grpo_s2", "tapo_s0", "tapo_s1", "coldstart_c0"):
+        (sweep / "findx" / f"{name}.json").unlink()
+    assert cells(tables.all_tables(sweep)["findx levels"]) == {
+        "Pass@1, T 1": ["level 2", "level 3"], "---": ["---", "---"], "GRPO": ["62.5 ± 17.7", "25.0 ± 0.0"]}
 
 
 def test_measurements_are_means_over_seeds(tmp_path):
