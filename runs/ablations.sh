@@ -15,7 +15,7 @@ row() {  # row WORLD NAME SEEDS FLAGS: one job a seed
   local seeds=$1; shift
   for seed in $seeds; do echo "$world $name $seed $*"; done
 }
-EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"  # even seeds start from cold start 0, odd ones from cold start 1
+EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3" STARTS=4  # seeds 0 and 4 go on from cold start 0, seeds 1 and 5 from cold start 1, ...
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
 rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
   case $1-$2 in
@@ -32,12 +32,12 @@ jobs() {
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
   for method in grpo tapo published opsd; do
     for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
-    for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
   done
-  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
+  row countdown tune_opsd_4.8e-3 "8 9" config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
-    row countdown tune_sft_$rate 8 config/tapo.py --method=sft --learning_rate=$rate $QUIET
+    row countdown tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
   for method in grpo tapo; do
     for rate in 1.5e-4 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
@@ -109,7 +109,7 @@ coldstart() {  # coldstart WORLD KIND NUMBER
 }
 run() {  # run WORLD ROW SEED FLAGS: train from the cold start of its seed, then measure on the test problems
   local world=$1 name=$2 seed=$3 folder=$OUT/$1/$2_s$3; shift 3
-  local start=$OUT/$world/$(start_of "$name")_c$((seed % 2))/final
+  local start=$OUT/$world/$(start_of "$name")_c$((seed % STARTS))/final
   [ ! -f "$folder.json" ] || return 0
   logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" --init_from="$start" --out_dir="$folder" --resume=True
   case $name in
@@ -141,13 +141,13 @@ if [ -n "${LIST:-}" ]; then jobs; exit; fi
 source runs/setup.sh
 mkdir -p "$OUT"
 jobs | grep -E "${1:-.}" > "$OUT/jobs"
-while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % 2))"; done < "$OUT/jobs" | awk '!seen[$0]++' |
+while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % STARTS))"; done < "$OUT/jobs" | awk '!seen[$0]++' |
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
 MAIN="grpo tapo copy published opsd"  # what is measured, and drawn; every row is in the tables
 echo "== measurements, on the first four seeds"
-for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 s0 s1 s2 s3; do
+for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
   [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
 done; done; done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
 
