@@ -93,9 +93,11 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
     _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
     cache, prompts = cache_bytes(config, rows, prompt + new - 1, dtype), -(-rows // samples_per_prompt)
-    # beside it: growing copies one layer's keys; sampling holds logits, log-probs, their exp and its sum in fp64
-    decode = cache + max(cache // (2 * config.num_hidden_layers), rows * V * 24,
-                         (rows * V * 4 + 2 * config.vocab_size * config.hidden_size) * autocast)
+    # beside it: the head that decoding_head casts; growing copies one layer's keys, sampling holds logits, log-probs, their exp
+    # and its sum in fp64
+    head = V * config.hidden_size * (4 if device == "cpu" and c == 2 else 2 * autocast)
+    decode = cache + head + max(cache // (2 * config.num_hidden_layers), rows * V * 24,
+                                2 * config.vocab_size * config.hidden_size * autocast * (device == "cpu"))
     # rows that join later are few at a time: their prefill beside a full cache is left to the reserve
     prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * (3 * config.intermediate_size * c + 4 * of_input)
     return {"KV cache": cache, "prefill": prefill, "peak": max(prefill, decode)}
@@ -290,10 +292,12 @@ def eval_table(config: dict) -> str:
     return "\n".join(text)
 
 
-def eval_bytes(config: ModelConfig, dtype: str, device: str, **rows) -> int:
-    """Bytes of the weights in `dtype` and of the rows that decode at once; rows: memory_plan's words for them."""
-    parts = memory_plan(config, dtype=dtype, device=device, tokens_per_microbatch=1, **rows)
-    return count_parameters(config)[0] * getattr(torch, dtype).itemsize + (parts["rollouts"] if rows["max_rows"] else 0)
+def eval_bytes(config: ModelConfig, dtype: str, device: str, *, max_rows: int, samples_per_prompt: int, longest_prompt: int,
+               max_new_tokens: int) -> int:
+    """Bytes of the weights in `dtype` and of the rows that decode at once."""
+    rows = sampling_bytes(config, max_rows, samples_per_prompt, longest_prompt, max_new_tokens, dtype=dtype, autocast=False,
+                          device=device)
+    return count_parameters(config)[0] * getattr(torch, dtype).itemsize + rows["peak"]
 
 
 def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: float, device: str) -> tuple[int, list[str]]:

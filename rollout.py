@@ -149,7 +149,7 @@ def generate(
             owner |= {s: waiting.popleft() for s in joining}
             noise = np.stack([row_noise((*keys[i], j), width) for i, j in (owner[s] for s in joining)])
             distinct = list(dict.fromkeys(owner[s][0] for s in joining))
-            new, logits = prefill(model, [prompts[i] for i in distinct])
+            new, logits = prefill(model, [prompts[i] for i in distinct], head=cache and cache.head)
             rows = torch.tensor([distinct.index(owner[s][0]) for s in joining], device=device)
             new.keep(rows)
             cache = new if cache is None else cache.append(new)
@@ -180,13 +180,13 @@ def generate(
     return completions
 
 
-def prefill(model, prompts: list[list[int]]) -> tuple[KVCache, torch.Tensor]:
-    """Keys and values of D prompts and the logits (D, V) of what follows each."""
+def prefill(model, prompts: list[list[int]], head: torch.Tensor | None = None) -> tuple[KVCache, torch.Tensor]:
+    """Keys and values of D prompts and the logits (D, V) of what follows each. head: that of an earlier cache."""
     device = model.head_weight.device
     width = max(map(len, prompts))
     # Left-padded, so that all rows write the same cache column; the padding is masked by its length, never by token value.
     inputs = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)          # (D, P)
-    cache = KVCache(model.config, [width - len(p) for p in prompts], width, dtype=model.compute_dtype, device=device)
+    cache = KVCache(model.config, [width - len(p) for p in prompts], width, model.compute_dtype, device, head)
     return cache, model(inputs, cache=cache)
 
 

@@ -324,6 +324,20 @@ def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, 
     assert len(calls) == 7
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_head_is_cast_once_however_many_tokens_are_drawn_and_rows_join(dtype, monkeypatch):
+    """Bug: bf16 weights upcast at every token, half of a decoding step on a CPU; a second head where rows join."""
+    casts, cast = [], model_file.decoding_head
+    monkeypatch.setattr(model_file, "decoding_head", lambda weight, dtype: casts.append(1) or cast(weight, dtype))
+    model = tiny_model().to(dtype)
+    groups = draw(model, max_rows=4)                   # 15 rows, so some join later
+    assert len(casts) == 1
+    for prompt, group in zip(RAGGED, groups, strict=True):
+        for completion in group:                       # and is that of the trainer
+            gap = (torch.tensor(completion.logprobs) - trainer_logprobs(model, prompt, completion.ids)).abs()
+            assert gap.mean() < (1e-5 if dtype == torch.float32 else 0.05)
+
+
 def test_the_host_looks_at_the_device_once_in_eight_tokens():
     """Bug: a finish flag, or a token, read at every step: on a GPU the decoding loop then waits for every kernel."""
     def reads(max_new_tokens):
