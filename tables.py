@@ -30,7 +30,8 @@ ROWS = {  # row: what it is
     "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives", "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
     "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "n_pos, n_neg, m_max = 2, 2, 4",
     "zpd_153": "n_pos, n_neg, m_max = 1, 5, 3",
-    "diagnosis_ots": "diagnosis trained under OTS", "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
+    "diagnosis_ots": "diagnosis trained under OTS", "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",
+    "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
@@ -47,8 +48,8 @@ TABLES = {  # name: (rows, what the differences refer to)
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
     "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
-    "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked", "ref_group", "ref_orig",
-             "separate", "tapo"], TAPO),
+    "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked",
+             "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo"),
     "easier start": (["easy", "easy_grpo", "easy_tapo"], "easy_grpo")}
 STARTS = ("coldstart", "base", "easy")  # rows whose seeds are numbers of cold starts: paired with nothing
@@ -179,8 +180,8 @@ def rates_table(rows: dict[str, dict[int, Path]]) -> str:
 
 
 def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Seconds of a step, by phase, two processes side by side, over the seeds that log no KL where there are any; and what
-    came of the constructions, means over training."""
+    """Seconds of a step, by phase, two processes side by side, medians over training of the seeds that log no KL where there
+    are any; and what came of the constructions, means over training."""
     body = []
     for name in (name for name in names if name in rows and name not in STARTS):
         paths = rows[name].values()
@@ -188,11 +189,11 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
         # those that log the KL are slower, by a pass of the reference model
         quiet = [log for p, log in zip(paths, logs, strict=True) if not logs_kl(p)] or logs
 
-        def mean(key, logs=logs):
+        def mean(key, logs=logs, average=np.mean):
             per_run = [[row[key] for row in log if key in row] for log in logs]
-            return [np.mean(values) for values in per_run if values]
+            return [average(values) for values in per_run if values]
 
-        phases = [show(mean(f"time/{key}", quiet), 2) for key in ("step", "generate", "reflect", "update")]
+        phases = [show(mean(f"time/{key}", quiet, np.median), 2) for key in ("step", "generate", "reflect", "update")]
         life = [show([100 * v for v in mean(f"reflect/{key}")]) for key in ("correct", "mixed_groups")]
         body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
                      show(mean("reflect/ots_first_diagnosis"), 2)])

@@ -67,6 +67,7 @@ jobs() {
   tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
   tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
   tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does, ...
+  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False
   tapo findx diagnosis_train --diagnosis=train
   tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
   tapo findx prefix_masked --train_prefix=False            # ... the prefix, ...
