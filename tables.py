@@ -35,9 +35,8 @@ ROWS = {  # row: what it is
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
-    "base": "start that never reflects", "easy": "easier start",
-    "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start", "base_opsd": "OPSD without cold start",
-    "easy_grpo": "GRPO, easier start", "easy_tapo": "TAPO, easier start"}
+    "base": "start that never reflects", "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start",
+    "base_opsd": "OPSD without cold start"}
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
 TABLES = {  # name: (rows, what the differences refer to)
@@ -50,9 +49,8 @@ TABLES = {  # name: (rows, what the differences refer to)
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
     "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked",
              "ref_group", "ref_orig", "separate", "tapo"], TAPO),
-    "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo"),
-    "easier start": (["easy", "easy_grpo", "easy_tapo"], "easy_grpo")}
-STARTS = ("coldstart", "base", "easy")  # rows whose seeds are numbers of cold starts: paired with nothing
+    "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
+STARTS = ("coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
 # Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and TAPO beside it. Table 3 ends at
 # step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)

@@ -15,7 +15,7 @@ row() {  # row WORLD NAME SEEDS FLAGS: one job a seed
   local seeds=$1; shift
   for seed in $seeds; do echo "$world $name $seed $*"; done
 }
-EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3" STARTS=4  # seeds 0 and 4 go on from cold start 0, seeds 1 and 5 from cold start 1, ...
+EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3" STARTS=4  # seeds 0 and 4 go on from cold start 0, seeds 1 and 5 from 1, ...
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
 rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
   case $1-$2 in
@@ -32,15 +32,16 @@ jobs() {
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
   for method in grpo tapo published opsd; do
     for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
-    for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do row countdown tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do
+      case $method in grpo | tapo) seed="8 9" ;; *) seed=8 ;; esac
+      row countdown tune_${method}_$rate "$seed" config/$method.py --learning_rate=$rate $QUIET
+    done
   done
-  row countdown tune_opsd_4.8e-3 "8 9" config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
-    row countdown tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
   for method in grpo tapo; do
-    for rate in 1.5e-4 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
@@ -52,17 +53,16 @@ jobs() {
       row $world opsd $seed config/opsd.py $(rate_of $world opsd) $kl
     fi
   done; done
-  for world in findx countdown; do
-    row $world grpo_long "$FOUR" config/grpo.py --max_steps=105 $QUIET  # as much time as TAPO's 60 steps take
-    row $world sft "$FOUR" config/tapo.py --method=sft $(rate_of $world sft) $QUIET  # Table 3
-    tapo $world full --prefix_mode=full
-    tapo $world wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
-    tapo $world wo_ots_neg --ots=False --ref_negatives=False
-    tapo $world wo_ots --ots=False
-    tapo $world ref_group --ref_advantage=group            # ours: what the published estimator is made of
+  for world in findx countdown; do                         # ours: what the published estimator is made of
+    tapo $world ref_group --ref_advantage=group
     tapo $world separate --loss_norm=separate
   done
-  tapo findx wo_dae --decoupled=False                      # of Table 4, alone
+  row findx sft "$FOUR" config/tapo.py --method=sft $(rate_of findx sft) $QUIET  # Table 3
+  tapo findx full --prefix_mode=full
+  tapo findx wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
+  tapo findx wo_ots_neg --ots=False --ref_negatives=False
+  tapo findx wo_ots --ots=False
+  tapo findx wo_dae --decoupled=False                      # (ours: alone)
   tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO
   tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
   tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
@@ -72,8 +72,8 @@ jobs() {
   tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
   tapo findx prefix_masked --train_prefix=False            # ... the prefix, ...
   tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean
+  for world in findx countdown; do row $world grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET; done  # TAPO's time
   for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
-  for method in grpo tapo; do row findx easy_$method "$FOUR" config/$method.py $QUIET; done       # from 55 % instead of 34 %
   for seed in $FOUR; do
     for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
     SEEDS=$seed tapo chain copy --prefix_mode=copy $(rate_of chain tapo)
@@ -94,15 +94,12 @@ logged() {  # logged LOG COMMAND: its output goes to the log, the end of it here
   python "$@" >> "$log" 2>&1 || { echo "FAILED: $*"; tail -n 5 "$log"; return 1; }
 }
 start_of() {  # the kind of start that a row begins with
-  case $1 in base_* | easy_*) echo "${1%%_*}" ;; *) echo coldstart ;; esac
+  case $1 in base_*) echo base ;; *) echo coldstart ;; esac
 }
 coldstart() {  # coldstart WORLD KIND NUMBER
   local world=$1 kind=$2 folder=$OUT/$1/$2_c$3 flags=(config/coldstart_toy.py)
   if [ "$world" != findx ]; then flags+=("config/coldstart_$world.py"); fi
-  case $kind in
-    base) flags+=("--kinds=('direct', 'give_up')") ;;  # solves, never reflects
-    easy) flags+=(--stop_at_pass1=0.55) ;;
-  esac
+  if [ "$kind" = base ]; then flags+=("--kinds=('direct', 'give_up')"); fi  # solves, never reflects
   mkdir -p "$OUT/$world"
   logged "$folder.log" coldstart.py "${flags[@]}" --seed="$3" --out_dir="$folder" --resume=True
   [ -f "$folder.json" ] || logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$folder/final" --out="$folder"
