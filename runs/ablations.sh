@@ -15,11 +15,10 @@ row() {  # row WORLD NAME SEEDS FLAGS: one job a seed
   local seeds=$1; shift
   for seed in $seeds; do echo "$world $name $seed $*"; done
 }
-EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3" STARTS=4  # seeds 0 and 4 go on from cold start 0, seeds 1 and 5 from 1, ...
+EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
 rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
   case $1-$2 in
-    countdown-published) echo --learning_rate=6e-4 ;;
     chain-tapo) echo --learning_rate=1.2e-3 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
     *-sft) echo --learning_rate=3e-5 ;;
@@ -37,6 +36,7 @@ jobs() {
       row countdown tune_${method}_$rate "$seed" config/$method.py --learning_rate=$rate $QUIET
     done
   done
+  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
@@ -93,8 +93,11 @@ logged() {  # logged LOG COMMAND: its output goes to the log, the end of it here
   local log=$1; shift
   python "$@" >> "$log" 2>&1 || { echo "FAILED: $*"; tail -n 5 "$log"; return 1; }
 }
-start_of() {  # the kind of start that a row begins with
-  case $1 in base_*) echo base ;; *) echo coldstart ;; esac
+start_of() {  # start_of WORLD ROW SEED: kind and number of the start that a run goes on from; seeds 0 and 4 share one, 1 and 5, ...
+  local kind=coldstart starts=4
+  case $2 in base_*) kind=base ;; esac
+  case $1 in chain) starts=2 ;; esac                       # each takes five minutes
+  echo "$kind $(($3 % starts))"
 }
 coldstart() {  # coldstart WORLD KIND NUMBER
   local world=$1 kind=$2 folder=$OUT/$1/$2_c$3 flags=(config/coldstart_toy.py)
@@ -107,9 +110,11 @@ coldstart() {  # coldstart WORLD KIND NUMBER
 }
 run() {  # run WORLD ROW SEED FLAGS: train from the cold start of its seed, then measure on the test problems
   local world=$1 name=$2 seed=$3 folder=$OUT/$1/$2_s$3; shift 3
-  local start=$OUT/$world/$(start_of "$name")_c$((seed % STARTS))/final
+  local kind number
+  read -r kind number <<< "$(start_of "$world" "$name" "$seed")"
   [ ! -f "$folder.json" ] || return 0
-  logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" --init_from="$start" --out_dir="$folder" --resume=True
+  logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" --out_dir="$folder" --resume=True \
+    --init_from="$OUT/$world/${kind}_c$number/final"
   case $name in
     tune_*) cp "$folder/config.json" "$folder.json" ;;  # what decides is in metrics.jsonl; no test problem is touched
     *) logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$(ls -d "$folder"/step_* | tail -n 1)" --out="$folder" ;;
@@ -139,7 +144,7 @@ if [ -n "${LIST:-}" ]; then jobs; exit; fi
 source runs/setup.sh
 mkdir -p "$OUT"
 jobs | grep -E "${1:-.}" > "$OUT/jobs"
-while read -r world name seed _; do echo "$world $(start_of "$name") $((seed % STARTS))"; done < "$OUT/jobs" | awk '!seen[$0]++' |
+while read -r world name seed _; do echo "$world $(start_of "$world" "$name" "$seed")"; done < "$OUT/jobs" | awk '!seen[$0]++' |
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
