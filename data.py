@@ -11,6 +11,7 @@ A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. 
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
 """
 import json
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, di
     """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems ignores."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two cold starts side by side write the same file
     with open(partial, "w", encoding="utf-8") as out:
         for p in problems:
             row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
