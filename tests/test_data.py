@@ -60,6 +60,15 @@ def test_saved_problems_load_back_equal(tmp_path):
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["p.jsonl"]
 
 
+def test_two_processes_may_write_the_same_problems_side_by_side(tmp_path):
+    """Bug: two cold starts of a world began in the same second, and one renamed away the half-written file of the other."""
+    write = ("import data; problems = [data.Problem(f'u{i}', 'q', 'a') for i in range(200)]\n"
+             f"for _ in range(100): data.save_problems(problems, {str(tmp_path / 'p.jsonl')!r})")
+    both = [subprocess.Popen([sys.executable, "-c", write], cwd=Path(data.__file__).parent) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(data.load_problems(tmp_path / "p.jsonl")) == 200 and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
 @pytest.mark.parametrize("bad, words", [
     ('{"uid": "b", "question"', "not valid JSON"),
     ("[1, 2]", "expected a JSON object"),
@@ -73,15 +82,6 @@ def test_saved_problems_load_back_equal(tmp_path):
     ({"uid": "b", "question": "q", "answer": "\\frac{"}, "answer"),
     ({"uid": "a", "question": "q", "answer": "2"}, "line 1"),
 ])
-def test_two_processes_may_write_the_same_problems_side_by_side(tmp_path):
-    """Bug: two cold starts of a world began in the same second, and one renamed away the half-written file of the other."""
-    write = ("import data; problems = [data.Problem(f'u{i}', 'q', 'a') for i in range(200)]\n"
-             f"for _ in range(100): data.save_problems(problems, {str(tmp_path / 'p.jsonl')!r})")
-    both = [subprocess.Popen([sys.executable, "-c", write], cwd=Path(data.__file__).parent) for _ in range(2)]
-    assert [process.wait(60) for process in both] == [0, 0]
-    assert len(data.load_problems(tmp_path / "p.jsonl")) == 200 and [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
-
-
 def test_a_bad_line_is_refused_with_its_number(tmp_path, bad, words):
     path = write(tmp_path / "p.jsonl", GOOD, "", bad)
     with pytest.raises(ValueError, match=words) as e:
