@@ -12,7 +12,7 @@ row's stop. `limit` is what the machine's own matrix products and copies, measur
 import json
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -300,8 +300,11 @@ def bench_update(limit: dict[str, float]) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most: on the GPU, else altogether."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes that this process has held at most: on the GPU, else altogether (Linux). Not getrusage's ru_maxrss, which a child
+    inherits: a peak below the parent's would be missed."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def head_in_child(naive: bool) -> tuple[float, float]:
