@@ -73,7 +73,7 @@ jobs() {
   tapo findx prefix_masked --train_prefix=False            # ... the prefix, ...
   tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean
   row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET      # as much time as TAPO's 60 steps take
-  row countdown grpo_long "$FOUR" config/grpo.py --max_steps=75 $QUIET
+  row countdown grpo_long "$FOUR" config/grpo.py --max_steps=80 $QUIET
   for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
   for seed in $FOUR; do
     for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
