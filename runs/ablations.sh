@@ -53,6 +53,10 @@ jobs() {
       row $world opsd $seed config/opsd.py $(rate_of $world opsd) $kl
     fi
   done; done
+  for seed in $FOUR; do
+    for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
+    SEEDS=$seed tapo chain copy --prefix_mode=copy $(rate_of chain tapo)
+  done
   for world in findx countdown; do                         # ours: what the published estimator is made of
     tapo $world ref_group --ref_advantage=group
     tapo $world separate --loss_norm=separate
@@ -75,10 +79,6 @@ jobs() {
   row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET      # as much time as TAPO's 60 steps take
   row countdown grpo_long "$FOUR" config/grpo.py --max_steps=80 $QUIET
   for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
-  for seed in $FOUR; do
-    for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
-    SEEDS=$seed tapo chain copy --prefix_mode=copy $(rate_of chain tapo)
-  done
 }
 
 settings() {  # of train.py and eval.py in a world
@@ -149,9 +149,9 @@ while read -r world name seed _; do echo "$world $(start_of "$world" "$name" "$s
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
-MAIN="grpo tapo copy published opsd"  # what is measured, and drawn; every row is in the tables
+MAIN="grpo tapo copy published opsd"  # what is drawn; every row is in the tables
 echo "== measurements, on the first four seeds"
-for world in "$OUT"/*/; do for name in coldstart $MAIN; do for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
+for world in "$OUT"/*/; do for name in coldstart grpo tapo; do for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
   [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
 done; done; done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
 
