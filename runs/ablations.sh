@@ -19,7 +19,7 @@ EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
 rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
   case $1-$2 in
-    chain-tapo) echo --learning_rate=1.2e-3 ;;
+    chain-grpo) echo --learning_rate=1.2e-3 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
     *-sft) echo --learning_rate=3e-5 ;;
   esac
@@ -43,6 +43,7 @@ jobs() {
   for method in grpo tapo; do
     for rate in 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
   done
+  row chain tune_grpo_2.4e-3 8 config/grpo.py --learning_rate=2.4e-3 $QUIET
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
     row $world grpo $seed config/grpo.py $kl
@@ -70,15 +71,15 @@ jobs() {
   tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO
   tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
   tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
-  tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does, ...
-  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False
+  tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does
   tapo findx diagnosis_train --diagnosis=train
   tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
-  tapo findx prefix_masked --train_prefix=False            # ... the prefix, ...
-  tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean
   row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET      # as much time as TAPO's 60 steps take
   row countdown grpo_long "$FOUR" config/grpo.py --max_steps=80 $QUIET
-  for method in grpo opsd tapo; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
+  for method in grpo tapo opsd; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
+  tapo findx prefix_masked --train_prefix=False            # ours: what the prefix does, ...
+  tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean, ...
+  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False  # ... OTS on the diagnosis and nowhere else
 }
 
 settings() {  # of train.py and eval.py in a world
