@@ -157,6 +157,7 @@ for world in "$OUT"/*/; do for name in coldstart grpo tapo; do for mark in c0 c1
 done; done; done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
 
 python tables.py "$OUT" | tee "$OUT/tables.md"
+tar cJf "$OUT.tar.xz" "$OUT"/*/*.json "$OUT"/*/measured "$OUT"/*/*/{config.json,metrics.jsonl}  # what the tables are made from
 for world in "$OUT"/*/; do
   runs=() evals=()
   for name in $MAIN; do for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done; done
