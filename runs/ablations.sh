@@ -150,7 +150,7 @@ while read -r world name seed _; do echo "$world $(start_of "$world" "$name" "$s
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
-MAIN="grpo tapo copy published opsd"  # what is drawn; every row is in the tables
+MAIN="grpo tapo copy published opsd"  # what is drawn, besides all rows from the same starts; the tables have the others, too
 echo "== measurements, on the first four seeds"
 for world in "$OUT"/*/; do for name in coldstart grpo tapo; do for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
   [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
@@ -163,7 +163,7 @@ for world in "$OUT"/*/; do
   for name in $MAIN; do for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done; done
   for name in $MAIN coldstart '*'; do
     for file in "$world"$name"_"[cs]*.json; do
-      [[ ! -f $file || $file == *tune_* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
+      [[ ! -f $file || $file == *tune_* || $file == */base* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
     done
   done
   python report.py "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" --out="${world%/}.html" --png="${world}figures" \
