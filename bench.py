@@ -91,8 +91,7 @@ def model_of(name: str, **changes) -> CausalLM:
     with torch.device(device):
         model = CausalLM(ModelConfig(**dict(zip(keys, SIZES[name], strict=True)) | {"eos_token_id": 2} | changes))
     if compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        model.compile_blocks()
     return model
 
 

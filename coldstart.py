@@ -278,10 +278,10 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
         queries = problems_for_step(training, c.seed, number, c.queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)][rank::world]  # one epoch, no more
         prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
-        with failing.out_of_memory_names(c, "max_rows"), unsharded(model):
-            rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, number)
+        with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler:
+            rollouts = sample_rollouts(sampler, tokenizer, queries, prompts, stop_ids, c, number)
             score(rollouts, dict(queries))
-            results = construct(model, tokenizer, rollouts, dict(queries), stop_ids, c, number)
+            results = construct(sampler, tokenizer, rollouts, dict(queries), stop_ids, c, number)
         rounds.append(sorted(gather(results), key=lambda result: result["query"]))
         if rank == 0:
             with open(path, "a", encoding="utf-8") as file:
@@ -460,8 +460,8 @@ def main() -> None:
         bar.update()
         stop = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), autocast:
-                metrics |= measure(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
+            with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, autocast:
+                metrics |= measure(sampler, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
             shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
             if rank == 0:

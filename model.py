@@ -285,31 +285,33 @@ class KVCache:
                  [1 2 3 4]                                               [1 2 3 4 8 . .]
 
     One contiguous tensor (B,nkv,S,hs) per layer and kind, grown by whole blocks of columns and read whole under a mask:
-    slices of a larger tensor are not contiguous, and batched products over those are 1.5-3x slower."""
+    slices of a larger tensor are not contiguous, and batched products over those are 1.5-3x slower. The device counts the
+    columns for itself, so that a forward pass needs no number of the host's and can be repeated as it is (rollout.record);
+    the host, which makes room, counts those it has claimed."""
 
-    def __init__(self, config: ModelConfig, starts, capacity: int, dtype=torch.float32, device="cpu", head=None):
+    def __init__(self, config: ModelConfig, starts, dtype=torch.float32, device="cpu", head=None):
         self.head = head  # (V,d) of decoding_head; None: made by the first forward
+        self.again = None  # of rollout.record: valid as long as no tensor here is replaced by another
         self.starts = torch.as_tensor(starts, dtype=torch.long, device=device)  # (B,)
-        self.length = 0  # columns written
+        self.length = torch.zeros((), dtype=torch.long, device=device)  # columns written
+        self.claimed = 0  # columns written or about to be
         shape = len(self.starts), config.num_key_value_heads, 0, config.head_dim
         self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = list(self.k)
         self.groups = config.num_attention_heads // config.num_key_value_heads
-        self.reserve(capacity)
 
-    def reserve(self, columns: int) -> None:
-        """Grow to at least `columns` columns, in whole blocks."""
-        missing = -(-columns // CACHE_BLOCK) * CACHE_BLOCK - self.k[0].size(2)
-        if missing > 0:  # with zeros: masked memory must still be finite, 0 * NaN is NaN
-            self._replace(lambda t: F.pad(t, (0, 0, 0, missing)))
+    def claim(self, columns: int) -> None:
+        """Room for so many more columns, all of which the caller goes on to write."""
+        self.claimed += columns
+        self._grow(self.claimed)
 
-    def mask(self, T: int) -> torch.Tensor:
-        """(B,1,1 or groups*T,S): 0 where one of T new tokens may look, else -inf; rows as Attention folds the heads."""
-        device, S = self.starts.device, self.k[0].size(2)
-        key, query = torch.arange(S, device=device), torch.arange(self.length, self.length + T, device=device)
-        seen = (key >= self.starts[:, None, None]) & (key <= query[:, None])  # (B,T,S)
-        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
-        return mask if T == 1 else mask.repeat(1, 1, self.groups, 1)
+    def mask(self, columns: torch.Tensor) -> torch.Tensor:
+        """columns (T,) of the new tokens -> (B,1,1 or groups*T,S): 0 where each may look, else -inf; rows as Attention folds
+        the heads."""
+        keys = torch.arange(self.k[0].size(2), device=columns.device)  # (S,)
+        seen = (keys >= self.starts[:, None, None]) & (keys <= columns[:, None])  # (B,T,S)
+        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=keys.device).masked_fill_(~seen, -torch.inf)[:, None]
+        return mask if len(columns) == 1 else mask.repeat(1, 1, self.groups, 1)
 
     def align(self) -> None:
         """Prompts that were written right-padded (CausalLM.forward) become left-padded."""
@@ -320,24 +322,36 @@ class KVCache:
         prefilled once for its n samples. Columns that only dropped rows used go with them."""
         self.starts = self.starts[rows]
         unused = int(self.starts.min()) // CACHE_BLOCK * CACHE_BLOCK
-        self.starts, self.length = self.starts - unused, self.length - unused
+        self._move(-unused)
         return self._replace(lambda t: t[rows, :, unused:])
 
     def append(self, other: "KVCache") -> "KVCache":
         """The rows of another cache below these. Both then end in the same column, so all go on writing the same one."""
-        for cache, behind in (self, other.length - self.length), (other, self.length - other.length):
+        for cache, behind in (self, other.claimed - self.claimed), (other, self.claimed - other.claimed):
             if behind > 0:
-                cache.starts, cache.length = cache.starts + behind, cache.length + behind
+                cache._move(behind)
                 cache._replace(lambda t, n=behind: F.pad(t, (0, 0, n, -n % CACHE_BLOCK)))
         columns = max(self.k[0].size(2), other.k[0].size(2))
-        self.reserve(columns), other.reserve(columns)
+        self._grow(columns), other._grow(columns)
         self.starts = torch.cat([self.starts, other.starts])
         for mine, more in (self.k, other.k), (self.v, other.v):
             for layer in range(len(mine)):
                 mine[layer], more[layer] = torch.cat([mine[layer], more[layer]]), None
+        self.again = None
         return self
 
+    def _move(self, columns: int) -> None:
+        """All that is written lies so many columns further right."""
+        self.starts, self.length, self.claimed = self.starts + columns, self.length + columns, self.claimed + columns
+
+    def _grow(self, columns: int) -> None:
+        """To at least so many columns, in whole blocks."""
+        missing = -(-columns // CACHE_BLOCK) * CACHE_BLOCK - self.k[0].size(2)
+        if missing > 0:  # with zeros: masked memory must still be finite, 0 * NaN is NaN
+            self._replace(lambda t: F.pad(t, (0, 0, 0, missing)))
+
     def _replace(self, f) -> "KVCache":
+        self.again = None
         for tensors in (self.k, self.v):
             for layer, t in enumerate(tensors):  # one by one: never two whole caches
                 tensors[layer] = f(t)
@@ -399,15 +413,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: over the cache.
-        cache: this layer's keys and values (B,nkv,S,hs) and the first of the T columns to write."""
+        cache: this layer's keys and values (B,nkv,S,hs) and the columns (T,) to write."""
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.nh, self.hs)).transpose(1, 2)  # (B,nh,T,hs)
         k = self.k_norm(self.k_proj(x).view(B, T, self.nkv, self.hs)).transpose(1, 2)  # (B,nkv,T,hs)
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            keys, values, column = cache
-            keys[:, :, column : column + T], values[:, :, column : column + T] = k, v
+            keys, values, columns = cache
+            keys.index_copy_(2, columns, k), values.index_copy_(2, columns, v)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.nh != self.nkv)
         else:  # the query heads of a group become rows over their one key head: keys are read once, never repeated
@@ -453,12 +467,12 @@ class Block(nn.Module):
 
 class CausalLM(nn.Module):
     """The policy, the reference and the teacher. checkpoint_activations (set by train.py): recompute each block in the
-    backward pass, a third more work for the memory of one block."""
+    backward pass, a third more work for the memory of one block. compiled: see compile_blocks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations = self.compiled = False
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -492,24 +506,32 @@ class CausalLM(nn.Module):
         device = self.output_weight.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.output_weight.dtype
 
+    def compile_blocks(self) -> None:
+        """Blocks go through torch.compile when they first run, which takes a minute; all of one shape share the result."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.compile(dynamic=True)
+
     def forward(self, inputs, targets=None, *, positions=None, cache=None, temperature=1.0, teacher=None):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
         Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
         are of softmax(logits / temperature), what was sampled (trap 2). teacher, see teacher_divergence, adds a
-        divergence (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt; positions (B,T)
-        follow from the cache where not given; logits are not divided by the temperature."""
+        divergence (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt, for later ones the
+        caller has claimed columns; positions (B,T) follow from the cache where not given; logits are not divided by the
+        temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
-        prefill = cache is not None and cache.length == 0
+        columns = torch.arange(T, device=inputs.device)  # (T,) those of the cache that are written, if there is one
+        prefill = cache is not None and cache.claimed == 0
+        if prefill:
+            cache.claim(T)
+        elif cache is not None:
+            columns = columns + cache.length
+            mask = cache.mask(columns)  # once for all layers
         if positions is None:  # right-padded rows start at column 0, those of a cache at its `starts`
-            first = 0 if cache is None else cache.length - cache.starts[:, None]  # (B,1)
-            positions = (torch.arange(T, device=inputs.device)[None] + first).clamp(min=0)  # (1 or B,T)
-        if cache is not None:
-            cache.reserve(cache.length + T)
+            positions = (columns[None] - (0 if cache is None else cache.starts[:, None])).clamp(min=0)  # (1 or B,T)
         if prefill:  # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without keys
             inputs, positions = roll_rows(inputs, cache.starts), roll_rows(positions, cache.starts)
-        elif cache is not None:
-            mask = cache.mask(T)  # once for all layers
         cos, sin = rope(positions, self.config, dtype)
 
         x = self.model.embed_tokens(inputs)  # (B,T,d)
@@ -517,7 +539,7 @@ class CausalLM(nn.Module):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache and (cache.k[i], cache.v[i], cache.length))
+                x = layer(x, cos, sin, mask, cache and (cache.k[i], cache.v[i], columns))
 
         if cache is not None:
             if prefill:
@@ -566,8 +588,8 @@ def load_hf(
     The model is made on the meta device and tensors are read into it one by one: peak host memory is one model. Of
     generation_config.json only the end-of-sequence ids are read: no penalty or top-k hides in a checkpoint (trap 3).
     num_tokens: see ModelConfig. wrap(model) shards the still empty model (parallel.shard): each process then keeps its part
-    of every tensor. compile: blocks go through torch.compile when they first run, which takes a minute. FileNotFoundError for
-    absent files, ValueError for wrong contents, one line each."""
+    of every tensor. compile: see CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
+    line each."""
     folder = _find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
     if (folder / "generation_config.json").is_file():
@@ -595,8 +617,7 @@ def load_hf(
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of its safetensors files")
     if compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        model.compile_blocks()
     return model
 
 

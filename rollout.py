@@ -128,7 +128,8 @@ def generate(
     uniforms = torch.zeros(len(free), width, dtype=torch.float64, device=device)
     drawn = torch.zeros(len(free), dtype=torch.int64, device=device)    # how many tokens it has
     ended = torch.zeros(len(free), dtype=torch.bool, device=device)
-    slot, stops, cache = drawn[:0], torch.tensor(stop_ids, device=device), None
+    is_stop = torch.isin(torch.arange(model.config.vocab_size, device=device), torch.tensor(stop_ids, device=device))  # (V,)
+    slot, cache = drawn[:0], None
 
     def draw(logits: torch.Tensor, slot: torch.Tensor) -> None:
         """The next token of the rows in these slots. A row that has ended draws on until it is dropped, into the column
@@ -137,7 +138,12 @@ def generate(
         token, logprobs[at] = sample(logits, uniforms[at], temperature, top_p)
         tokens[at] = token
         drawn[slot] += ~ended[slot]
-        ended[slot] |= torch.isin(token, stops) | (drawn[slot] == max_new_tokens)
+        ended[slot] |= is_stop[token] | (drawn[slot] == max_new_tokens)
+
+    def step() -> None:
+        """One more token for every row: on the device alone, without a number of the host's that changes from step to step."""
+        last = tokens[slot, drawn[slot] - 1]
+        draw(model(last[:, None], cache=cache), slot)
 
     training = model.training
     model.eval()
@@ -159,9 +165,13 @@ def generate(
             slot = torch.cat([slot, joining])
             del new, logits     # else the first cache would live on beside the next
         missing = max_new_tokens - torch.where(ended[slot], max_new_tokens, drawn[slot]).min()  # of the youngest row
-        for _ in range(min(DROP_EVERY, int(missing))):
-            last = tokens[slot, drawn[slot] - 1]
-            draw(model(last[:, None], cache=cache), slot)
+        steps = min(DROP_EVERY, int(missing))
+        cache.claim(steps)
+        for _ in range(steps):
+            if cache.again is None:
+                cache.again = record(step, device)
+            else:
+                cache.again()
         # Dropping copies the cache, so a few rows that have ended are carried along.
         live = ~ended[slot]
         if live.sum() > len(slot) * (1 - DROP_SHARE):
@@ -180,13 +190,26 @@ def generate(
     return completions
 
 
+def record(step, device: torch.device):
+    """Take a step, and return what takes it again. On a GPU that is a CUDA graph: a step is hundreds of small kernels, and
+    to launch them one by one takes longer than to run them. The graph reads and writes the very memory that step() did; it
+    ends with the first change of cache or rows, after which one is recorded anew."""
+    step()  # also what makes everything ready that may not be made while recording
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint's writer, NCCL's watchdog go on meanwhile
+        step()  # recorded, not run
+    return graph.replay
+
+
 def prefill(model, prompts: list[list[int]], head: torch.Tensor | None = None) -> tuple[KVCache, torch.Tensor]:
     """Keys and values of D prompts and the logits (D, V) of what follows each. head: that of an earlier cache."""
     device = model.head_weight.device
     width = max(map(len, prompts))
     # Left-padded, so that all rows write the same cache column; the padding is masked by its length, never by token value.
     inputs = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)          # (D, P)
-    cache = KVCache(model.config, [width - len(p) for p in prompts], width, model.compute_dtype, device, head)
+    cache = KVCache(model.config, [width - len(p) for p in prompts], model.compute_dtype, device, head)
     return cache, model(inputs, cache=cache)
 
 

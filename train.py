@@ -415,16 +415,16 @@ def main() -> None:
 
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         problem_of = dict(queries)
-        with failing.out_of_memory_names(c, "max_rows"), unsharded(model), sampling:
+        with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, sampling:
             # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each process takes its share of the queries.
-            rollouts = sample_rollouts(model, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
+            rollouts = sample_rollouts(sampler, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
             sums = {"time/generate": lap()}
             score(rollouts, problem_of)
             sums["time/grade"] = lap()
             # lines 8-14: from the mistakes among them, micro-reflective trajectories, scored alike
             outcomes, selected = [], {}
             if c.method in ("tapo", "sft"):
-                outcomes, selected = build_reflections(model, tokenizer, rollouts, problem_of, stop_ids, c, step)
+                outcomes, selected = build_reflections(sampler, tokenizer, rollouts, problem_of, stop_ids, c, step)
                 score([r for r in outcomes if isinstance(r, Rollout)], problem_of)
             sums["time/reflect"] = lap()
         # From here on every process knows all of them, in the same order for any number of processes.
@@ -459,8 +459,8 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with failing.out_of_memory_names(c, "max_rows"), unsharded(model), sampling:
-                metrics |= evaluate(model, tokenizer, held_out, prompts, stop_ids, c, rank, world)
+            with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, sampling:
+                metrics |= evaluate(sampler, tokenizer, held_out, prompts, stop_ids, c, rank, world)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank == 0:
             write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -34,6 +36,29 @@ class HostReads(TorchFunctionMode):
         if by_mask or call.__name__ in self.NAMES:
             self.found.append(call.__name__)
         return call(*args, **(kwargs or {}))
+
+
+class Recorded(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: `with Recorded() as graph:` notes every kernel and its arguments, graph.replay() runs
+    them again on the very same memory. A number of the host's stays what it was; a value that the host wants to see is an
+    error, as it is on a GPU while recording."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = []
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        if kernel.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten._unique2):
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kernel}")
+        out = kernel(*args, **(kwargs or {}))
+        self.kernels.append((kernel, args, kwargs or {}, tree_leaves(out)))
+        return out
+
+    def replay(self) -> None:
+        for kernel, args, kwargs, made in self.kernels:
+            for old, new in zip(made, tree_leaves(kernel(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor written in place
+                    old.copy_(new)
 
 
 @pytest.fixture(autouse=True)

@@ -333,7 +333,7 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
         expected = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         rounded = F.log_softmax(logits.bfloat16().float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        cache = KVCache(model.config, [0] * 4, 15, dtype=model.compute_dtype)
+        cache = KVCache(model.config, [0] * 4, dtype=model.compute_dtype)
         decoded = model(ids[:, :-1], positions=torch.arange(15).expand(4, 15), cache=cache)
     assert logprobs.dtype == entropy.dtype == decoded.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5 < 1e-3 < (rounded - expected).abs().max()
@@ -364,8 +364,9 @@ def test_autocast_computes_in_bf16_and_trains_fp32_masters():
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         with torch.no_grad():
             assert model.compute_dtype == torch.bfloat16
-            cache = KVCache(model.config, [0, 0, 0], 12, dtype=model.compute_dtype)
+            cache = KVCache(model.config, [0, 0, 0], dtype=model.compute_dtype)
             model(ids[:, :8], positions=torch.arange(8).expand(3, 8), cache=cache)
+            cache.claim(1)
             logits = model(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
         (logprobs.sum() + entropy.sum()).backward()  # inside autocast on purpose: the head's backward must not mind
     assert logprobs.dtype == torch.float32 and logits.dtype == torch.float32
@@ -400,13 +401,15 @@ def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatc
     texts = [rows[i // 2] + continuations[i].tolist() for i in range(8)]
     with torch.no_grad():
         expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]  # each row alone, no padding
-        cache = KVCache(model.config, starts, 9)
+        cache = KVCache(model.config, starts)
         logits = model(ids, positions=positions, cache=cache)
         for i in range(4):
             torch.testing.assert_close(logits[i], expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
         cache.keep(torch.arange(4).repeat_interleave(2))
         live, lengths = list(range(8)), torch.tensor([len(rows[i // 2]) for i in range(8)])
         for t in range(7):
+            if t in (0, 5):  # before and after rows are dropped
+                cache.claim(5 if t == 0 else 2)
             if t == 3:
                 live = [1, 2, 4, 7]
                 cache.keep(torch.tensor(live))
@@ -415,7 +418,7 @@ def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatc
             assert logits.shape == (len(live), 97) and logits.isfinite().all()
             for b, i in enumerate(live):
                 torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
-    assert cache.length == 16 and cache.k[0].shape[2] == (16 if block == 4 else 64)
+    assert cache.length == cache.claimed == 16 and cache.k[0].shape[2] == (16 if block == 4 else 64)
     assert all(t.is_contiguous() for t in cache.k + cache.v)
 
 
@@ -424,11 +427,31 @@ def test_several_tokens_at_once_can_follow_a_prompt_at_positions_the_cache_knows
     model, ids = random_model(tiny(kv_heads=1)), ids_of(2, 11)
     prompts, starts, _ = left_padded([ids[0, :6].tolist(), ids[1, :4].tolist()])
     with torch.no_grad():
-        cache = KVCache(model.config, starts, 11)
+        cache = KVCache(model.config, starts)
         model(prompts, cache=cache)
+        cache.claim(5)
         logits = model(torch.stack([ids[0, 6:11], ids[1, 4:9]]), cache=cache)
         expected = logits_of(model, ids)
         torch.testing.assert_close(logits, torch.stack([expected[0, 10], expected[1, 8]]), atol=1e-5, rtol=1e-5)
+
+
+def test_whatever_moves_the_cache_ends_a_recorded_step():
+    """Guards: a CUDA graph replayed on memory that is no longer the cache's."""
+    model = random_model()
+
+    def recorded(rows: int) -> KVCache:
+        cache = KVCache(model.config, [0] * rows)
+        with torch.no_grad():
+            model(ids_of(rows, 5), cache=cache)
+        cache.again = "recorded"
+        cache.claim(3)
+        assert cache.again == "recorded", "there was room for these"
+        return cache
+
+    for move in (lambda c: c.keep(torch.tensor([1])), lambda c: c.append(recorded(3)), lambda c: c.claim(64)):
+        cache = recorded(2)
+        move(cache)
+        assert cache.again is None
 
 
 def test_padding_of_a_prompt_is_never_read():
@@ -437,8 +460,9 @@ def test_padding_of_a_prompt_is_never_read():
     for garbage in (0, 50):
         ids, starts, positions = left_padded([[1, 2, 3], [4, 5, 6, 7, 8, 9]], garbage)
         with torch.no_grad():
-            cache = KVCache(model.config, starts, 8)
+            cache = KVCache(model.config, starts)
             first = model(ids, positions=positions, cache=cache)
+            cache.claim(1)
             second = model(ids[:, -1:], positions=positions[:, -1:] + 1, cache=cache)
         results.append(torch.stack([first, second]))
     assert torch.equal(*results)
@@ -454,9 +478,10 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
             ids = ids_of(rows, 9 + rows)
             logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
             (logprobs.sum() + entropy.sum()).backward()
-        cache, decoded = KVCache(model.config, [0, 1, 0, 2], 16), []
+        cache, decoded = KVCache(model.config, [0, 1, 0, 2]), []
         with torch.no_grad():
             model(ids[:, :5], cache=cache)
+            cache.claim(5)
             for t in range(5, 9):
                 decoded.append(model(ids[:, t : t + 1], cache=cache))
             cache.keep(torch.tensor([3, 1]))
@@ -476,7 +501,7 @@ def test_rows_beyond_the_tokenizer_exist_neither_for_trainer_nor_sampler():
     full, model = random_model(), random_model(tiny(num_tokens=90))
     ids = ids_of(2, 8, vocab=90)
     with torch.no_grad():
-        cache = KVCache(model.config, [0, 0], 7)
+        cache = KVCache(model.config, [0, 0])
         logits = model(ids[:, :-1], positions=torch.arange(7).expand(2, 7), cache=cache)
         assert model.head_weight.shape == (90, 48) and logits.shape == (2, 90)
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])

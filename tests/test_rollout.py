@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import HostReads
+from conftest import HostReads, Recorded
 
 import model as model_file
 import rollout
@@ -346,6 +346,26 @@ def test_the_host_looks_at_the_device_once_in_eight_tokens():
         return len(seen.found)
 
     assert 0 < reads(56) - reads(8) <= 2 * 48 / 8  # how many tokens are missing, how many rows are alive
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("knobs", ({}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0}, {"max_rows": 6}), ids=str)
+def test_a_step_can_be_recorded_once_and_replayed(knobs, dtype, monkeypatch):
+    """CUDA graphs, on a CPU. Guards: a column, a position or a row count of the host's that a replayed step would see as it was;
+    a value that the host asks for; a recording that outlives the cache, or the rows, it was made with."""
+    monkeypatch.setattr(model_file, "CACHE_BLOCK", 16)
+    model, prompts = tiny_model().to(dtype), [*RAGGED, [1, 2, 4] * 7]
+    expected, graphs, replayed = draw(model, prompts, n=4, max_new_tokens=40, stop_ids=(3, 7), **knobs), [], []
+
+    def record(step, device):
+        graphs.append(Recorded())
+        with graphs[-1]:
+            step()
+        return lambda replay=graphs[-1].replay: replayed.append(1) or replay()
+
+    monkeypatch.setattr(rollout, "record", record)
+    assert draw(model, prompts, n=4, max_new_tokens=40, stop_ids=(3, 7), **knobs) == expected
+    assert len(graphs) >= 4 and len(replayed) > 20
 
 
 def test_sampling_is_in_eval_mode_without_a_graph_and_leaves_the_model_in_the_mode_it_found():
