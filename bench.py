@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 import reward
+import rollout
 import toy
 import train
 from advantage import advantages
@@ -118,15 +119,21 @@ def limits() -> dict[str, float]:
     return found
 
 
+def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> float:
+    """Tokens/s at most: at a step every weight is multiplied with each row and read once, and all keys and values are read."""
+    step_bytes = num_params(model) * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context, dtype)
+    return rows / max(flops_per_token(model.config, context) / 3 * rows / limit["flops"], step_bytes / limit["bytes"])
+
+
 def bench_rollout(limit: dict[str, float]) -> None:
     """Sampling against transformers' generate on the same weights and prompts: fixed lengths, and rows that end by
     themselves (one token in 64 is a stop token; random weights draw all of them alike)."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     model = model_of(size).to(getattr(torch, dtype))
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(model, None, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    with torch.device(device):
+        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_hf()), dtype=getattr(torch, dtype)).eval()
+    peer.load_state_dict(model.state_dict(), strict=not model.config.tie_word_embeddings)
     V = model.config.vocab_size
     prompts = torch.randint(4, V, (rows // 8, prompt_length), generator=torch.Generator().manual_seed(0))
     keys = [(0, 0, 0, i) for i in range(len(prompts))]
@@ -136,6 +143,13 @@ def bench_rollout(limit: dict[str, float]) -> None:
         start = time.perf_counter()
         groups = generate(model, prompts.tolist(), 8, max_new_tokens=max_new_tokens, stop_ids=stop_ids, keys=keys, max_rows=rows)
         return sum(len(c.ids) for group in groups for c in group) / (time.perf_counter() - start)
+
+    def kernel_by_kernel(stop_ids) -> float:
+        rollout.CUDA_GRAPHS = False
+        try:
+            return ours(stop_ids)
+        finally:
+            rollout.CUDA_GRAPHS = True
 
     @torch.no_grad()
     def theirs(stop_ids) -> float:
@@ -147,16 +161,15 @@ def bench_rollout(limit: dict[str, float]) -> None:
         is_stop = torch.isin(ids, torch.tensor(stop_ids, dtype=torch.long))
         return float(torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, ids.shape[1]).sum()) / elapsed
 
-    # One token of each row: every weight is multiplied once and read once a step, and the keys and values so far are read.
-    context = prompt_length + max_new_tokens // 2
-    kv = cache_bytes(model.config, rows, context, dtype)
-    step_bytes = num_params(model) * getattr(torch, dtype).itemsize + kv
-    step = max(flops_per_token(model.config, context) / 3 * rows / limit["flops"], step_bytes / limit["bytes"])
+    best = decoding_limit(model, rows, prompt_length + max_new_tokens // 2, limit)
     for lengths, stop_ids in (("fixed", ()), ("ragged", tuple(range(2, 2 + V // 64)))):
-        rates = in_turn(ours=lambda s=stop_ids: ours(s), theirs=lambda s=stop_ids: theirs(s))
-        report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, statistics.median(rates["ours"]),
-               "tokens/s", transformers=statistics.median(rates["theirs"]), ratio=ratio(rates["ours"], rates["theirs"]),
-               **({"limit": rows / step} if lengths == "fixed" else {}))
+        samplers = {"ours": ours, "transformers": theirs} | ({"without_graphs": kernel_by_kernel} if device == "cuda" else {})
+        rates = in_turn(**{name: lambda f=f, s=stop_ids: f(s) for name, f in samplers.items()})
+        median = {name: statistics.median(rates[name]) for name in rates}
+        value = median.pop("ours")
+        report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value, "tokens/s", **median,
+               ratio=ratio(rates["ours"], rates["transformers"]),
+               **({"limit": best, "share": value / best} if lengths == "fixed" else {}))
 
 
 def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -> dict[str, float]:
@@ -181,12 +194,14 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -
     train.update(model, None, optimizer, rollouts, None, c, 0, 1, device, autocast)
     clock.append(time.perf_counter())
     generated, graded, updated = (b - a for a, b in zip(clock, clock[1:], strict=False))
-    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0]}
+    flops = sum(flops_per_token(model.config, len(r.prompt_ids) + len(r.completion_ids)) *
+                (len(r.prompt_ids) + len(r.completion_ids) * 4 / 3) for r in rollouts)  # decoded once, then forward and backward
+    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0], "flops": flops}
 
 
-def bench_step() -> None:
+def bench_step(limit: dict[str, float]) -> None:
     """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: at a length that is fixed, and
-    where every token ends a row with probability 1 / vocabulary."""
+    where every token ends a row with probability 1 / vocabulary. limit: seconds of its matrix products alone."""
     tokenizer = toy.make_tokenizer()
     c = knobs(max_new_tokens=max_new_tokens, tokens_per_microbatch=4096)
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 18)]
@@ -210,7 +225,7 @@ def bench_step() -> None:
         parts = {name: statistics.median(p[name] for p in phases[1:]) for name in ("generate", "grade", "update")}
         peer = {"trl": statistics.median(times["theirs"]), "ratio": ratio(times["theirs"], times["ours"])} if theirs else {}
         report(f"GRPO step {size} {dtype} 8 x 8 x {max_new_tokens}, {lengths}", statistics.median(times["ours"]), "s",
-               **peer, **parts)
+               **peer, **parts, limit=phases[-1]["flops"] / limit["flops"])
 
 
 def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
@@ -338,15 +353,17 @@ def configure_child(*knobs) -> None:
     device, dtype, threads = knobs
 
 
-def bench_logprobs() -> None:
-    """The output head against log_softmax as one would write it; each in a fresh process, once."""
+def bench_logprobs(limit: dict[str, float]) -> None:
+    """The output head against log_softmax as one would write it; each in a fresh process, once. limit: of three products, which
+    is what has to be done."""
     ours, peak = in_child(head_in_child, False)
     theirs, naive_peak = in_child(head_in_child, True)
-    report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs, ratio=ours / theirs)
+    report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs, ratio=ours / theirs,
+           limit=3 * 2 * 151936 * 1024 * 2048 / limit["flops"])
     report("... peak memory", peak, "GiB", naive=naive_peak)
 
 
-def bench_scale() -> None:
+def bench_scale(limit: dict[str, float]) -> None:
     """How the cost of sampling grows with rows, completion and prompt: tokens/s, once each."""
     model = model_of(size).to(getattr(torch, dtype))
 
@@ -359,7 +376,9 @@ def bench_scale() -> None:
     rate(8, 32, 16)
     for n, prompt, new in [(8, 32, 64), (32, 32, 64), (128, 32, 64), (512, 32, 64), (64, 32, 256), (64, 32, 1024), (64, 32, 2048),
                            (64, 256, 64), (64, 1024, 64)]:
-        report(f"scale {size} {dtype}: {n} rows, prompt {prompt}, completion {new}", rate(n, prompt, new), "tokens/s")
+        value = rate(n, prompt, new)
+        report(f"scale {size} {dtype}: {n} rows, prompt {prompt}, completion {new}", value, "tokens/s",
+               share=value / decoding_limit(model, n, prompt + new // 2, limit))
 
 
 def step_in_child() -> tuple[float, float]:
@@ -409,10 +428,11 @@ def main() -> None:
     for name in names:
         if name not in {"limits", *benches}:
             raise ValueError(f"what = {name!r} is unknown; use {', '.join(['limits', *benches])}")
-    limit = limits() if {"limits", "rollout", "update"} & set(names) else {}
+    of_machine = {"rollout", "step", "update", "logprobs", "scale"}
+    limit = limits() if {"limits", *of_machine} & set(names) else {}
     for name in names:
         if name != "limits":
-            benches[name](*([limit] if name in ("rollout", "update") else []))
+            benches[name](*([limit] if name in of_machine else []))
     results = {"machine": machine, "torch": torch.__version__, "config": config, "results": RESULTS}
     Path(out).write_text(json.dumps(results, indent=1))
 

@@ -25,6 +25,7 @@ PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2       # role of a token in a reflection;
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, the second counter of every key
 DROP_EVERY = 8                                # tokens between two looks at which rows have ended (each makes the host wait)
 DROP_SHARE = 1 / 8                            # they are dropped when so many have: that copies the whole cache
+CUDA_GRAPHS = True                            # a decoding step is one launch; False: hundreds
 
 
 @dataclass
@@ -195,7 +196,7 @@ def record(step, device: torch.device):
     to launch them one by one takes longer than to run them. The graph reads and writes the very memory that step() did; it
     ends with the first change of cache or rows, after which one is recorded anew."""
     step()  # also what makes everything ready that may not be made while recording
-    if device.type != "cuda":
+    if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint's writer, NCCL's watchdog go on meanwhile

@@ -1,0 +1,89 @@
+"""What only a GPU can show; skipped without one. runs/gpu.sh begins with it."""
+import pytest
+import torch
+from test_rollout import RAGGED, draw, same, tiny_model, trainer_logprobs
+from test_train import author, run, start  # noqa: F401
+
+import rollout
+import train
+from model import head_backward, head_logits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+KNOBS = {"n": 8, "max_new_tokens": 40, "stop_ids": (3, 7), "max_rows": 12}  # rows join, rows end, the cache grows
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_recorded_step_draws_what_single_kernels_draw(top_p, monkeypatch):
+    """Guards: a CUDA graph that reads or writes memory which is no longer the sampler's."""
+    model, replays = tiny_model().cuda(), []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    recorded = draw(model, **KNOBS, top_p=top_p)
+    assert len(replays) > 20
+    monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
+    assert same(draw(model, **KNOBS, top_p=top_p), recorded) and same(draw(model.cpu(), **KNOBS, top_p=top_p), recorded)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_sampler_is_the_trainer(autocast):
+    """Guards traps 8 and 11 on the kernels of a GPU: fused attention under a mask, a head with fp32 output."""
+    model = tiny_model().cuda()
+    torch.set_default_device("cuda")  # of the tensors that trainer_logprobs makes
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            gaps = [(torch.tensor(c.logprobs) - trainer_logprobs(model, prompt, c.ids)).abs()
+                    for prompt, group in zip(RAGGED, draw(model, **KNOBS), strict=True) for c in group]
+    finally:
+        torch.set_default_device(None)
+    assert torch.cat(gaps).mean() < (0.02 if autocast else 1e-5)
+
+
+def test_no_token_waits_for_the_device(monkeypatch):
+    """The host may look at the device between the steps, never in one; as single kernels, since recording would fail anyway."""
+    def strict(step, device):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return lambda: strict(step, device)
+
+    model = tiny_model().cuda()
+    expected = draw(model, **KNOBS)
+    monkeypatch.setattr(rollout, "record", strict)
+    assert same(draw(model, **KNOBS), expected)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"dtype": "bfloat16", "kl_coef": 0.1}, {"method": "opsd"}, {"updates_per_step": 2}])
+def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):  # noqa: F811
+    """From the first micro-batch to the clipping of the gradient."""
+    collate, clip, clipped = train.collate, torch.nn.utils.clip_grad_norm_, []
+
+    def first_in(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        return collate(*args)
+
+    def last_out(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        clipped.append(1)
+        return clip(*args)
+
+    author(monkeypatch)
+    monkeypatch.setattr(train, "collate", first_in)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", last_out)
+    try:
+        run(start, tmp_path / "out", monkeypatch, max_steps=2, device="cuda", **knobs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert clipped
+
+
+def test_products_of_the_head_are_fp32():
+    """Guards trap 11: bf16 operands, fp32 sums and results, in both passes."""
+    hidden, weight = torch.randn(64, 128, device="cuda").bfloat16(), torch.randn(1000, 128, device="cuda").bfloat16()
+    exact = hidden.double() @ weight.double().T
+    torch.testing.assert_close(head_logits(hidden, weight).double(), exact, atol=1e-3, rtol=1e-5)
+    g, dweight = torch.randn(64, 1000, device="cuda").bfloat16().float(), torch.ones(1000, 128, device="cuda")
+    dhidden = head_backward(g, hidden, weight, dweight)
+    torch.testing.assert_close(dweight.double(), 1 + g.double().T @ hidden.double(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(dhidden.double(), g.double() @ weight.double(), atol=0.5, rtol=0.01)
