@@ -31,7 +31,7 @@ import train
 from advantage import advantages
 from configurator import configure, run_script
 from data import Problem, render_prompt
-from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, num_params, save_hf
+from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, save_hf
 from parallel import pick_device, precision
 from plan import cache_bytes, memory_plan
 from rollout import PREFIX, Rollout, generate
@@ -121,7 +121,8 @@ def limits() -> dict[str, float]:
 
 def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> float:
     """Tokens/s at most: at a step every weight is multiplied with each row and read once, and all keys and values are read."""
-    step_bytes = num_params(model) * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context, dtype)
+    weights = flops_per_token(model.config, 0) / 6  # those that are multiplied
+    step_bytes = weights * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context, dtype)
     return rows / max(flops_per_token(model.config, context) / 3 * rows / limit["flops"], step_bytes / limit["bytes"])
 
 
@@ -201,7 +202,7 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -
 
 def bench_step(limit: dict[str, float]) -> None:
     """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: at a length that is fixed, and
-    where every token ends a row with probability 1 / vocabulary. limit: seconds of its matrix products alone."""
+    where every token ends a row with probability 1 / vocabulary. limit: about the seconds of its matrix products alone."""
     tokenizer = toy.make_tokenizer()
     c = knobs(max_new_tokens=max_new_tokens, tokens_per_microbatch=4096)
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 18)]
@@ -354,12 +355,12 @@ def configure_child(*knobs) -> None:
 
 
 def bench_logprobs(limit: dict[str, float]) -> None:
-    """The output head against log_softmax as one would write it; each in a fresh process, once. limit: of three products, which
-    is what has to be done."""
+    """The output head against log_softmax as one would write it; each in a fresh process, once, in fp32. limit: of the three
+    products that have to be done."""
     ours, peak = in_child(head_in_child, False)
     theirs, naive_peak = in_child(head_in_child, True)
     report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs, ratio=ours / theirs,
-           limit=3 * 2 * 151936 * 1024 * 2048 / limit["flops"])
+           **({"limit": 3 * 2 * 151936 * 1024 * 2048 / limit["flops"]} if dtype == "float32" else {}))
     report("... peak memory", peak, "GiB", naive=naive_peak)
 
 

@@ -291,7 +291,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, starts, dtype=torch.float32, device="cpu", head=None):
         self.head = head  # (V,d) of decoding_head; None: made by the first forward
-        self.again = None  # of rollout.record: valid as long as no tensor here is replaced by another
+        self.again = None  # of rollout.record; whatever changes the rows, or moves memory, ends it
         self.starts = torch.as_tensor(starts, dtype=torch.long, device=device)  # (B,)
         self.length = torch.zeros((), dtype=torch.long, device=device)  # columns written
         self.claimed = 0  # columns written or about to be
@@ -301,7 +301,7 @@ class KVCache:
         self.groups = config.num_attention_heads // config.num_key_value_heads
 
     def claim(self, columns: int) -> None:
-        """Room for so many more columns, all of which the caller goes on to write."""
+        """Room for so many more columns, all of which the caller goes on to write. Those of the prompt are the prefill's."""
         self.claimed += columns
         self._grow(self.claimed)
 
@@ -421,7 +421,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             keys, values, columns = cache
-            keys.index_copy_(2, columns, k), values.index_copy_(2, columns, v)
+            keys.index_copy_(2, columns, k.to(keys.dtype))  # on a GPU autocast leaves the norm of k in fp32
+            values.index_copy_(2, columns, v)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.nh != self.nkv)
         else:  # the query heads of a group become rows over their one key head: keys are read once, never repeated

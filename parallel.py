@@ -84,21 +84,21 @@ def precision(c, world: int, device: str) -> tuple:
 @contextlib.contextmanager
 def unsharded(model):
     """Gather every unit once and yield a plain model made of the gathered tensors themselves, to sample with: its forwards
-    (under no_grad) use no collective, nor do they pay FSDP's hooks, a fifth of the time of a small step, or disturb a
-    recorded one (rollout.record). It ends with the context. A model that is not sharded is yielded as it is."""
+    (under no_grad) use no collective, and FSDP's hooks, which cost a fifth of a small step and cannot be recorded
+    (rollout.record), do not run. Use nothing else inside: a forward of `model` itself would take the tensors away. A model
+    that is not sharded is yielded as it is."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:
         yield model
         return
-    for unit in units:
-        unit.unshard()
     with torch.device("meta"):
         plain = CausalLM(model.config)
-    for module, sharded in zip(plain.modules(), model.modules(), strict=True):
-        module._parameters.update(sharded._parameters)  # gathered, and in the dtype of FSDP's mixed precision
-    if model.compiled:
-        plain.compile_blocks()
     try:
+        for unit in units:
+            unit.unshard()
+        plain.load_state_dict(dict(model.named_parameters()), assign=True)  # in the dtype of FSDP's mixed precision
+        if model.compiled:
+            plain.compile_blocks()
         yield plain
     finally:
         for unit in units:

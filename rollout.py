@@ -169,10 +169,10 @@ def generate(
         steps = min(DROP_EVERY, int(missing))
         cache.claim(steps)
         for _ in range(steps):
-            if cache.again is None:
-                cache.again = record(step, device)
-            else:
+            if cache.again:
                 cache.again()
+            else:
+                cache.again = record(step, device)
         # Dropping copies the cache, so a few rows that have ended are carried along.
         live = ~ended[slot]
         if live.sum() > len(slot) * (1 - DROP_SHARE):
@@ -193,13 +193,13 @@ def generate(
 
 def record(step, device: torch.device):
     """Take a step, and return what takes it again. On a GPU that is a CUDA graph: a step is hundreds of small kernels, and
-    to launch them one by one takes longer than to run them. The graph reads and writes the very memory that step() did; it
-    ends with the first change of cache or rows, after which one is recorded anew."""
-    step()  # also what makes everything ready that may not be made while recording
+    to launch them one by one takes longer than to run them. A graph reads and writes the very memory that step() did, so it
+    ends with the first change of cache or rows and another is recorded; two at once would share cuBLAS's workspace."""
+    step()  # also makes ready what may not be made while recording: plans, workspaces, compiled code
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint's writer, NCCL's watchdog go on meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, a checkpoint's writer, may go on meanwhile
         step()  # recorded, not run
     return graph.replay
 

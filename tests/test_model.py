@@ -356,8 +356,13 @@ def test_bf16_weights_get_a_gradient_summed_in_fp32(monkeypatch):
     assert (w.grad.float() - exact.grad).norm() < 3e-3 * exact.grad.norm()  # one rounding of the sum: 2^-9 and less
 
 
-def test_autocast_computes_in_bf16_and_trains_fp32_masters():
-    """Guards: autocast reaching into the head or RoPE; training, prefill and decoding must run under it and agree."""
+@pytest.mark.parametrize("norms", ["as on a CPU", "in fp32, as on a GPU"])
+def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
+    """Guards: autocast reaching into the head or RoPE; training, prefill and decoding must run under it and agree. Bug: keys that
+    leave their norm in fp32 do not fit a cache in bf16, which only a GPU's autocast shows."""
+    if norms == "in fp32, as on a GPU":
+        norm = F.rms_norm
+        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: norm(x.float(), shape, weight.float(), eps))
     model, ids = random_model(), ids_of(3, 12)
     exact = model(ids[:, :-1], ids[:, 1:])[0].detach()
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from safetensors import safe_open
+from torch.distributed.fsdp import FSDPModule
 
 import failing
 import parallel
@@ -233,6 +234,37 @@ def test_head_and_softmax_are_fp32_and_the_head_stays_tied_under_fsdp(start, run
     assert report["heads"] == ["model.embed_tokens.weight"]
     with safe_open(runs[2] / "step_000005/model.safetensors", framework="pt") as file:
         assert not [name for name in file.keys() if "lm_head" in name]
+
+
+def sample_under_fsdp(folder: str, dtype: str) -> None:
+    rank, _, _ = parallel.start("cpu", 5)
+    model = load_hf(folder, wrap=lambda model: parallel.shard(model, "cpu", dtype=dtype, replicas=1, offload=False))
+    inputs = torch.arange(5 + rank, 45 + rank).view(2, 20)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = model(inputs, inputs)[0]
+            with parallel.unsharded(model) as sampler:
+                for _ in range(2 + 3 * rank):  # each rank as many as it likes
+                    assert torch.equal(sampler(inputs, inputs)[0], expected)
+                assert not any(isinstance(module, FSDPModule) for module in sampler.modules())
+                assert {p.dtype for p in sampler.parameters()} == {getattr(torch, dtype)}
+                assert [p.data_ptr() for p in sampler.parameters()] == [p.data_ptr() for p in model.parameters()], "a copy"
+                assert not any(block._compiled_call_impl for block in sampler.model.layers)
+            for p in model.parameters():  # sharded again, and the next sampler has the new weights
+                p.add_(0.1 * torch.ones_like(p))
+    model.compile_blocks()
+    with parallel.unsharded(model) as sampler:
+        assert all(block._compiled_call_impl for block in sampler.model.layers)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_sampler_under_fsdp_is_a_plain_model_of_the_gathered_weights(start, dtype):  # noqa: F811
+    """Guards: a second copy of the model, FSDP's hooks at every token, weights of the step before (trap 10), a compiled model
+    that samples uncompiled."""
+    done = run_ranks(2, sample_under_fsdp, str(start / "model"), dtype)
+    assert [status for status, _ in done] == [0, 0], "\n".join(text for _, text in done)
 
 
 def test_the_exported_folder_is_whole_and_fp32(runs):
