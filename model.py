@@ -132,7 +132,7 @@ class ModelConfig:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# output head: fp32 logits, log-probs, entropy and divergence in chunks of tokens
+# output head: fp32 logits, log-probs, entropy and divergence, in chunks that never hold all logits
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -158,63 +158,76 @@ def decoding_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight if weight.is_cuda else weight.float()
 
 
-def head_backward(dlogits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, dweight: torch.Tensor):
-    """Of head_logits at temperature 1: returns d hidden (N,d), adds to dweight (V,d), fp32 over all chunks."""
+def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
+    """Of head_logits at temperature 1: from dlogits (N,V) adds to dhidden (N,d) and dweight (V,d), fp32 over all chunks."""
     with torch.autocast(hidden.device.type, enabled=False):
-        g = dlogits.to(weight.dtype)
-        if g.is_cuda and g.dtype != torch.float32:
+        if hidden.is_cuda and weight.dtype != torch.float32:
+            g = dlogits.to(weight.dtype)
+            torch.addmm(dhidden, g, weight, out_dtype=torch.float32, out=dhidden)
             torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
         else:
+            dhidden.addmm_(dlogits, weight.float())
             dweight.addmm_(dlogits.T, hidden.float())
-        return g @ weight
 
 
-def token_chunks(n: int, num_tokens: int, device: torch.device) -> list[slice]:
-    """Slices over n tokens; the logits of one are at most LOGITS_PER_CHUNK numbers."""
-    step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // num_tokens)
-    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+def chunks_of(size: int, by: int, device: torch.device) -> list[slice]:
+    """Slices over `size` tokens (or rows of the head); one makes at most LOGITS_PER_CHUNK logits with `by` of the other."""
+    step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // max(by, 1))
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 class TokenLogprobs(torch.autograd.Function):
     """log p(target) and H[p] per token, p = softmax(hidden @ weight[:num_tokens].T / temperature); both differentiable.
 
-    Saves two numbers a token, log-sum-exp and entropy, and recomputes logits chunk by chunk in the backward pass:
+    Chunks are parts of the vocabulary, with all tokens at once: each row of the head is then read once, and its gradient
+    written once. Of the softmaxes within the parts, with log-sum-exp l_c and entropy H_c, one over everything is made:
+        l = logsumexp_c l_c          H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l) the share of part c
+    Saves two numbers a token, l and H, and recomputes logits chunk by chunk in the backward pass:
         d log p(t) / dz = onehot(t) - p          dH / dz = -p (log p + H)
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, num_tokens, dtype):
         """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of products -> logprobs, entropy (B,T) fp32."""
-        h, y = hidden.flatten(0, -2), targets.reshape(-1, 1)  # (N,d), (N,1)
+        h, y = hidden.flatten(0, -2).to(dtype), targets.reshape(-1, 1)  # (N,d), (N,1)
         w = weight[:num_tokens].to(dtype)  # under autocast a bf16 copy for this call, as of every other matrix
-        lse, logprobs, entropy = (torch.empty_like(y, dtype=torch.float32) for _ in range(3))  # (N,1)
-        for rows in token_chunks(len(y), num_tokens, h.device):
-            z = head_logits(h[rows].to(dtype), w, temperature)  # (n,V)
-            lse[rows] = z.logsumexp(-1, keepdim=True)
-            logp = z.sub_(lse[rows])
-            logprobs[rows] = logp.gather(-1, y[rows])
-            entropy[rows] = -logp.exp().mul_(logp).sum(-1, keepdim=True)  # no 0 * inf: absent rows are not -inf
+        chosen, lses, entropies = torch.zeros_like(y, dtype=torch.float32), [], []
+        for part in chunks_of(num_tokens, len(y), h.device):
+            z = head_logits(h, w[part], temperature)  # (N,v)
+            at, inside = target_within(part, y)
+            chosen = torch.where(inside, z.gather(-1, at), chosen)
+            lses.append(z.logsumexp(-1, keepdim=True))
+            logp = z.sub_(lses[-1])
+            entropies.append(-logp.exp().mul_(logp).sum(-1, keepdim=True))  # no 0 * inf: absent rows are not -inf
+        lses, entropies = torch.cat(lses, 1), torch.cat(entropies, 1)  # (N,parts)
+        lse = lses.logsumexp(-1, keepdim=True)
+        entropy = ((lses - lse).exp() * (entropies + lse - lses)).sum(-1, keepdim=True)
         ctx.save_for_backward(hidden, weight, y, lse, entropy)
         ctx.temperature, ctx.num_tokens, ctx.dtype = temperature, num_tokens, dtype
         ctx.set_materialize_grads(False)  # most losses leave the entropy out: skip its share of the work then
-        return logprobs.view(targets.shape).clone(), entropy.view(targets.shape).clone()  # FSDP warns of views
+        return (chosen - lse).view(targets.shape).clone(), entropy.view(targets.shape).clone()  # FSDP warns of views
 
     @staticmethod
     def backward(ctx, dlogprobs, dentropy):
         """d logprobs, d entropy (B,T), either may be None -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
         hidden, weight, y, lse, entropy = ctx.saved_tensors
-        h, w = hidden.flatten(0, -2), weight[: ctx.num_tokens].to(ctx.dtype)
+        h, w = hidden.flatten(0, -2).to(ctx.dtype), weight[: ctx.num_tokens].to(ctx.dtype)
         dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.reshape(-1, 1)  # (N,1)
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        for rows in token_chunks(len(y), ctx.num_tokens, h.device):
-            hr = h[rows].to(ctx.dtype)
-            logp = head_logits(hr, w, ctx.temperature).sub_(lse[rows])  # (n,V)
-            p, scale = logp.exp(), -dlogprobs[rows]
+        dh, dw = (torch.zeros_like(x, dtype=torch.float32) for x in (h, weight))
+        for part in chunks_of(ctx.num_tokens, len(y), h.device):
+            logp = head_logits(h, w[part], ctx.temperature).sub_(lse)  # (N,v)
+            p, scale = logp.exp(), -dlogprobs
             if dentropy is not None:
-                scale = logp.add_(entropy[rows]).mul_(-dentropy.reshape(-1, 1)[rows]).add_(scale)  # (n,V)
-            dz = p.mul_(scale).scatter_add_(1, y[rows], dlogprobs[rows])
-            dh[rows] = head_backward(dz.div_(ctx.temperature), hr, w, dw[: ctx.num_tokens]).to(dh.dtype)
-        return dh.view(hidden.shape), dw, None, None, None, None
+                scale = logp.add_(entropy).mul_(-dentropy.reshape(-1, 1)).add_(scale)  # (N,v)
+            at, inside = target_within(part, y)
+            dz = p.mul_(scale).scatter_add_(1, at, dlogprobs * inside)
+            head_backward(dz.div_(ctx.temperature), h, w[part], dh, dw[part])
+        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None, None
+
+
+def target_within(part: slice, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (N,1) -> its column within this part of the vocabulary, any where it lies outside, and whether it lies inside."""
+    return (y - part.start).clamp(0, part.stop - part.start - 1), (y >= part.start) & (y < part.stop)
 
 
 class LogitsFunction(torch.autograd.Function):
@@ -227,7 +240,7 @@ class LogitsFunction(torch.autograd.Function):
         h, w = hidden.flatten(0, -2), weight[:num_tokens].to(dtype)
         ctx.save_for_backward(hidden, weight)
         ctx.f, ctx.temperature, ctx.num_tokens, ctx.dtype = f, temperature, num_tokens, dtype
-        chunks = token_chunks(len(h), num_tokens, h.device)
+        chunks = chunks_of(len(h), num_tokens, h.device)
         out = torch.cat([f(head_logits(h[rows].to(dtype), w, temperature), rows) for rows in chunks])
         return out.view(hidden.shape[:-1]).clone()
 
@@ -236,14 +249,14 @@ class LogitsFunction(torch.autograd.Function):
         """d out (B,T) -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
         hidden, weight = ctx.saved_tensors
         h, w, dout = hidden.flatten(0, -2), weight[: ctx.num_tokens].to(ctx.dtype), dout.flatten()
-        dh, dw = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32)
-        for rows in token_chunks(len(h), ctx.num_tokens, h.device):
+        dh, dw = (torch.zeros_like(x, dtype=torch.float32) for x in (h, weight))
+        for rows in chunks_of(len(h), ctx.num_tokens, h.device):
             hr = h[rows].to(ctx.dtype)
             z = head_logits(hr, w, ctx.temperature).requires_grad_()  # (n,V)
             with torch.enable_grad():
                 (dz,) = torch.autograd.grad(ctx.f(z, rows), z, dout[rows])
-            dh[rows] = head_backward(dz / ctx.temperature, hr, w, dw[: ctx.num_tokens]).to(dh.dtype)
-        return dh.view(hidden.shape), dw, None, None, None, None
+            head_backward(dz / ctx.temperature, hr, w, dh[rows], dw[: ctx.num_tokens])
+        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None, None
 
 
 def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int, dtype: torch.dtype):

@@ -148,14 +148,14 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     mlp = config.intermediate_size * c
     forward = tokens * (3 * mlp + 4 * of_input)                # temporaries of a block without gradient (the reference), ...
     backward = tokens * (2 * mlp + of_input - of_ends)         # ... and of the last one's backward; the head's states are freed
-    chunk = min(tokens, max(1, LOGITS_PER_CHUNK[device] // V))
-    logits = 40 if full_divergence else (8 if c == 4 else 10) if chunk == tokens else 16 if device == "cpu" and c == 2 else 12
+    chunk = min(tokens * V, max(LOGITS_PER_CHUNK[device], V if full_divergence else tokens))
+    logits = 40 if full_divergence else (8 if c == 4 else 10) if chunk == tokens * V else 16 if device == "cpu" and c == 2 else 12
     pending = c * head if sharded else 4 * head * config.tie_word_embeddings  # the head's gradient waits for the embedding's
     parts |= {
         "gradients": share,
         "compute copies": c * ((1 + reference_model) * root + 2 * block) if sharded else 2 * matrices * autocast,
         "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else in_block)),
-        "head": logits * chunk * V + (8 if full_divergence else 4) * head + 2 * head * autocast + tokens * of_input,
+        "head": logits * chunk + (8 if full_divergence else 4) * head + 2 * head * autocast + tokens * of_input,
         "block": max(forward * reference_model, backward + pending + tokens * in_block * checkpoint_activations
                      + (c + 4) * block * sharded),
         "reduction": (c + 4) * root * sharded}                 # of the root's gradient, last, when the activations are gone

@@ -219,12 +219,12 @@ def naive(hidden, weight, targets, temperature, num_tokens):
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("per_chunk", [1, 4, 100])
+@pytest.mark.parametrize("per_chunk", [30, 130, 10**4])  # 3 of the 31 rows of the head at once, 13, all
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("use", ["logprobs", "entropy", "both"])
 def test_chunked_logprobs_and_entropy_equal_the_naive_ones(per_chunk, temperature, use, monkeypatch):
     """Guards trap 14: a chunk boundary, a temperature or a sign lost in the hand-written backward pass."""
-    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", per_chunk * 31)
+    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", per_chunk)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(10, 8, generator=g), torch.randn(37, 8, generator=g)
     targets, coefficients = ids_of(10, vocab=31), torch.randn(2, 10, generator=g)
@@ -345,7 +345,7 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
 
 def test_bf16_weights_get_a_gradient_summed_in_fp32(monkeypatch):
     """Guards: a gradient of the head added up in bf16 over the chunks, where small terms vanish."""
-    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", 16)  # one token a chunk
+    monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", 16)  # one row of the head a chunk
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(500, 8, generator=g).bfloat16(), torch.randn(16, 8, generator=g).bfloat16()
     targets = ids_of(500, vocab=16)
