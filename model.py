@@ -171,8 +171,8 @@ def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
 
 
 def chunks_of(size: int, by: int, device: torch.device) -> list[slice]:
-    """Slices over `size` tokens (or rows of the head); one makes at most LOGITS_PER_CHUNK logits with `by` of the other."""
-    step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // max(by, 1))
+    """Slices over `size` tokens, each with `by` rows of the head, or the reverse; one has at most LOGITS_PER_CHUNK logits."""
+    step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // by)
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
