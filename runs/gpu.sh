@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can show, on one, in some ten minutes: tests/test_gpu.py (CUDA graphs, no waiting for the device, bf16 kernels);
+# What only a GPU can show, on one of 80 GB: tests/test_gpu.py (CUDA graphs, no waiting for the device, bf16 kernels);
 # bench.py on Qwen3's shapes, against transformers and the limits of the machine; bf16 training of the toy and of a random model
 # of Qwen3-0.6B's shape, three steps each (reported: |log-prob of sampler - trainer| of every step, and peak memory against what
 # --plan predicts).
