@@ -161,12 +161,12 @@ def decoding_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
     """Of head_logits at temperature 1: from dlogits (N,V) adds to dhidden (N,d) and dweight (V,d), fp32 over all chunks."""
     with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and weight.dtype != torch.float32:
-            g = dlogits.to(weight.dtype)
+        g = dlogits.to(weight.dtype)
+        if g.is_cuda and g.dtype != torch.float32:
             torch.addmm(dhidden, g, weight, out_dtype=torch.float32, out=dhidden)
             torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
         else:
-            dhidden.addmm_(dlogits, weight.float())
+            dhidden += g @ weight  # in bf16 on a CPU: a second, fp32 head never exists here either
             dweight.addmm_(dlogits.T, hidden.float())
 
 
