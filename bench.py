@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,17 +166,17 @@ def bench_rollout(limit: dict[str, float]) -> None:
     best = decoding_limit(model, rows, prompt_length + max_new_tokens // 2, limit)
     for lengths, stop_ids in (("fixed", ()), ("ragged", tuple(range(2, 2 + V // 64)))):
         samplers = {"ours": ours, "transformers": theirs} | ({"without_graphs": kernel_by_kernel} if device == "cuda" else {})
-        rates = in_turn(**{name: lambda f=f, s=stop_ids: f(s) for name, f in samplers.items()})
-        median = {name: statistics.median(rates[name]) for name in rates}
+        rates = in_turn(**{name: partial(f, stop_ids) for name, f in samplers.items()})
+        median = {name: statistics.median(values) for name, values in rates.items()}
         value = median.pop("ours")
         report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value, "tokens/s", **median,
                ratio=ratio(rates["ours"], rates["transformers"]),
                **({"limit": best, "share": value / best} if lengths == "fixed" else {}))
 
 
-def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -> dict[str, float]:
-    """One GRPO step through train.py's own phases -> seconds of each. Rewards are replaced by coin flips: a model of random
-    weights is never right, and without a right answer there would be nothing to update."""
+def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -> dict:
+    """One GRPO step through train.py's own phases -> seconds of each, and its 'rollouts'. Rewards are replaced by coin flips:
+    a model of random weights is never right, and without a right answer there would be nothing to update."""
     queries = list(enumerate(problems))
     prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
     autocast = precision(c, 1, device)[1]
@@ -195,9 +196,7 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -
     train.update(model, None, optimizer, rollouts, None, c, 0, 1, device, autocast)
     clock.append(time.perf_counter())
     generated, graded, updated = (b - a for a, b in zip(clock, clock[1:], strict=False))
-    flops = sum(flops_per_token(model.config, len(r.prompt_ids) + len(r.completion_ids)) *
-                (len(r.prompt_ids) + len(r.completion_ids) * 4 / 3) for r in rollouts)  # decoded once, then forward and backward
-    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0], "flops": flops}
+    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0], "rollouts": rollouts}
 
 
 def bench_step(limit: dict[str, float]) -> None:
@@ -225,8 +224,10 @@ def bench_step(limit: dict[str, float]) -> None:
             times = in_turn(ours=ours, **({"theirs": theirs} if theirs else {}))
         parts = {name: statistics.median(p[name] for p in phases[1:]) for name in ("generate", "grade", "update")}
         peer = {"trl": statistics.median(times["theirs"]), "ratio": ratio(times["theirs"], times["ours"])} if theirs else {}
+        sizes = [(len(r.prompt_ids), len(r.completion_ids)) for r in phases[-1]["rollouts"]]
+        flops = sum(flops_per_token(model.config, p + n) * (p + n * 4 / 3) for p, n in sizes)  # sampling is one forward more
         report(f"GRPO step {size} {dtype} 8 x 8 x {max_new_tokens}, {lengths}", statistics.median(times["ours"]), "s",
-               **peer, **parts, limit=phases[-1]["flops"] / limit["flops"])
+               **peer, **parts, limit=flops / limit["flops"])
 
 
 def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):

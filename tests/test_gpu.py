@@ -2,10 +2,9 @@
 import pytest
 import torch
 from test_rollout import RAGGED, draw, same, tiny_model, trainer_logprobs
-from test_train import author, run, start  # noqa: F401
+from test_train import around_micro_batches, author, run, start  # noqa: F401
 
 import rollout
-import train
 from model import head_backward, head_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -61,25 +60,19 @@ def test_no_token_waits_for_the_device(monkeypatch):
 @pytest.mark.parametrize("knobs", [{}, {"dtype": "bfloat16", "kl_coef": 0.1}, {"method": "opsd"}, {"updates_per_step": 2}])
 def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):  # noqa: F811
     """From the first micro-batch to the clipping of the gradient."""
-    collate, clip, clipped = train.collate, torch.nn.utils.clip_grad_norm_, []
+    seen = []
 
-    def first_in(*args):
-        torch.cuda.set_sync_debug_mode("error")
-        return collate(*args)
-
-    def last_out(*args):
+    def leave(batches):
         torch.cuda.set_sync_debug_mode("default")
-        clipped.append(1)
-        return clip(*args)
+        seen.append(batches)
 
     author(monkeypatch)
-    monkeypatch.setattr(train, "collate", first_in)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", last_out)
+    around_micro_batches(monkeypatch, lambda: torch.cuda.set_sync_debug_mode("error"), leave)
     try:
         run(start, tmp_path / "out", monkeypatch, max_steps=2, device="cuda", **knobs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert clipped
+    assert seen and min(seen) > 1
 
 
 def test_products_of_the_head_are_fp32():

@@ -96,6 +96,25 @@ def rows_with_grad(monkeypatch) -> list[bool]:
     return with_grad
 
 
+def around_micro_batches(monkeypatch, enter, leave) -> None:
+    """enter() before the first micro-batch of an update is made, leave(how many there were) before its gradient is clipped."""
+    collate, clip, batches = train.collate, torch.nn.utils.clip_grad_norm_, []
+
+    def first_in(*args):
+        if not batches:
+            enter()
+        batches.append(args)
+        return collate(*args)
+
+    def last_out(*args):
+        leave(len(batches))
+        batches.clear()
+        return clip(*args)
+
+    monkeypatch.setattr(train, "collate", first_in)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", last_out)
+
+
 def rollouts_of(out, step=1):
     return [json.loads(line) for line in (out / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()]
 
@@ -167,24 +186,14 @@ def test_where_the_advantage_is_not_the_whole_loss_rows_of_advantage_zero_learn(
                                    {"kl_coef": 0.1, "loss_agg": "token"}, {"updates_per_step": 2}])
 def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):
     """Bug: a loss or a count read inside the loop: on a GPU the next micro-batch is launched only when this one is done."""
-    reads, batches, looked_at = HostReads(), [], []
-    collate, clip = train.collate, torch.nn.utils.clip_grad_norm_
+    reads, looked_at = HostReads(), []
 
-    def first_in(*args):
-        if not batches:
-            reads.__enter__()
-        batches.append(args)
-        return collate(*args)
-
-    def last_out(*args):
+    def leave(batches):
         reads.__exit__(None, None, None)
-        looked_at.append((len(batches), list(reads.found)))
-        batches.clear()
-        return clip(*args)
+        looked_at.append((batches, list(reads.found)))
 
     author(monkeypatch)
-    monkeypatch.setattr(train, "collate", first_in)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", last_out)
+    around_micro_batches(monkeypatch, reads.__enter__, leave)
     run(start, tmp_path / "out", monkeypatch, max_steps=1, **knobs)
     assert looked_at and all(seen > 1 and found == [] for seen, found in looked_at)
 
