@@ -31,7 +31,7 @@ import toy
 import train
 from advantage import advantages
 from configurator import configure, run_script
-from data import Problem, render_prompt
+from data import Problem, encode_prompts, render_prompt
 from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, save_hf
 from parallel import pick_device, precision
 from plan import cache_bytes, memory_plan
@@ -178,11 +178,11 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -
     """One GRPO step through train.py's own phases -> seconds of each, and its 'rollouts'. Rewards are replaced by coin flips:
     a model of random weights is never right, and without a right answer there would be nothing to update."""
     queries = list(enumerate(problems))
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
+    encode_prompts(tokenizer, problems, c.instruction)
     autocast = precision(c, 1, device)[1]
     clock = [time.perf_counter()]
     with autocast:
-        rollouts = train.sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, 0)
+        rollouts = train.sample_rollouts(model, tokenizer, queries, stop_ids, c, 0)
     clock.append(time.perf_counter())
     train.score(rollouts, dict(queries))
     clock.append(time.perf_counter())

@@ -29,7 +29,8 @@ from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
-    check_prompt_fits,
+    check_prompts_fit,
+    encode_prompts,
     load_problems,
     load_tokenizer,
     problems_for_step,
@@ -277,9 +278,10 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
         number = len(rounds)
         queries = problems_for_step(training, c.seed, number, c.queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)][rank::world]  # one epoch, no more
-        prompts = render_prompts(tokenizer, [p for _, p in queries], model, c)
+        encode_prompts(tokenizer, [p for _, p in queries], c.instruction)
+        check_prompts_fit([p for _, p in queries], c.max_new_tokens, model.config.max_position_embeddings)
         with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler:
-            rollouts = sample_rollouts(sampler, tokenizer, queries, prompts, stop_ids, c, number)
+            rollouts = sample_rollouts(sampler, tokenizer, queries, stop_ids, c, number)
             score(rollouts, dict(queries))
             results = construct(sampler, tokenizer, rollouts, dict(queries), stop_ids, c, number)
         rounds.append(sorted(gather(results), key=lambda result: result["query"]))
@@ -304,19 +306,11 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
             Row(r["synthesis_prompt_ids"], r["synthesis_ids"], [1.0] * len(r["synthesis_ids"])) for r in ift]
 
 
-def render_prompts(tokenizer, problems: list[Problem], model, c) -> dict[str, list[int]]:
-    """{uid: prompt ids}, each checked to leave room for a response."""
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
-    for uid, ids in prompts.items():
-        check_prompt_fits(uid, len(ids), c.max_new_tokens, model.config.max_position_embeddings)
-    return prompts
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the measurements that decide whether RL can start from here
 
 
-def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, rank=0, world=1) -> dict[str, float]:
+def measure(model, tokenizer, held_out: list[Problem], stop_ids, c, rank=0, world=1) -> dict[str, float]:
     """eval/*: held-out Pass@1, and in a toy world what its exact truth allows to say of the model's own mistakes.
 
     reflects_after_error: of the responses with an error, the share that looks again right behind it. Of the syntheses
@@ -325,7 +319,7 @@ def measure(model, tokenizer, held_out: list[Problem], prompts, stop_ids, c, ran
     """
     queries = list(enumerate(held_out))[rank::world]
     several = SimpleNamespace(**vars(c) | {"samples_per_prompt": c.eval_samples})
-    rollouts = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, several, 0)
+    rollouts = sample_rollouts(model, tokenizer, queries, stop_ids, several, 0)
     score(rollouts, dict(queries))
     counts = {"pass1": [r.reward for r in rollouts], "truncated": [not r.finished for r in rollouts]}
     if c.world:
@@ -434,7 +428,8 @@ def main() -> None:
         held_out = load_problems(c.eval_problems) if c.eval_problems else []
         max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
         say(f"{len(rows):,} examples, {max_steps:,} steps")
-    prompts = render_prompts(tokenizer, held_out, model, c)
+    encode_prompts(tokenizer, held_out, c.instruction)
+    check_prompts_fit(held_out, c.max_new_tokens, model.config.max_position_embeddings)
     schedule = SimpleNamespace(**vars(c) | {"max_steps": max_steps})
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay, fused=True)
@@ -461,7 +456,7 @@ def main() -> None:
         stop = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
             with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, autocast:
-                metrics |= measure(sampler, tokenizer, held_out, prompts, stop_ids, c, rank, world)
+                metrics |= measure(sampler, tokenizer, held_out, stop_ids, c, rank, world)
             stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
             shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
             if rank == 0:

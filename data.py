@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class Problem:
     question: str
     answer: str
     level: str = ""  # any label to break scores down by
+    prompt_ids: list[int] = field(default_factory=list, repr=False)  # (P,) of encode_prompts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,11 +164,19 @@ def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...
     return tuple(sorted(ids))
 
 
-def check_prompt_fits(uid: str, prompt_length: int, max_new_tokens: int, context: int) -> None:
-    """Refuse a prompt that leaves less than max_new_tokens of a model's context (all lengths in tokens)."""
-    if prompt_length + max_new_tokens > context:
-        raise ValueError(f"problem {uid!r}: a prompt of {prompt_length} tokens + max_new_tokens = {max_new_tokens} do "
-                         f"not fit the model's context of {context}; lower max_new_tokens or remove the problem")
+def encode_prompts(tokenizer, problems: list[Problem], instruction: str) -> None:
+    """Give every problem its prompt_ids: they belong to the problem, as two files may share uids."""
+    for p in problems:
+        p.prompt_ids = render_prompt(tokenizer, p.question, instruction)
+
+
+def check_prompts_fit(problems: list[Problem], max_new_tokens: int, context: int) -> None:
+    """Refuse a prompt that leaves less than max_new_tokens of a model's context (lengths in tokens)."""
+    for p in problems:
+        if len(p.prompt_ids) + max_new_tokens > context:
+            raise ValueError(f"problem {p.uid!r}: a prompt of {len(p.prompt_ids)} tokens + "
+                             f"max_new_tokens = {max_new_tokens} do not fit the model's context "
+                             f"of {context}; lower max_new_tokens or remove the problem")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

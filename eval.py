@@ -32,8 +32,8 @@ import reflect
 import reward
 import toy
 from configurator import configure, diff_configs, print_config, run_script
-from data import BOXED_INSTRUCTION, Problem, check_prompt_fits, load_problems, load_tokenizer
-from data import render_prompt, save_problems, stop_ids_of
+from data import BOXED_INSTRUCTION, Problem, check_prompts_fit, encode_prompts, load_problems, load_tokenizer
+from data import save_problems, stop_ids_of
 from model import load_hf, num_params
 from parallel import pick_device
 from plan import eval_table, rows_now
@@ -248,15 +248,14 @@ def reflection_flags(question: str, text: str, exact: bool) -> tuple[bool, bool]
     return reflects, reflects and (not exact or toy.diagnosis_is_true(question, text))
 
 
-def load_model(c, tokenizer, prompts: dict[str, list[int]]):
-    """The model in c.dtype on c.device and its stop ids, once every prompt (by uid) is known to fit its context."""
+def load_model(c, tokenizer, problems: list[Problem]):
+    """The model in c.dtype on c.device and its stop ids, once every prompt is known to fit its context."""
     device = pick_device(c.device)
     if c.threads:
         torch.set_num_threads(c.threads)
     model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device, num_tokens=len(tokenizer),
                     compile=c.compile).eval()
-    for uid, prompt in prompts.items():
-        check_prompt_fits(uid, len(prompt), c.max_new_tokens, model.config.max_position_embeddings)
+    check_prompts_fit(problems, c.max_new_tokens, model.config.max_position_embeddings)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     print(f"{num_params(model):,} parameters on {device}, stop ids {stop_ids}", flush=True)
     return model, stop_ids
@@ -265,9 +264,9 @@ def load_model(c, tokenizer, prompts: dict[str, list[int]]):
 def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
     """(temperature, top-p) -> uid -> its c.samples graded rows. Samples only what the file at `path` does not hold."""
     tokenizer = load_tokenizer(c.init_from)
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in problems}
+    encode_prompts(tokenizer, problems, c.instruction)
     # A stored sample answers one prompt and was graded against one answer; after a change of either it is drawn anew.
-    marks = {p.uid: zlib.crc32(json.dumps([prompts[p.uid], p.answer]).encode()) for p in problems}
+    marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), **{k: getattr(c, k) for k in ("seed", "max_new_tokens", "dtype")}}
     stored, old = collections.defaultdict(dict), read_jsonl(path, header) if c.resume else []
     for row in old:
@@ -282,10 +281,10 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             groups = {p.uid: stored[temperature, top_p, p.uid, marks[p.uid]] for p in problems}
             missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
             if missing and model is None:
-                model, stop_ids = load_model(c, tokenizer, prompts)
+                model, stop_ids = load_model(c, tokenizer, problems)
             rows = c.max_rows
             if missing and not rows:
-                longest = max(len(prompts[p.uid]) for p in missing)
+                longest = max(len(p.prompt_ids) for p in missing)
                 rows = rows_now(model, len(missing) * c.samples, c.samples, longest, c.max_new_tokens)
             at_once = max(1, -(-rows // c.samples))  # problems between two writes to disk
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
@@ -293,7 +292,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             for start in range(0, len(missing), at_once):
                 now = missing[start:start + at_once]
                 completions = generate(
-                    model, [prompts[p.uid] for p in now], c.samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
+                    model, [p.prompt_ids for p in now], c.samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
                     keys=[(c.seed, EVALUATION, 0, zlib.crc32(p.uid.encode())) for p in now],
                     temperature=temperature, top_p=top_p, max_rows=rows)
                 drawn = [(p, i, completion, completion_text(tokenizer, completion))

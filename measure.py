@@ -24,7 +24,7 @@ import reflect
 import toy
 from advantage import advantages, loss_scales, loss_totals, ots_weights, policy_loss, token_weights, train_mask
 from configurator import configure, print_config, run_script
-from data import Problem, load_problems, load_tokenizer, render_prompt, stop_ids_of
+from data import Problem, encode_prompts, load_problems, load_tokenizer, stop_ids_of
 from model import load_hf
 from parallel import pick_device
 from reward import grade_many
@@ -249,10 +249,10 @@ def main() -> None:
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     queries = list(enumerate(load_problems(c.problems, c.n_problems)))
     problem_of = dict(queries)
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for _, p in queries}
+    encode_prompts(tokenizer, [p for _, p in queries], c.instruction)
     exact = all(p.uid.split(":")[0] in toy.WORLDS for _, p in queries)
 
-    ordinary = sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, 0)
+    ordinary = sample_rollouts(model, tokenizer, queries, stop_ids, c, 0)
     score(ordinary, problem_of)
     results = {mode: construct(model, tokenizer, ordinary, problem_of, stop_ids, c, mode) for mode in ("micro", "full")}
     built = {mode: [result for result in found if not isinstance(result, str)] for mode, found in results.items()}

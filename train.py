@@ -41,11 +41,11 @@ from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
-    check_prompt_fits,
+    check_prompts_fit,
+    encode_prompts,
     load_problems,
     load_tokenizer,
     problems_for_step,
-    render_prompt,
     stop_ids_of,
 )
 from metrics import add_up, console_line, means, open_log, rollout_sums, warnings_of
@@ -170,14 +170,14 @@ def check_config(c: SimpleNamespace) -> None:
 # the phases of a step
 
 
-def sample_rollouts(model, tokenizer, queries, prompts, stop_ids, c, step) -> list[Rollout]:
-    """Alg. 1 lines 1-6: K responses to each query, not yet scored. queries [(query, Problem)], prompts {uid: ids}."""
+def sample_rollouts(model, tokenizer, queries, stop_ids, c, step) -> list[Rollout]:
+    """Alg. 1 lines 1-6: K responses to each query, not yet scored. queries [(query, Problem)]."""
     completions = generate(
-        model, [prompts[problem.uid] for _, problem in queries], c.samples_per_prompt, max_new_tokens=c.max_new_tokens,
+        model, [problem.prompt_ids for _, problem in queries], c.samples_per_prompt, max_new_tokens=c.max_new_tokens,
         stop_ids=stop_ids, keys=[(c.seed, ROLLOUT, step, query) for query, _ in queries], temperature=c.temperature,
         max_rows=c.max_rows, progress=f"step {step + 1} rollouts")
     return [
-        Rollout(uid=problem.uid, query=query, group=str(query), prompt_ids=prompts[problem.uid],
+        Rollout(uid=problem.uid, query=query, group=str(query), prompt_ids=problem.prompt_ids,
                 completion_ids=completion.ids, roles=[PREFIX] * len(completion.ids), finished=completion.finished,
                 text=completion_text(tokenizer, completion), sample_logprobs=completion.logprobs)
         for (query, problem), group in zip(queries, completions, strict=True) for completion in group]
@@ -330,11 +330,11 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     return sums | {"train/grad_norm": grad_norm, "train/skipped": float(skipped)}
 
 
-def evaluate(model, tokenizer, problems, prompts, stop_ids, c, rank=0, world=1) -> dict[str, float]:
+def evaluate(model, tokenizer, problems, stop_ids, c, rank=0, world=1) -> dict[str, float]:
     """Pass@1 on held-out problems at the training temperature. The full protocol (T 0.6, Pass@k, intervals) is eval.py's."""
     numbers, problems = range(len(problems))[rank::world], problems[rank::world]
     completions = generate(
-        model, [prompts[p.uid] for p in problems], c.eval_samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
+        model, [p.prompt_ids for p in problems], c.eval_samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
         keys=[(c.seed, EVALUATION, i) for i in numbers], temperature=c.temperature, max_rows=c.max_rows,
         progress="evaluation" if rank == 0 else "")
     rows = [(problem, completion) for problem, group in zip(problems, completions, strict=True) for completion in group]
@@ -383,9 +383,8 @@ def main() -> None:
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)
     model.checkpoint_activations = c.checkpoint_activations
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
-    prompts = {p.uid: render_prompt(tokenizer, p.question, c.instruction) for p in training + held_out}
-    for p in training + held_out:
-        check_prompt_fits(p.uid, len(prompts[p.uid]), c.max_new_tokens, model.config.max_position_embeddings)
+    encode_prompts(tokenizer, training + held_out, c.instruction)
+    check_prompts_fit(training + held_out, c.max_new_tokens, model.config.max_position_embeddings)
     ref_model = None            # the frozen start
     if c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial"):
         ref_model = load_hf(c.init_from, device=device, num_tokens=len(tokenizer), wrap=wrap, compile=c.compile)
@@ -395,7 +394,7 @@ def main() -> None:
                                   weight_decay=c.weight_decay, fused=True)
     if first_step:
         load_optimizer(Path(load_from), model, optimizer)
-    say(run_table(training, prompts, stop_ids, tokenizer, c, device, world), flush=True)
+    say(run_table(training, stop_ids, tokenizer, c, device, world), flush=True)
 
     out = Path(c.out_dir)
     if rank == 0:
@@ -417,7 +416,7 @@ def main() -> None:
         problem_of = dict(queries)
         with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, sampling:
             # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each process takes its share of the queries.
-            rollouts = sample_rollouts(sampler, tokenizer, queries[rank::world], prompts, stop_ids, c, step)
+            rollouts = sample_rollouts(sampler, tokenizer, queries[rank::world], stop_ids, c, step)
             sums = {"time/generate": lap()}
             score(rollouts, problem_of)
             sums["time/grade"] = lap()
@@ -460,7 +459,7 @@ def main() -> None:
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
             with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, sampling:
-                metrics |= evaluate(sampler, tokenizer, held_out, prompts, stop_ids, c, rank, world)
+                metrics |= evaluate(sampler, tokenizer, held_out, stop_ids, c, rank, world)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank == 0:
             write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [
@@ -485,9 +484,9 @@ def main() -> None:
         failing.end_after_sigterm(done, c.max_steps, out, say)
 
 
-def run_table(training, prompts, stop_ids, tokenizer, c, device, world) -> str:
+def run_table(training, stop_ids, tokenizer, c, device, world) -> str:
     """What the loaded run amounts to, printed once at start beside the plan."""
-    lengths = sorted(len(ids) for ids in prompts.values())
+    lengths = sorted(len(p.prompt_ids) for p in training)
     return "\n".join([
         f"processes   {world} on {device}, compute in {c.dtype}",
         f"problems    {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "

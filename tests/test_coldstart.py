@@ -14,7 +14,7 @@ import reward
 import toy
 import train
 from checkpoint import checkpoints
-from data import load_problems, load_tokenizer, render_prompt, save_problems
+from data import encode_prompts, load_problems, load_tokenizer, render_prompt, save_problems
 from model import load_hf, save_hf
 from rollout import Completion
 
@@ -376,8 +376,8 @@ def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tok
     c = rollout_config(tmp_path, tokenizer, eval_samples=2, world="findx")
     held_out = load_problems(c.problems)
     model = tiny_model()
-    prompts = coldstart.render_prompts(tokenizer, held_out, model, c)
-    found = coldstart.measure(model, tokenizer, held_out, prompts, (tokenizer.eos_token_id,), c)
+    encode_prompts(tokenizer, held_out, c.instruction)
+    found = coldstart.measure(model, tokenizer, held_out, (tokenizer.eos_token_id,), c)
     assert found == {"eval/pass1": 0.5, "eval/truncated": 0.0, "eval/reflects_after_error": 0.0, "eval/parsed": 1.0,
                      "eval/constructed": 1.0, "eval/right": 1.0, "eval/localised": 1.0}
     construction = toy.construction
@@ -386,5 +386,5 @@ def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tok
         analysis, prefix, reflection, correction = construction(question, wrong)
         return analysis, prefix[:prefix.index(", ") + 2], reflection, correction
     monkeypatch.setattr(toy, "construction", early)
-    found = coldstart.measure(model, tokenizer, held_out, prompts, (tokenizer.eos_token_id,), c)
+    found = coldstart.measure(model, tokenizer, held_out, (tokenizer.eos_token_id,), c)
     assert found["eval/localised"] == 0.0 and found["eval/right"] == 1.0

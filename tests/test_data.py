@@ -97,9 +97,11 @@ def test_empty_and_missing_problem_files_are_refused(tmp_path):
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_name_and_the_last_that_fits_is_not():
-    data.check_prompt_fits("p7", 60, 40, 100)
+    problem = data.Problem("p7", "?", "1", prompt_ids=[0] * 60)
+    data.check_prompts_fit([problem], 40, 100)
+    problem.prompt_ids.append(0)
     with pytest.raises(ValueError, match=r"'p7'.*61 tokens.*max_new_tokens = 40.*100.*lower max_new_tokens"):
-        data.check_prompt_fits("p7", 61, 40, 100)
+        data.check_prompts_fit([problem], 40, 100)
 
 
 # --- prompt and tokenizer

@@ -308,6 +308,20 @@ def test_dropping_negatives_drops_wrong_constructions_only(start, tmp_path, monk
     assert sorted(kept[True]) == [0.0] * 4 + [1.0] * 4 and kept[False] == [1.0] * 4
 
 
+def test_a_prompt_belongs_to_its_problem_whatever_uids_other_files_use(start, tmp_path, monkeypatch):
+    """Bug: prompts kept by uid, so that held-out problems numbered alike replace the questions trained on."""
+    author(monkeypatch)
+    for split, name in (("train", "train.jsonl"), ("validation", "held_out.jsonl")):
+        problems = toy.make_problems("findx", split, 8)
+        for i, p in enumerate(problems):
+            p.uid = str(i)
+        save_problems(problems, tmp_path / name)
+    run(start, tmp_path / "out", monkeypatch, max_steps=1, method="grpo", problems=str(tmp_path / "train.jsonl"),
+        eval_problems=str(tmp_path / "held_out.jsonl"))
+    for r in rollouts_of(tmp_path / "out"):
+        assert r["prompt"] == toy.USER + r["question"] + toy.ASSISTANT
+
+
 def test_an_unfinished_response_is_wrong_even_with_the_right_box():
     """Bug: a truncated response that happens to have boxed the answer already is rewarded for never stopping."""
     problem = toy.make_problems("findx", "train", 1)[0]
