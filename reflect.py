@@ -29,6 +29,7 @@ DROP_REASONS = (
     "prefix_not_verbatim",  # what stands before the reflection is not how y- begins
     "empty_prefix",         # nothing of y- is preserved
     "no_correction",        # it stops after the reflection
+    "no_reflection",        # without tags: where it leaves y-, it voices no doubt
     "special_token",        # the new text holds a stop token, another special token, or a tag
     "too_long",             # more than max_new_tokens
 )
@@ -236,7 +237,8 @@ def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str
 
     With reflection tags the prefix ends where they stand; whitespace before them that y- does not have is diagnosis.
     Without tags y_ref diverges where it stops agreeing with y-, moved back to the start of a half-shared word or number
-    ("x = 12" and "x = 13" part before the 1), and the first sentence from there on is taken for the diagnosis.
+    ("x = 12" and "x = 13" part before the 1); the first sentence from there on is the diagnosis if it voices a doubt,
+    and otherwise nothing is reflected upon.
     """
     lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]  # y-'s own leading whitespace, whether copied or not
     whole = lead + (synthesis.prefix + synthesis.diagnosis + synthesis.correction).lstrip()
@@ -255,7 +257,11 @@ def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str
         correction = whole[end + len(diagnosis):]
     if not wrong_text[:end].strip():
         return "empty_prefix"
-    return (wrong_text[:end], diagnosis, correction) if correction.strip() else "no_correction"
+    if not correction.strip():
+        return "no_correction"
+    if not synthesis.tagged and not reflects(diagnosis):
+        return "no_reflection"
+    return wrong_text[:end], diagnosis, correction
 
 
 def _boundary(text: str, end: int) -> int:

@@ -309,11 +309,11 @@ def test_without_tags_y_ref_diverges_where_it_stops_agreeing():
 
 
 @pytest.mark.parametrize("wrong, body, prefix", [
-    ("x = 12. So 24.", "x = 13. Then 26. Ok.", "x = "), ("x = 12. So 24.", "x = 125. Then. Ok.", "x = "),
-    ("x = 3.14. So.", "x = 3.2. Then. Ok.", "x = "), ("x = 3. So", "x = 3.5. Then. Ok.", "x = "),
-    ("x = 1,000. So", "x = 1,200. Then. Ok.", "x = "), ("we subtract 5. So", "we subtotal 5. Then. Ok.", "we "),
-    ("so \\frac{1}{2}. A", "so \\fbox{1}. Then. Ok.", "so "), ("x = 3. So", "x = 3. Wait. Ok.", "x = 3. "),
-    ("x = 3.5 So", "x = 3. Wait. Ok.", "x = "), ("x = 125. So", "x = 12. Wait. Ok.", "x = "),
+    ("x = 12. So 24.", "x = 13, no wait. Ok.", "x = "), ("x = 12. So 24.", "x = 125, no wait. Ok.", "x = "),
+    ("x = 3.14. So.", "x = 3.2, no wait. Ok.", "x = "), ("x = 3. So", "x = 3.5, no wait. Ok.", "x = "),
+    ("x = 1,000. So", "x = 1,200, no wait. Ok.", "x = "), ("we subtract 5. So", "we subtotal, no wait. Ok.", "we "),
+    ("so \\frac{1}{2}. A", "so \\fbox{1}, no wait. Ok.", "so "), ("x = 3. So", "x = 3. Wait. Ok.", "x = 3. "),
+    ("x = 3.5 So", "x = 3, no wait. Ok.", "x = "), ("x = 125. So", "x = 12, no wait. Ok.", "x = "),
 ])
 def test_divergence_never_cuts_a_number_a_word_or_a_command(wrong, body, prefix):
     assert untagged(body, wrong)[0] == prefix
@@ -347,6 +347,8 @@ def test_whitespace_before_the_reflection_that_y_minus_lacks_belongs_to_the_diag
     ("no_divergence", WRONG, "First, x = 3.<reflection>\nThen 2x = 6.</reflection> So the answer"),
     ("no_correction", WRONG, "First, x = 3.<reflection> Wait.</reflection>"),
     ("no_correction", WRONG, "First, x = 3. Wait, no."),
+    ("no_reflection", WRONG, "First, x = 3. First, x = 3. The answer is 1."),  # a line said twice is no diagnosis
+    ("no_reflection", "0.6 + 0.1 = 0.8. So 0.8.", "0.6 + 0.1 = 0.7. So 0.7."),  # nor is a silent repair
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.</reflection> So 8.<|im_end|> Ok."),
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.<|im_start|></reflection> So 8."),
     ("special_token", WRONG, "First, x = 3.<reflection> Wait.</reflection> So <right>8.</right>"),
@@ -601,4 +603,4 @@ def test_every_reason_that_is_returned_is_in_the_list():
     # one that is not would be a KeyError in the middle of a run
     source = Path(reflect.__file__).read_text()
     returned = set(re.findall(r'(?:return|else) "(\w+)"', source))
-    assert len(returned) == 8 and returned | {"prompt_too_long"} == set(reflect.DROP_REASONS)
+    assert len(returned) == 9 and returned | {"prompt_too_long"} == set(reflect.DROP_REASONS)
