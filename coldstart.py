@@ -40,10 +40,10 @@ from data import (
 )
 from metrics import means, open_log
 from model import CausalLM, ModelConfig, load_hf, num_params
-from parallel import balance, gather, reduce_sums, unsharded, whole
+from parallel import balance, gather, reduce_sums, unsharded
 from plan import coldstart_table
-from rollout import PAIRING, PREFIX, REFLECTION, Rollout, completion_text, generate
-from train import learning_rate_at, sample_rollouts, score
+from rollout import PAIRING, PREFIX, REFLECTION, Completion, Rollout, completion_text, generate
+from train import learning_rate_at, optimizer_step, sample_rollouts, score
 
 # --- what is learned -------------------------------------------------------------------------------------------------
 init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
@@ -52,6 +52,7 @@ levels: tuple = ()             # of the world's difficulty levels, () = all
 kinds: tuple = ()              # of its examples (toy.SHARES), () = all; ("direct", "give_up") never reflects, nor synthesises
 problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
 from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
+synthesis = "policy"           # 'policy' writes what is learned from the pairs (§3.2) | 'rule': a model too small for it
 eval_problems = ""             # held-out jsonl; a toy world has its own
 instruction = BOXED_INSTRUCTION  # appended to every question, as in RL; '' for the toy worlds
 out_dir = "out/coldstart"
@@ -94,6 +95,7 @@ problems_dir = "data"          # a toy world writes {world}_{split}.jsonl here, 
 n_problems = (8000, 500, 1000)  # ... so many of train, validation, test
 save_interval = 200
 keep_last = 1
+max_bad_steps = 3              # in a row: loss or gradient not finite, update skipped; then the run stops
 log_to = ""                    # see train.py
 device = "auto"                # 'auto' | 'cpu' | 'cuda'
 dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
@@ -133,7 +135,8 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError("init_from = 'scratch' knows no language; pass a pretrained model, or set world")
     if c.stop_at_pass1 and not (c.world or c.eval_problems):
         raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set eval_problems")
-    for key, values in (("template", reflect.TEMPLATES), ("log_to", ("", "wandb", "tensorboard"))):
+    for key, values in (("template", reflect.TEMPLATES), ("synthesis", ("policy", "rule")),
+                        ("log_to", ("", "wandb", "tensorboard"))):
         if getattr(c, key) not in values:
             raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
     for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch",
@@ -226,19 +229,27 @@ def solution_rows(tokenizer, c) -> list[Row]:
 def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) -> list[dict]:
     """One (wrong, right) pair per query where there is one, its synthesis, and what became of it: [result].
 
-    rollouts are scored ones, problem_of {query: Problem}. A result has query, uid, outcome ('kept', 'wrong' or one of
+    The policy writes the synthesis (§3.2), or with synthesis = 'rule' reflect.rule_synthesis. rollouts are scored
+    ones, problem_of {query: Problem}. A result has query, uid, outcome ('kept', 'wrong' or one of
     reflect.DROP_REASONS), the texts `wrong` and `synthesis`, `prefix` if something was built, and if kept the ids of
     both formats.
     """
-    pairs, _ = reflect.select_candidates(rollouts, n_pos=1, n_neg=1, m_max=1, key=(c.seed, PAIRING, number))
+    if c.synthesis == "rule":
+        pairs = reflect.rule_pairs(rollouts)
+    else:
+        pairs, _ = reflect.select_candidates(rollouts, n_pos=1, n_neg=1, m_max=1, key=(c.seed, PAIRING, number))
     limit = c.max_synthesis_tokens or 2 * c.max_new_tokens
     asked = [reflect.synthesis_prompt(tokenizer, problem_of[wrong.query], wrong.text, right.text, c.template)
              for wrong, right in pairs]
     fits = [len(prompt) + limit <= model.config.max_position_embeddings for prompt in asked]
     pairs, asked = ([x for x, fit in zip(both, fits, strict=True) if fit] for both in (pairs, asked))
-    written = generate(
-        model, asked, 1, max_new_tokens=limit, stop_ids=stop_ids, temperature=c.temperature, max_rows=c.max_rows,
-        keys=[(c.seed, REFLECTION, number, wrong.query) for wrong, _ in pairs])
+    if c.synthesis == "rule":
+        texts = [reflect.rule_synthesis(wrong.text, right.text) for wrong, right in pairs]
+        written = [[Completion(encode_completion(tokenizer, text)[0], [], finished=True)] for text in texts]
+    else:
+        written = generate(
+            model, asked, 1, max_new_tokens=limit, stop_ids=stop_ids, temperature=c.temperature, max_rows=c.max_rows,
+            keys=[(c.seed, REFLECTION, number, wrong.query) for wrong, _ in pairs])
     built = [reflect.build_reflection(tokenizer, wrong, synthesis, prefix_mode="micro", decoupled=True,
                                       stop_id=wrong.completion_ids[-1], max_new_tokens=c.max_new_tokens)
              for (wrong, _), (synthesis,) in zip(pairs, written, strict=True)]
@@ -375,10 +386,7 @@ def update(model, optimizer, rows: list[Row], c, device, autocast, rank=0, world
         part = -torch.where(mask > 0, logprobs, 0.0).sum() / total
         (part * world).backward()  # FSDP averages gradients over processes
         loss += part.detach()
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return reduce_sums({"train/loss": loss.item()}) | {"train/grad_norm": norm.item(), "train/trained_tokens": total}
+    return optimizer_step(model, optimizer, {"train/loss": loss}, c.grad_clip) | {"train/trained_tokens": total}
 
 
 def write_problem_files(c, folder: Path) -> None:
@@ -442,7 +450,7 @@ def main() -> None:
     quiet = True if rank > 0 else None  # None: shown on a terminal only
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=quiet)
     saver, sigterm = Saver(tokenizer, config), failing.on_sigterm()
-    started, done, interrupted = time.perf_counter(), first_step, False
+    started, done, interrupted, bad_steps = time.perf_counter(), first_step, False, 0
     for step in range(first_step, max_steps):
         batch = toy_rows(tokenizer, questions, c, step) if c.world else [
             row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
@@ -467,6 +475,8 @@ def main() -> None:
                 elapsed = {"time/elapsed": time.perf_counter() - started}
                 log.write(json.dumps({"step": done} | metrics | elapsed) + "\n")
             log_also(done, metrics | elapsed)
+        bad_steps = bad_steps + 1 if metrics["train/skipped"] else 0
+        failing.check_bad_steps(bad_steps, c)
         if stop:
             break
         interrupted = done < max_steps and any(gather([sigterm.is_set()]))

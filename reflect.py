@@ -13,10 +13,12 @@ a synthesis that fails is dropped under one of DROP_REASONS and counted (the pap
 import re
 import zlib
 from dataclasses import dataclass
+from fractions import Fraction
 from os.path import commonprefix  # of any two strings
 
 import numpy as np
 
+import reward
 from data import Problem, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 
@@ -192,6 +194,79 @@ def _showable(tokenizer, text: str) -> str:
 
 def _special_ids(tokenizer) -> set[int]:
     return set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a synthesis written by rule, for the cold start of a model too small to follow the prompt (not in the paper)
+
+EQUATION = re.compile(r"(-?\d+(?:\.\d+)?) ?([-+*/]) ?(-?\d+(?:\.\d+)?) ?= ?(-?\d+(?:\.\d+)?)")
+
+
+def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
+    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A group without a wrong and a
+    right response that part is left out."""
+    groups: dict[str, list[Rollout]] = {}
+    for r in rollouts:
+        groups.setdefault(r.group, []).append(r)
+    pairs = []
+    for group in groups.values():
+        candidates = []
+        for wrong in (r for r in group if r.finished and r.grade == "wrong"):
+            for right in (r for r in group if r.reward > 0):
+                shared = parting(sentences(wrong.text), sentences(right.text))
+                candidates += [(shared, wrong, right)] if shared is not None else []
+        if candidates:
+            pairs.append(max(candidates, key=lambda candidate: candidate[0])[1:])  # the first of equals
+    return pairs
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences and lines, each with its end and the whitespace before it: joined they are the text."""
+    return [sentence for sentence in SENTENCE.findall(text) if sentence]
+
+
+def parting(wrong: list[str], right: list[str]) -> int | None:
+    """Index of the first sentence in which they differ; None if one is the beginning of the other."""
+    pairs = zip(wrong, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a.strip() != b.strip()), None)
+
+
+def rule_synthesis(wrong_text: str, right_text: str) -> str:
+    r"""What the policy should write about the two: y- up to and including the first sentence that parts from y+, a
+    remark that names what it says, and y+ from there on.
+
+        y- "3 + 4 = 7\nThe answer is 7."   y+ "3 * 4 = 12\nThe answer is 12."   gives the reconstruction
+        3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\nThe answer is 12.
+    """
+    wrong, right = sentences(wrong_text), sentences(right_text)
+    i = parting(wrong, right)
+    preserved, said, better = "".join(wrong[:i + 1]).rstrip(), wrong[i].strip(), right[i].strip()
+    kind, remark = name_error(said)
+    gap = "\n" if "\n" in wrong_text else " "
+    return (f'<analysis>Location: "{said[:120]}". Type: {kind}. It should be "{better[:120]}".</analysis>\n'
+            f"<reconstruction>{preserved}{gap}<reflection>{remark}</reflection>{gap}"
+            f"{''.join(right[i:]).strip()}</reconstruction>")
+
+
+def name_error(said: str) -> tuple[str, str]:
+    """A wrong sentence -> (type of its error, a remark that names it)."""
+    if equation := EQUATION.search(said):
+        a, sign, b, written = equation.groups()
+        true = calculate(a, sign, b)
+        if true != Fraction(written):
+            return "arithmetic slip", f"Wait, {a} {sign} {b} is not {written}."
+        return "wrong step", f"Wait, {a} {sign} {b} is not the right step here."
+    if answer := reward.extract_boxed(said):
+        return "wrong answer", f"Wait, the answer is not {answer}."
+    return "invalid step", f'Wait, "{said[:80].rstrip(".!?")}" is not right.'
+
+
+def calculate(a: str, sign: str, b: str) -> Fraction | None:
+    """a sign b exactly; None for a division by 0."""
+    x, y = Fraction(a), Fraction(b)
+    if sign == "/":
+        return x / y if y else None
+    return {"+": x + y, "-": x - y, "*": x * y}[sign]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
                 old[b] = model(batch.inputs, batch.targets, temperature=c.temperature)[0]
 
     model.train()
-    skipped = 0
+    skipped = 0.0
     for _ in range(c.updates_per_step):
         sums, rows = {}, []     # on the device until the loop is over: nothing in it waits for the device
         for b, (learn, index) in enumerate(batches):
@@ -316,18 +316,27 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
                     add_up(sums, {"train/kl_ref": kl_to_ref(logprobs, ref_logprobs, own).sum(), "train/kl_ref#": own.sum()})
                 raw = ots_weights(logprobs, entropy, c.w_min, c.w_max)  # whatever the flags: what Eq. 7 says of every token
                 rows += [(i, logprobs[row], raw[row]) for row, i in enumerate(index) if rollouts[i].is_reflection]
-        grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)))
-        sums = reduce_sums({name: float(value) for name, value in sums.items()})
-        if math.isfinite(sums["train/loss"]) and math.isfinite(grad_norm):  # both of all processes: all decide alike
-            optimizer.step()
-        else:
-            skipped += 1        # weights and moments stay as they are
-        optimizer.zero_grad(set_to_none=True)
+        sums = optimizer_step(model, optimizer, sums, c.grad_clip)
+        skipped += sums["train/skipped"]
 
     for i, logprobs, raw in gather([(i, logprobs.tolist(), raw.tolist()) for i, logprobs, raw in rows]):
         completion = slice(len(rollouts[i].prompt_ids) - 1, len(rollouts[i].prompt_ids) - 1 + len(rollouts[i].completion_ids))
         rollouts[i].logprobs, rollouts[i].ots_weights = logprobs[completion], raw[completion]
-    return sums | {"train/grad_norm": grad_norm, "train/skipped": float(skipped)}
+    return sums | {"train/skipped": skipped}
+
+
+def optimizer_step(model, optimizer, sums: dict, grad_clip: float) -> dict[str, float]:
+    """Clip the gradient and step -> the sums of all processes with train/grad_norm and train/skipped.
+
+    Where loss or gradient is not finite the update is skipped: weights and moments stay as they are.
+    Both numbers are those of all processes, so all decide alike."""
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
+    sums = reduce_sums({name: float(value) for name, value in sums.items()})
+    finite = math.isfinite(sums["train/loss"]) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums | {"train/grad_norm": norm, "train/skipped": float(not finite)}
 
 
 def evaluate(model, tokenizer, problems, stop_ids, c, rank=0, world=1) -> dict[str, float]:

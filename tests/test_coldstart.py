@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_reflect import tokenizer_of
 
 import coldstart
 import reflect
@@ -14,8 +15,8 @@ import reward
 import toy
 import train
 from checkpoint import checkpoints
-from data import encode_prompts, load_problems, load_tokenizer, render_prompt, save_problems
-from model import load_hf, save_hf
+from data import Problem, encode_prompts, load_problems, load_tokenizer, render_prompt, save_problems
+from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import Completion
 
 TINY = """--init_from=scratch --world=findx --instruction= --template=short --hidden_size=16 --intermediate_size=16
@@ -225,6 +226,23 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tm
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5] and len(steps) == 5
 
 
+def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_run(tmp_path, monkeypatch):
+    """Bug: NaN in one gradient, NaN in every weight from then on, and saved."""
+    run(tmp_path / "one", "--max_steps=1")
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def not_finite_from_the_second_on(*args):
+        norms.append(clip(*args))
+        return norms[-1] * (1.0 if len(norms) == 1 else float("nan"))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", not_finite_from_the_second_on)
+    with pytest.raises(ValueError, match="not finite in 3 steps in a row"):
+        run(tmp_path / "out", "--max_steps=9", "--save_interval=1", "--warmup_steps=0")
+    assert [row["train/skipped"] for row in metrics(tmp_path / "out")] == [0, 1, 1, 1]
+    saved = load_hf(checkpoints(tmp_path / "out")[-1]).state_dict()
+    assert all(weight.isfinite().all() for weight in saved.values())
+
+
 def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "measure", lambda *args: {"eval/pass1": 0.5})
     run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4")
@@ -352,6 +370,38 @@ def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scr
     assert len(scripted) == 4                                           # rounds two and three only
     scripted.clear()
     assert rollout_rows(tokenizer, c) == whole and scripted == []
+
+
+def test_a_rule_writes_the_synthesis_where_the_model_cannot(tmp_path, monkeypatch):
+    """The pair with the longest common beginning; the trajectory is y-'s own ids, the remark, y+ from there on."""
+    tokenizer, n_asked = tokenizer_of("bpe"), []
+    right = "3 + 4 = 7\n7 * 2 = 14\nThe answer is \\boxed{14}."
+    wrong = ["9 - 4 = 5\nThe answer is \\boxed{5}.", "3 + 4 = 7\n7 * 2 = 13\nThe answer is \\boxed{13}."]
+
+    def generate(model, prompts, n, **_):
+        n_asked.append(n)
+        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in (*wrong, right)]
+        return [[Completion(i, [0.0] * len(i), True) for i in ids] for _ in prompts]
+
+    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(coldstart, "generate", None)  # never asked
+    c = rollout_config(tmp_path, tokenizer, synthesis="rule", samples_per_prompt=3, n_sft=2, n_ift=2,
+                       queries_per_round=2, max_new_tokens=200, max_synthesis_tokens=400)
+    save_problems([Problem(str(i), f"{i} and 4, twice?", "14") for i in range(4)], tmp_path / "problems.jsonl")
+    model = CausalLM(ModelConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048))
+    save_hf(model, tokenizer, tmp_path / "policy")
+    rows = rollout_rows(tokenizer, c)
+    assert n_asked == [3, 3] and len(rows) == 4
+    for row in rows[:2]:
+        kept = tokenizer(wrong[1], add_special_tokens=False)["input_ids"]
+        assert row.completion_ids[:4] == kept[:4] and row.loss_mask[:4] == [0.0] * 4
+        assert tokenizer.decode(row.completion_ids) == (
+            "3 + 4 = 7\n7 * 2 = 13\nWait, 7 * 2 is not 13.\n7 * 2 = 14\nThe answer is \\boxed{14}.<|im_end|>")
+    for row in rows[2:]:
+        text = tokenizer.decode(row.completion_ids)
+        assert text.startswith('<analysis>Location: "7 * 2 = 13". Type: arithmetic slip.')
+        assert "<reflection>Wait, 7 * 2 is not 13.</reflection>" in text
 
 
 def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkeypatch):

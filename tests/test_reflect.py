@@ -298,6 +298,36 @@ def test_reflection_tags_may_be_talked_about_in_the_analysis():
     assert parse_synthesis(answer("a", analysis="then <reflection> comes")).tagged is False
 
 
+@pytest.mark.parametrize("wrong, right, written", [
+    ("3 + 4 = 7\nThe answer is \\boxed{7}.", "3 * 4 = 12\nThe answer is \\boxed{12}.",
+     "3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\nThe answer is \\boxed{12}."),
+    ("3 * 4 = 13\nSo \\boxed{13}.", "3 * 4 = 12\nSo \\boxed{12}.",
+     "3 * 4 = 13\n<reflection>Wait, 3 * 4 is not 13.</reflection>\n3 * 4 = 12\nSo \\boxed{12}."),
+    ("3 * 4 = 12\nSo \\boxed{13}.", "3 * 4 = 12\nSo \\boxed{12}.",
+     "3 * 4 = 12\nSo \\boxed{13}.\n<reflection>Wait, the answer is not 13.</reflection>\nSo \\boxed{12}."),
+    ("Ann has 3. Bob has 4.5 more. So \\boxed{4.5}.", "Ann has 3. He has 7.5. So \\boxed{7.5}.",
+     'Ann has 3. Bob has 4.5 more. <reflection>Wait, "Bob has 4.5 more" is not right.</reflection> He has 7.5. '
+     "So \\boxed{7.5}."),
+])
+def test_the_rule_keeps_the_wrong_sentence_names_it_and_goes_on_as_the_right_response(wrong, right, written):
+    text = reflect.rule_synthesis(wrong, right)
+    assert text.endswith(f"<reconstruction>{written}</reconstruction>")
+    prefix, diagnosis, correction = split_at_divergence(parse_synthesis(text), wrong)
+    assert wrong.startswith(prefix) and "Wait, " in diagnosis and reflect.reflects(diagnosis)
+    assert right.endswith(correction.strip())
+
+
+def test_the_rule_takes_the_pair_with_the_longest_common_beginning():
+    def response(text, reward, grade="wrong", finished=True):
+        return rollout(tokenizer_of("bpe"), text, finished, reward=reward, grade=grade)
+    right = response("A. B. C. D.", 1.0, "correct")
+    far, near, early = response("X. B.", 0.0), response("A. B. X. D.", 0.0), response("A. B.", 0.0)
+    cut = response("A. B. C. X", 0.0, "truncated", finished=False)
+    unread = response("A. B. C. X.", 0.0, "timeout")  # nobody knows that it is wrong
+    assert reflect.rule_pairs([far, early, near, cut, unread, right]) == [(near, right)]
+    assert reflect.rule_pairs([early, right]) == [] and reflect.rule_pairs([near]) == []
+
+
 def untagged(body, wrong):
     return split_at_divergence(parse_synthesis(answer(body)), wrong)
 
