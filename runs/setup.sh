@@ -1,5 +1,7 @@
-# Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made once.
+# Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made once. VENV=none takes the
+# `python` on the PATH as it is, e.g. on a machine without network that has the packages.
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+[ "${VENV:-}" != none ] || return 0
 if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
   echo "== installing into .venv (once)"
   "${PYTHON:-python3}" -m venv .venv

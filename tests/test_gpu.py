@@ -1,10 +1,15 @@
 """What only a GPU can show; skipped without one. runs/gpu.sh begins with it."""
+import shutil
+import socket
+
 import pytest
 import torch
 from test_rollout import RAGGED, draw, same, tiny_model, trainer_logprobs
 from test_train import around_micro_batches, author, run, start  # noqa: F401
 
+import parallel
 import rollout
+import train
 from model import head_backward, head_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -73,6 +78,37 @@ def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert seen and min(seen) > 1
+
+
+def test_fsdp_over_nccl_samples_trains_saves_and_resumes(start, tmp_path, monkeypatch, device="cuda"):  # noqa: F811
+    """A world of one, wrapped all the same: shard, gather, a recorded step on the gathered tensors, an update in bf16, a
+    checkpoint. Resumed after the second step, the third is that of the uninterrupted run."""
+    def by_length(rollouts, problem_of):
+        for r in rollouts:
+            r.reward, r.grade = float(len(r.completion_ids) % 2), "correct"
+
+    replays, precision = [], parallel.precision
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    monkeypatch.setattr(parallel, "precision", lambda c, world, device: precision(c, 2, device))
+    monkeypatch.setattr(train, "score", by_length)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
+    for key, value in env.items():
+        monkeypatch.setenv(key, str(value))
+    knobs = {"method": "grpo", "device": device, "dtype": "bfloat16", "save_interval": 1, "keep_last": 3, "learning_rate": 1e-2}
+    rows = []
+    for resume in (False, True):
+        try:
+            rows.append(run(start, tmp_path / "out", monkeypatch, **knobs, resume=resume))
+        finally:
+            torch.distributed.destroy_process_group()
+        shutil.rmtree(tmp_path / "out/step_000003")
+    assert [len(r) for r in rows] == [3, 3] and (replays or device == "cpu")
+    for key in ("train/loss", "train/grad_norm", "rollout/length", "train/kl_ref"):
+        assert rows[1][2][key] == pytest.approx(rows[0][2][key], rel=1e-2, abs=1e-4), key
+    assert rows[0][2]["train/kl_ref"] > 1e-3 and max(r["train/parity_mean"] for r in rows[0]) < 0.05
 
 
 def test_products_of_the_head_are_fp32():
