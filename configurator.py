@@ -52,8 +52,14 @@ def configure(knobs: dict, argv: list[str] | None = None) -> dict:
             if not equals or not argument.startswith("--"):
                 raise ValueError(f"{argument}: not understood; write --{key}=value")
             resolved[key] = _parse(text, allowed[key], config[key], f"--{key}")
+    resolved = {key: _expand_home(value) for key, value in resolved.items()}
     knobs.update(resolved)
     return resolved
+
+
+def _expand_home(value):
+    """~/model as a shell would have it, which leaves it alone behind `=`; also within lists of paths (a,b and a+b)."""
+    return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value) if type(value) is str else value
 
 
 def print_config(config: dict) -> None:

@@ -124,12 +124,39 @@ def load_tokenizer(folder: str | Path):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
         why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it" if Path(folder).is_dir() else
-               "no folder here, and the hub did not serve it; download the model where there is a network and pass its folder")
+               "no folder here, and the hub did not serve it; check the name and the network, or download the model "
+               "elsewhere and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer at {folder} has no chat template; "
                          "use an instruction-tuned checkpoint or add chat_template.jinja to the folder")
+    _check_generation_prompt(tokenizer, folder)
+    _check_vocabulary(tokenizer, Path(folder) / "config.json")
     return tokenizer
+
+
+def _check_generation_prompt(tokenizer, folder) -> None:
+    """Refuse a template that ends after the user's turn: the policy would be trained without its assistant header."""
+    def render(*contents: str, add_generation_prompt: bool) -> str:
+        turns = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+    prompt = render("Q", add_generation_prompt=True)
+    if prompt == render("Q", add_generation_prompt=False):  # as [INST] Q [/INST] rightly does
+        header = render("Q", "ANSWER", add_generation_prompt=False).partition("ANSWER")[0]
+        if header.strip() != prompt.strip():
+            raise ValueError(f"the chat template at {folder} ignores add_generation_prompt: after the user's turn it lacks "
+                             f"{header.removeprefix(prompt)!r}; add it, inside {{% if add_generation_prompt %}}")
+
+
+def _check_vocabulary(tokenizer, config: Path) -> None:
+    """Refuse tokens that the embedding beside the tokenizer has no row for, by name."""
+    rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0) if config.is_file() else 0
+    extra = [token for token, i in tokenizer.get_vocab().items() if rows and i >= rows]
+    if extra:
+        raise ValueError(f"the tokenizer has {', '.join(sorted(extra)[:5])} beyond the {rows} rows of the embedding ({config}: "
+                         "vocab_size); take such added tokens out of the tokenizer's files, or add rows "
+                         "(model.resize_token_embeddings(len(tokenizer)) in transformers) and save both")
 
 
 def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION) -> list[int]:

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+CONVERT_GGUF = "only safetensors are read: take the original model, or convert it (from_pretrained(gguf_file=...))"
 CACHE_BLOCK = 64  # columns the cache grows by: a copy every 64 tokens, against attention over 32 unused ones on average
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits alive at once in the head; a toy batch is one chunk
@@ -60,7 +61,10 @@ class ModelConfig:
 
     def __post_init__(self):
         eos = self.eos_token_id
-        self.eos_token_id = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        eos = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
+        if not all(str(i).isdecimal() for i in eos):
+            raise ValueError(f"eos_token_id = {self.eos_token_id!r} is no token id; write numbers, such as 2 or [2, 0]")
+        self.eos_token_id = tuple(map(int, eos))  # "2" is 2
         self.num_tokens = self.num_tokens or self.vocab_size
         self.attention_bias = self.model_type == "qwen2"
         if self.model_type not in ARCHITECTURES:
@@ -71,7 +75,11 @@ class ModelConfig:
                 f"num_key_value_heads = {self.num_key_value_heads}; use a multiple"
             )
         if self.num_tokens > self.vocab_size:
-            raise ValueError(f"num_tokens = {self.num_tokens} exceeds vocab_size {self.vocab_size}; use len(tokenizer)")
+            raise ValueError(
+                f"the tokenizer has {self.num_tokens} tokens, the embedding (vocab_size) {self.vocab_size} rows; take the "
+                "added tokens out of the tokenizer's files, or add rows: model.resize_token_embeddings(len(tokenizer)) in "
+                "transformers, then save both"
+            )
 
     @property
     def qk_norm(self) -> bool:
@@ -85,6 +93,9 @@ class ModelConfig:
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type = {model_type!r} is not supported; use {', '.join(ARCHITECTURES)}")
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method", "some method")
+            raise ValueError(f"the weights are quantised ({method}); training needs the original fp32, bf16 or fp16 ones")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -624,7 +635,12 @@ def load_hf(
                     if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
                         continue  # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied head
                     _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
-                    _fill(parameters[name], tensors.get_tensor(name))
+                    tensor = tensors.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise ValueError(f"{name} in {file} is {tensor.dtype}: quantised; use the original weights")
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"{name} in {file} holds NaN or inf; take an earlier checkpoint")
+                    _fill(parameters[name], tensor)
                     missing.discard(name)
         except SafetensorError as e:
             raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
@@ -697,7 +713,10 @@ def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 
 def _find_folder(folder_or_hub_id: str | Path) -> Path:
     """The folder itself; anything else that looks like owner/name comes from the hub."""
-    folder, name = Path(folder_or_hub_id).expanduser(), str(folder_or_hub_id)
+    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file; " + CONVERT_GGUF if folder.suffix == ".gguf" else
+                         f"{name} is a file; pass the folder that holds config.json and the weights")
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub id (owner/name)")
@@ -708,12 +727,22 @@ def _find_folder(folder_or_hub_id: str | Path) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as e:  # no network, no such repository, no permission; the hub's own text is many lines long
             raise FileNotFoundError(
-                f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); "
-                "download the model where there is a network and pass its folder"
+                f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); check the name and the "
+                "network, or download the model elsewhere and pass its folder"
             ) from None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; pass a folder in Hugging Face's layout")
+    check_folder(folder)
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose config.json, if it has one, does not describe whole weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is a LoRA adapter; merge it into its base model (peft: merge_and_unload), save that, and "
+                         "pass its folder")
+    if not (folder / "config.json").is_file():
+        if any(folder.glob("*.gguf")):
+            raise ValueError(f"{folder} holds GGUF files; " + CONVERT_GGUF)
+        raise FileNotFoundError(f"{folder} has no config.json; pass --init_from=FOLDER in Hugging Face's layout")
 
 
 def _weight_files(folder: Path) -> list[Path]:

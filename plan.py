@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
-from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, flops_per_token, num_params
+from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, check_folder, flops_per_token, num_params
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
@@ -31,7 +31,9 @@ ASSUMED_PROMPT = 1024     # tokens of the longest prompt where there is no probl
 
 def read_model_config(init_from: str) -> ModelConfig:
     """ModelConfig of a Hugging Face folder, or of a hub id, of which config.json alone is fetched. One-line errors."""
-    path = Path(init_from).expanduser() / "config.json"
+    path = Path(init_from) / "config.json"
+    if path.parent.is_dir():
+        check_folder(path.parent)
     if not path.is_file():
         if path.parent.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", init_from):
             raise FileNotFoundError(f"no config.json at {path.parent}; pass a Hugging Face folder or a hub id (--plan=True needs "

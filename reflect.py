@@ -35,7 +35,9 @@ DROP_REASONS = (
     "special_token",        # the new text holds a stop token, another special token, or a tag
     "too_long",             # more than max_new_tokens
 )
-TAG = re.compile(r"</?(?:analysis|reconstruction|reflection|wrong|right|micro|full|solve)>")
+TAGS = [f"<{slash}{name}>" for slash in ("", "/") for name in (
+    "analysis", "reconstruction", "reflection", "wrong", "right", "micro", "full", "solve")]
+TAG = re.compile("|".join(TAGS))
 ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*", re.ASCII)  # never cut in two: a word, a number (12.5), a LaTeX command
 SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # the first one, its end included
 
@@ -178,18 +180,39 @@ def _showable(tokenizer, text: str) -> str:
     """A response without what would end its block or the chat turn (tags, special tokens) or cannot be encoded.
 
     Removed, not escaped: a small vocabulary may lack the characters. If a removed piece was part of the preserved
-    prefix, the policy's copy is not verbatim and the construction is dropped. "<mi<micro>cro>" takes two rounds.
+    prefix, the policy's copy is not verbatim and the construction is dropped.
     """
-    specials = [re.escape(tokenizer.convert_ids_to_tokens(i)) for i in sorted(_special_ids(tokenizer))]
+    specials = [tokenizer.convert_ids_to_tokens(i) for i in sorted(_special_ids(tokenizer))]
     while True:
-        shown = re.sub("|".join([TAG.pattern, *specials]), "", text)
-        if tokenizer.unk_token_id is not None:
-            encoding = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
-            known = [token != tokenizer.unk_token_id for token in encoding["input_ids"]]
-            shown = "".join(shown[a:b] for ok, (a, b) in zip(known, encoding["offset_mapping"], strict=True) if ok)
+        shown = _without_unknown(tokenizer, _without(text, TAGS + specials))
         if shown == text:
             return text
-        text = shown
+        text = shown  # shorter: what stood around a removed piece may have become another
+
+
+def _without(text: str, pieces: list[str]) -> str:
+    """text without any of these strings, also those that a removal creates: of "<mi<micro>cro>" nothing is left."""
+    ends, longest = tuple({piece[-1] for piece in pieces}), max(map(len, pieces))
+    kept: list[str] = []
+    for character in text:
+        kept.append(character)
+        if character in ends:  # it may complete a piece
+            tail = "".join(kept[-longest:])
+            found = max((len(piece) for piece in pieces if tail.endswith(piece)), default=0)
+            del kept[len(kept) - found:]
+    return "".join(kept)
+
+
+def _without_unknown(tokenizer, text: str) -> str:
+    """text without the characters that a token of the tokenizer's unknown id stands for. Pieces smaller than a character
+    share its offsets, so characters are marked, never copied by offset."""
+    if tokenizer.unk_token_id is None:
+        return text
+    encoding, unknown = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True), set()
+    for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        if token == tokenizer.unk_token_id:
+            unknown.update(range(start, end))
+    return "".join(character for i, character in enumerate(text) if i not in unknown)
 
 
 def _special_ids(tokenizer) -> set[int]:

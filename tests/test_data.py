@@ -143,6 +143,32 @@ def test_a_tokenizer_without_chat_template_or_folder_is_refused(tmp_path):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("template, refused", [
+    ("{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}<a>{% else %}{{ m.content }}{% endif %}"
+     "{% endfor %}", None),  # as Llama 2's [INST] question [/INST]
+    ("{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% else %}<a>{{ m.content }}{% endif %}"
+     "{% endfor %}", "lacks '<a>'")])
+def test_a_template_that_ends_after_the_users_turn_is_refused(tmp_path, template, refused):
+    """Bug: a policy trained without its assistant header."""
+    char_tokenizer(template=template).save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ValueError, match=f"ignores add_generation_prompt.*{refused}; add it"):
+            data.load_tokenizer(tmp_path)
+    else:
+        assert data.load_tokenizer(tmp_path)
+
+
+def test_tokens_without_a_row_of_the_embedding_are_refused_by_name(tmp_path):
+    tokenizer = char_tokenizer()
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": len(tokenizer)}))
+    tokenizer.save_pretrained(tmp_path)
+    assert data.load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has \[PAD\] beyond the 19 rows .*or add rows"):
+        data.load_tokenizer(tmp_path)
+
+
 def test_stop_ids_unite_tokenizer_and_config():
     tokenizer = char_tokenizer()
     assert data.stop_ids_of(tokenizer, None) == (1,)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import advantage
 import model as model_file
+import plan
 from model import CausalLM, KVCache, ModelConfig, TokenLogprobs, flops_per_token, load_hf, num_params, save_hf
 
 LLAMA3 = dict(
@@ -670,5 +671,73 @@ def test_a_hub_id_is_downloaded_with_weights_and_tokenizer_only(tmp_path, monkey
 
 def test_more_tokens_than_rows_are_refused():
     """Guards: a tokenizer that does not belong to the model, met later as an index error on the device."""
-    with pytest.raises(ValueError, match="num_tokens = 98 exceeds vocab_size 97"):
+    with pytest.raises(ValueError, match=r"tokenizer has 98 tokens.* 97 rows; take .* out .*or add rows"):
         tiny(num_tokens=98)
+
+
+@pytest.mark.parametrize("eos, ids", [("2", (2,)), ([2, "0"], (2, 0)), (0, (0,)), (None, ()), ("</s>", "is no token id")])
+def test_stop_ids_are_numbers_however_a_config_writes_them(eos, ids):
+    """Guards: a stop id '2' that no sampled token equals."""
+    if isinstance(ids, str):
+        with pytest.raises(ValueError, match=ids):
+            tiny(eos_token_id=eos)
+    else:
+        assert tiny(eos_token_id=eos).eos_token_id == ids
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, bad):
+    model = random_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[1, 2] = bad
+    save_hf(model, None, tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj\.weight .* holds NaN or inf"):
+        load_hf(tmp_path)
+
+
+def test_folders_that_are_no_whole_weights_say_what_they_are(tmp_path):
+    """Guards: a LoRA adapter, GGUF or quantised folder that ends in an error about a missing or strange tensor."""
+    def refused(words, folder=tmp_path):
+        for load in (load_hf, lambda path: plan.read_model_config(str(path))):
+            with pytest.raises((ValueError, FileNotFoundError), match=words) as e:
+                load(folder)
+            assert "\n" not in str(e.value)
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    refused("holds GGUF files; only safetensors")
+    save_hf(random_model(), None, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    refused("quantised .gptq.; training needs the original")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused("is a LoRA adapter; merge it")
+    with pytest.raises(ValueError, match="is a file; only safetensors"):
+        load_hf(tmp_path / "model.gguf")
+
+
+def test_quantised_tensors_are_refused(tmp_path):
+    model = random_model()
+    tensors = {name: t.to(torch.int8) if name.endswith("up_proj.weight") else t for name, t in model.state_dict().items()}
+    save_hf(model, None, tmp_path, state_dict=tensors)
+    with pytest.raises(ValueError, match="is torch.int8: quantised; use the original weights"):
+        load_hf(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_positions_in_the_thousands_are_those_of_transformers(model_type):
+    """Guards: positions rounded to bf16, which cannot count beyond 256, in training, prefill or decoding."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = random_model(tiny(model_type, max_position_embeddings=8192, num_hidden_layers=1))
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_hf())).eval()
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    model.eval()
+    ids = torch.randint(97, (1, 3001), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = theirs(ids).logits[:, -2:].float()                                   # of the last two columns
+        training = model(ids)[:, -2:] @ model.head_weight.T
+        cache = KVCache(model.config, [0])
+        prefilled = model(ids[:, :-1], cache=cache)
+        cache.claim(1)
+        decoded = model(ids[:, -1:], cache=cache)
+    torch.testing.assert_close(training, logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack([prefilled, decoded], dim=1), logits, atol=2e-5, rtol=1e-4)

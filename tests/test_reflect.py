@@ -2,6 +2,7 @@
 of one leave out whitespace, as Llama 3's do), the toy world's, and the real Qwen3 one where it is at hand."""
 import functools
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,30 @@ def tokenizer_of(name):
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    additional_special_tokens=["<|im_start|>"], chat_template=CHAT)
+
+
+def tokenizer_with_unk(kind):
+    """Byte-level BPE as SmolLM2's, BPE with byte fallback as Llama 2's, word level: each names an unknown token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    specials, corpus = ["<unk>", "<|im_start|>", "<|im_end|>"], ["So x = 5, then y = 6.\n The answer is 3"] * 9
+    if kind == "byte_level":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+            vocab_size=300, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    elif kind == "byte_fallback":
+        pieces = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁xythenSoswra5"]
+        tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(dict.fromkeys(pieces))}, [], unk_token="<unk>",
+                                         byte_fallback=True, fuse_unk=True))
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        words = [*specials, *"x y = 5 6 3 , . So then ABC".split()]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<|im_end|>", chat_template=CHAT,
+                                   additional_special_tokens=["<|im_start|>"])
 
 
 def encode(tokenizer, text):
@@ -525,6 +550,23 @@ def test_short_prompts_are_pinned():
         assert ids == render_prompt(tokenizer, f"x*7-21=35\n<wrong>Try 6: </wrong><right>Try 8: </right><{mode}>", "")
     ids = reflect.teacher_prompt(tokenizer, problem, "Try 8: ", "short")
     assert ids == render_prompt(tokenizer, "x*7-21=35\n<right>Try 8: </right><solve>", "")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "word_level"])
+def test_a_response_is_shown_as_it_is_but_for_what_really_encodes_to_unk(kind):
+    """Bug: pieces smaller than a character share its offsets; copied by offset the text doubled, round after round."""
+    tokenizer = tokenizer_with_unk(kind)
+    for text in ("x = 5, then y = 6", "So 😀 ∠ABC", "∴ x = 3"):
+        shown = reflect._showable(tokenizer, text)
+        assert shown == (text if kind != "word_level" else shown)
+        assert tokenizer.unk_token_id not in encode(tokenizer, shown)
+    assert reflect._showable(tokenizer, "x = 5") == "x = 5"
+    if kind == "word_level":
+        assert reflect._showable(tokenizer, "x = blah 5 😀") == "x =  5 "
+    for text in ("😀 x = 5. " * 4000, "<mi" * 6000 + "<micro>" + "cro>" * 6000):
+        start = time.perf_counter()
+        reflect._showable(tokenizer, text)
+        assert time.perf_counter() - start < 5
 
 
 def test_tags_and_special_tokens_in_a_response_cannot_break_the_prompt():
