@@ -222,12 +222,14 @@ def _special_ids(tokenizer) -> set[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # a synthesis written by rule, for the cold start of a model too small to follow the prompt (not in the paper)
 
-EQUATION = re.compile(r"(-?\d+(?:\.\d+)?) ?([-+*/]) ?(-?\d+(?:\.\d+)?) ?= ?(-?\d+(?:\.\d+)?)")
+_NUMBER = r"(-?\d+(?:\.\d+)?)"
+EQUATION = re.compile(  # a op b = c, standing alone: not the end of a longer sum, nor the beginning of one
+    rf"(?<![\w.,])(?<![-+*/] ){_NUMBER} ?([-+*/]) ?{_NUMBER} ?= ?{_NUMBER}(?!\d|[.,]\d| ?[-+*/])")
 
 
 def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
-    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A group without a wrong and a
-    right response that part is left out."""
+    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A right answer reached by an
+    equation that does not hold is no y+, and a group without a y- and a y+ that part is left out."""
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -235,7 +237,7 @@ def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
     for group in groups.values():
         candidates = []
         for wrong in (r for r in group if r.finished and r.grade == "wrong"):
-            for right in (r for r in group if r.reward > 0):
+            for right in (r for r in group if r.reward > 0 and all(map(holds, EQUATION.findall(r.text)))):
                 shared = parting(sentences(wrong.text), sentences(right.text))
                 candidates += [(shared, wrong, right)] if shared is not None else []
         if candidates:
@@ -273,23 +275,21 @@ def rule_synthesis(wrong_text: str, right_text: str) -> str:
 
 def name_error(said: str) -> tuple[str, str]:
     """A wrong sentence -> (type of its error, a remark that names it)."""
-    if equation := EQUATION.search(said):
-        a, sign, b, written = equation.groups()
-        true = calculate(a, sign, b)
-        if true != Fraction(written):
-            return "arithmetic slip", f"Wait, {a} {sign} {b} is not {written}."
-        return "wrong step", f"Wait, {a} {sign} {b} is not the right step here."
+    if found := EQUATION.search(said):
+        a, sign, b, c = found.groups()
+        if holds(found.groups()):
+            return "wrong step", f"Wait, {a} {sign} {b} is not the right step here."
+        return "arithmetic slip", f"Wait, {a} {sign} {b} is not {c}."
     if answer := reward.extract_boxed(said):
         return "wrong answer", f"Wait, the answer is not {answer}."
     return "invalid step", f'Wait, "{said[:80].rstrip(".!?")}" is not right.'
 
 
-def calculate(a: str, sign: str, b: str) -> Fraction | None:
-    """a sign b exactly; None for a division by 0."""
-    x, y = Fraction(a), Fraction(b)
-    if sign == "/":
-        return x / y if y else None
-    return {"+": x + y, "-": x - y, "*": x * y}[sign]
+def holds(equation: tuple[str, str, str, str]) -> bool:
+    """Whether (a, op, b, c) of EQUATION is true, exactly."""
+    a, sign, b, c = equation
+    a, b, c = Fraction(a), Fraction(b), Fraction(c)
+    return {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b != 0 and a == c * b}[sign]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -342,6 +342,14 @@ def test_the_rule_keeps_the_wrong_sentence_names_it_and_goes_on_as_the_right_res
     assert right.endswith(correction.strip())
 
 
+@pytest.mark.parametrize("text, found", [
+    ("3 - 14 = 11", [False]), ("14 - 3 = 11 and 2*2=4.", [True, True]), ("3 + 4 + 5 = 12", []), ("12 - 4 = 8 / 2", []),
+    ("0.1 + 0.2 = 0.3", [True]), ("1 / 0 = 3", [False]), ("10 / 4 = 2.5", [True]), ("7 / 3 = 2.33", [False]),
+    ("1,200 + 1 = 1,201", []), ("x2 + 1 = 3", []), ("-3 * 2 = -6", [True]), ("5 * 3 = 150", [False])])
+def test_equations_are_checked_exactly_and_only_where_they_stand_alone(text, found):
+    assert [reflect.holds(equation) for equation in reflect.EQUATION.findall(text)] == found
+
+
 def test_the_rule_takes_the_pair_with_the_longest_common_beginning():
     def response(text, reward, grade="wrong", finished=True):
         return rollout(tokenizer_of("bpe"), text, finished, reward=reward, grade=grade)
@@ -350,6 +358,8 @@ def test_the_rule_takes_the_pair_with_the_longest_common_beginning():
     cut = response("A. B. C. X", 0.0, "truncated", finished=False)
     unread = response("A. B. C. X.", 0.0, "timeout")  # nobody knows that it is wrong
     assert reflect.rule_pairs([far, early, near, cut, unread, right]) == [(near, right)]
+    lucky = response("A. B. 3 - 14 = 11. D.", 1.0, "correct")  # its answer is right, its step is not
+    assert reflect.rule_pairs([far, lucky]) == [] and reflect.rule_pairs([near, lucky, right]) == [(near, right)]
     assert reflect.rule_pairs([early, right]) == [] and reflect.rule_pairs([near]) == []
 
 
