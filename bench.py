@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+import jsonl
 import reward
 import rollout
 import toy
@@ -274,7 +275,7 @@ def bench_tapo() -> None:
             subprocess.run([sys.executable, "train.py", "config/toy.py", *configs, f"--init_from={init_from}", "--max_steps=8",
                             "--eval_problems=", f"--out_dir={folder}/run", f"--threads={threads}", f"--device={device}"],
                            check=True, stdout=subprocess.DEVNULL)
-            metrics = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+            metrics = jsonl.read(f"{folder}/run/metrics.jsonl")
         times = {k: statistics.median(m[k] for m in metrics[1:]) for k in metrics[0] if k.startswith("time/")}
         phases.setdefault(configs[0], []).append(times)
         return times["time/step"]

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +31,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import jsonl
 from configurator import diff_configs
-from model import save_hf
+from model import find_folder, save_hf
 
 # With one process dcp warns that it assumes one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -41,23 +43,13 @@ FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
               "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes", "async_save", "max_bad_steps", "log_to",
-              "sample_dtype",
               "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations", "tokens_per_microbatch", "compile"}
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """Replace a jsonl file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("." + path.name)
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def keep_log(path: Path, last_step: int) -> None:
     """Drop the rows after last_step from metrics.jsonl: a run killed after its last checkpoint will run those again. A last
     line torn by the kill goes with them."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    write_lines(path, [row for row in rows if row["step"] <= last_step])
+    jsonl.write(path, [row for row in jsonl.read(path) if row["step"] <= last_step])
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -168,6 +160,17 @@ def load_optimizer(folder: Path, model, optimizer) -> None:
     set_optimizer_state_dict(model, optimizer, moments["optimizer"])
 
 
+def weights_mark(init_from: str) -> str:
+    """A cheap fingerprint of a model's weights: names, sizes and last MiB of its files, a hub id's in the local copy."""
+    mark = 0
+    for path in sorted(find_folder(init_from).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2 ** 20))
+            mark = zlib.crc32(file.read(), zlib.crc32(f"{path.name} {size}".encode(), mark))
+    return f"{mark:08x}"
+
+
 def check_same_model(folder: str, config, init_from: str, ref_config) -> None:
     """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says: that folder has changed."""
     if changed := diff_configs(asdict(ref_config), asdict(config)):
@@ -182,7 +185,7 @@ def find_start(config: dict) -> tuple[int, str]:
     """
     out, found = Path(config["out_dir"]), checkpoints(Path(config["out_dir"]))
     if not config["resume"]:
-        if (out / "metrics.jsonl").exists():
+        if jsonl.read(out / "metrics.jsonl"):  # a run that died in its first step left nothing to lose
             raise ValueError(f"out_dir = {out} already holds a run; continue it with --resume=True, or choose another out_dir")
         return 0, config["init_from"]
     if not found:

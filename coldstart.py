@@ -21,16 +21,18 @@ import torch
 from tqdm import tqdm
 
 import failing
+import jsonl
 import parallel
 import reflect
 import toy
-from checkpoint import Saver, find_start, keep_log, load_optimizer, write_lines
+from checkpoint import Saver, find_start, keep_log, load_optimizer, weights_mark
 from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
     check_prompts_fit,
     encode_prompts,
+    file_mark,
     load_problems,
     load_tokenizer,
     problems_for_step,
@@ -113,6 +115,8 @@ head_dim = 16
 context = 1024
 init_std = 0.08                # of the matrices; the usual 0.02 is meant for widths of 1000 and learns far slower here
 
+EXAMPLE_KNOBS = ("seed", "synthesis", "queries_per_round", "samples_per_prompt", "template", "max_synthesis_tokens",
+                 "max_new_tokens", "temperature", "instruction")  # what decides the content of examples.jsonl
 EXAMPLES = 10                  # noise stream of the toy examples, apart from rollout.py's
 
 
@@ -207,14 +211,14 @@ def solution_rows(tokenizer, c) -> list[Row]:
     """Both formats from a problem file: every line has a "solution"; one that also has a "wrong" response and the
     "synthesis" (analysis and reconstruction) that is to be written about the two gives an IFT example as well."""
     training, rows = load_problems(c.problems), []
-    with open(c.problems, encoding="utf-8") as lines:
-        found = [json.loads(line) for line in lines if line.strip()]
-    for number, (problem, keys) in enumerate(zip(training, found, strict=True), 1):
+    for problem, (number, line) in zip(training, jsonl.lines(c.problems), strict=True):
+        where = f"{c.problems}:{number}"
+        keys = jsonl.parse(line, where)
         solution, wrong, synthesis = (keys.get(key) for key in ("solution", "wrong", "synthesis"))
         if not solution:
-            raise ValueError(f"{c.problems}: problem {number} has no \"solution\"; add it, or use --from_rollouts=True")
+            raise ValueError(f"{where}: no \"solution\"; add it, or use --from_rollouts=True")
         if bool(wrong) != bool(synthesis):
-            raise ValueError(f"{c.problems}: problem {number} has one of \"wrong\" and \"synthesis\"; give both or neither")
+            raise ValueError(f"{where}: has one of \"wrong\" and \"synthesis\"; give both or neither")
         rows.append(encode(tokenizer, problem.question, solution, instruction=c.instruction))
         if synthesis:
             asked = reflect.synthesis_prompt(tokenizer, problem, wrong, solution, c.template)
@@ -272,13 +276,18 @@ def construct(model, tokenizer, rollouts, problem_of, stop_ids, c, number: int) 
 def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> list[Row]:
     """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found; both formats as rows.
 
-    A round of queries is appended to examples.jsonl as one line; what stands there is not sampled again.
+    A round of queries is appended to examples.jsonl as one line, below a header that says how they are made; with resume
+    what stands there is not sampled again. All processes go by what the first of them finds in the file.
     """
     path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    rounds = [json.loads(line) for line in lines if line.endswith("\n")]  # without a last line that a kill has torn
+    header = {"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)} | {k: getattr(c, k) for k in EXAMPLE_KNOBS}
+    rounds = []
     if rank == 0:
-        write_lines(path, rounds)
+        if c.resume:
+            rounds = jsonl.read_headed(path, header, "choose another out_dir, or --resume=False to sample anew")
+        if not rounds:
+            jsonl.write(path, [header])
+    rounds = [row["results"] for row in gather(rounds)]
     n_rounds = -(-len(training) // c.queries_per_round)
     quiet = True if rank > 0 else None  # None: shown on a terminal only
     bar, model = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds", disable=quiet), None
@@ -298,7 +307,7 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
         rounds.append(sorted(gather(results), key=lambda result: result["query"]))
         if rank == 0:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rounds[-1], ensure_ascii=False) + "\n")
+                file.write(json.dumps({"results": rounds[-1]}, ensure_ascii=False) + "\n")
         usable += [result for result in rounds[-1] if "completion_ids" in result]
         bar.update()
         bar.set_postfix_str(f"{len(usable)} examples", refresh=False)
@@ -404,6 +413,7 @@ def main() -> None:
     if c.plan:
         print(coldstart_table(config))
         return
+    config["problems_mark"] = file_mark(c.problems)  # a resumed run must find the problems it began with
     out = Path(c.out_dir)
     if c.resume and (out / "final" / "meta.json").is_file():
         print(f"{out / 'final'} is finished; nothing to resume")
@@ -449,8 +459,8 @@ def main() -> None:
 
     quiet = True if rank > 0 else None  # None: shown on a terminal only
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps", disable=quiet)
-    saver, sigterm = Saver(tokenizer, config), failing.on_sigterm()
-    started, done, interrupted, bad_steps = time.perf_counter(), first_step, False, 0
+    saver, stop = Saver(tokenizer, config), failing.Stop()
+    started, done, stopped_by, bad_steps = time.perf_counter(), first_step, 0, 0
     for step in range(first_step, max_steps):
         batch = toy_rows(tokenizer, questions, c, step) if c.world else [
             row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
@@ -461,11 +471,11 @@ def main() -> None:
         metrics["train/lr"] = learning_rate_at(step, schedule)
         done = step + 1
         bar.update()
-        stop = False
+        good_enough = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
             with failing.out_of_memory_names(c, "max_rows"), unsharded(model) as sampler, autocast:
                 metrics |= measure(sampler, tokenizer, held_out, stop_ids, c, rank, world)
-            stop = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
+            good_enough = 0 < c.stop_at_pass1 <= metrics["eval/pass1"]
             shown = " | ".join(f"{key[5:]} {value:.3f}" for key, value in metrics.items() if key.startswith("eval/"))
             if rank == 0:
                 bar.write(f"step {done:5d}/{max_steps} | loss {metrics['train/loss']:.3f} | {shown} | "
@@ -477,16 +487,16 @@ def main() -> None:
             log_also(done, metrics | elapsed)
         bad_steps = bad_steps + 1 if metrics["train/skipped"] else 0
         failing.check_bad_steps(bad_steps, c)
-        if stop:
+        if good_enough:
             break
-        interrupted = done < max_steps and any(gather([sigterm.is_set()]))
-        if interrupted or (done < max_steps and c.save_interval and done % c.save_interval == 0):
+        stopped_by = max(gather([stop.signal])) if done < max_steps else 0
+        if stopped_by or (done < max_steps and c.save_interval and done % c.save_interval == 0):
             saver.save(out / f"step_{done:06d}", model, optimizer, done)
-        if interrupted:
+        if stopped_by:
             break
     bar.close()
-    if interrupted:
-        failing.end_after_sigterm(done, max_steps, out, say)
+    if stopped_by:
+        failing.end_after_signal(stopped_by, done, max_steps, out, say)
     saver.save(out / "final", model, optimizer, done)
     say(f"saved {out / 'final'} after {done} steps")
 

@@ -11,7 +11,8 @@ A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. 
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
 """
 import json
-import os
+import re
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+import jsonl
 import reward
 
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -37,8 +39,10 @@ class Problem:
 # ----------------------------------------------------------------------------------------------------------------------
 # Problem files
 
-def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
+def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) -> list[Problem]:
     """Problems of a jsonl file, the first `limit` of them if limit > 0. Also reads the keys "id" and "problem".
+
+    check_answers = False does not ask the grader whether it can read them, which takes seconds.
 
     Every defect is a ValueError naming path:line, because one bad line found after a night of sampling is expensive.
     """
@@ -46,25 +50,35 @@ def load_problems(path: str | Path, limit: int = 0) -> list[Problem]:
     if not path.is_file():
         raise FileNotFoundError(f"no problem file at {path}; prepare one with `python data.py <name> --out={path}`")
     problems, seen = [], {}  # seen: uid -> line number
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if limit and len(problems) == limit:
-                break
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            problem = _parse_problem(line, where)
-            if problem.uid in seen:
-                raise ValueError(f"{where}: uid {problem.uid!r} already stands on line {seen[problem.uid]}; "
-                                 "uids name advantage groups and must be unique")
-            seen[problem.uid] = number
-            problems.append(problem)
+    for number, line in jsonl.lines(path):
+        if limit and len(problems) == limit:
+            break
+        where = f"{path}:{number}"
+        problem = _problem_of(jsonl.parse(line, where), where)
+        if problem.uid in seen:
+            raise ValueError(f"{where}: uid {problem.uid!r} already stands on line {seen[problem.uid]}; "
+                             "uids name advantage groups and must be unique")
+        seen[problem.uid] = number
+        problems.append(problem)
     if not problems:
         raise ValueError(f"{path} holds no problems; expected one JSON object per line")
+    if not check_answers:
+        return problems
     for problem, why in zip(problems, unusable_answers([p.answer for p in problems]), strict=True):
         if why:
             raise ValueError(f"{path}:{seen[problem.uid]}: {why}")
+    prose = [p for p in problems if _is_prose(p.answer)]
+    if prose:
+        print(f"WARNING: {path}:{seen[prose[0].uid]}: gold answer {prose[0].answer!r} is prose"
+              f"{f' (and {len(prose) - 1} more)' if prose[1:] else ''}: only the same words would equal it; is a number meant?",
+              flush=True)
     return problems
+
+
+def _is_prose(answer: str) -> bool:
+    """Three words or more and a number among them, and no mathematics: "Ann has 72 clips.", not "July 4, 2011"."""
+    words = re.findall(r"[A-Za-z]+", answer)
+    return len(words) >= 3 and any(c.isdigit() for c in answer) and not re.search(r"[\\$={}^_<>]", answer)
 
 
 def unusable_answers(answers: list[str]) -> list[str]:
@@ -85,13 +99,7 @@ def unusable_answers(answers: list[str]) -> list[str]:
     return [reasons[answer] for answer in answers]
 
 
-def _parse_problem(line: str, where: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+def _problem_of(row: dict, where: str) -> Problem:
     fields = {}
     for name, other in (("uid", "id"), ("question", "problem"), ("answer", "answer")):
         value = row.get(name, row.get(other))
@@ -104,14 +112,16 @@ def _parse_problem(line: str, where: str) -> Problem:
 
 def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, dict] | None = None) -> None:
     """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems ignores."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two cold starts side by side write the same file
-    with open(partial, "w", encoding="utf-8") as out:
-        for p in problems:
-            row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
-            out.write(json.dumps(row | (extra or {}).get(p.uid, {}), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    rows = []
+    for p in problems:
+        row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
+        rows.append(row | (extra or {}).get(p.uid, {}))
+    jsonl.write(path, rows)
+
+
+def file_mark(path: str | Path) -> str:
+    """A fingerprint of a file's content, as a run remembers its problems by; "" of no file."""
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}" if Path(path).is_file() else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,16 +289,14 @@ def read_rows(path: str | Path) -> list[dict]:
             return parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as e:
             raise ValueError(f"{path} is not a readable parquet file ({str(e).splitlines()[0]})") from None
-    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return [jsonl.parse(line, f"{path}:{number}") for number, line in jsonl.lines(path)]
+    if path.suffix != ".json":
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl, .json or .parquet")
     try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; expected .jsonl, .json or .parquet")
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not valid {path.suffix[1:]} ({e})") from None
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not valid json ({e})") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects")
     return rows

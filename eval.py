@@ -12,7 +12,6 @@ same command continues there after a kill. Deliberately missing: majority voting
 the problem alone, so dealing problems out by index would not change a sample).
 """
 import collections
-import itertools
 import json
 import math
 import os
@@ -28,10 +27,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import jsonl
 import reflect
 import reward
 import toy
-from configurator import configure, diff_configs, print_config, run_script
+from checkpoint import weights_mark
+from configurator import configure, print_config, run_script
 from data import BOXED_INSTRUCTION, Problem, check_prompts_fit, encode_prompts, load_problems, load_tokenizer
 from data import save_problems, stop_ids_of
 from model import load_hf, num_params
@@ -73,6 +74,8 @@ filter_high = 0.875
 # --- instead of all this: compare results -----------------------------------------------------------------------------
 compare = ""                   # OUT.json files separated by commas, the baseline first; + joins the seeds of one method
 compare_out = ""               # also write the comparison as json
+
+OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -199,35 +202,6 @@ def load_sets(c) -> dict[str, list[Problem]]:
     return sets
 
 
-def weights_mark(folder: str) -> str:
-    """A cheap fingerprint of a checkpoint: names, sizes, last MiB of its weight files. Of a hub id, the id itself."""
-    mark = 0
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2 ** 20))
-            mark = zlib.crc32(file.read(), zlib.crc32(f"{path.name} {size}".encode(), mark))
-    return f"{mark:08x}" if mark else folder
-
-
-def read_jsonl(path: Path, header: dict) -> list[dict]:
-    """Rows that an earlier run left behind a first line equal to `header`; [] without a file.
-
-    A last line cut short by a kill is removed from the file. Another header is a ValueError: those rows are not ours.
-    """
-    if not path.is_file():
-        return []
-    with open(path, "rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
-    differences = diff_configs(rows[0], header) if rows else []
-    if differences:
-        raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); "
-                         "choose another --out, or --resume=False to overwrite it")
-    return rows[1:]
-
-
 def sample_key(row: dict) -> tuple:
     """What tells a stored sample from all others."""
     return row["temperature"], row["top_p"], row["uid"], row["problem"], row["sample"]
@@ -268,7 +242,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
     # A stored sample answers one prompt and was graded against one answer; after a change of either it is drawn anew.
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), **{k: getattr(c, k) for k in ("seed", "max_new_tokens", "dtype")}}
-    stored, old = collections.defaultdict(dict), read_jsonl(path, header) if c.resume else []
+    stored, old = collections.defaultdict(dict), jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
     for row in old:
         del row["text"]  # responses may be long and many; the file keeps them
         stored[sample_key(row)[:-1]][row["sample"]] = row
@@ -351,12 +325,11 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
     """
     header = {"judge_model": c.judge_model, "prompt": zlib.crc32(JUDGE_PROMPT.encode()),
               "samples": weights_mark(c.init_from)}
-    old = read_jsonl(path, header) if c.resume else []
+    old = jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
     verdicts = {sample_key(row): row["verdict"] for row in old}
     wanted, question = {sample_key(row) for row in rows} - set(verdicts), {p.uid: p.question for p in problems}
-    with open(samples_path, encoding="utf-8") as file:  # its first line is the header
-        stored = (json.loads(line) for line in itertools.islice(file, 1, None))
-        todo = list({sample_key(row): row for row in stored if sample_key(row) in wanted}.values())
+    stored = jsonl.read(samples_path)[1:]  # the first line is the header
+    todo = list({sample_key(row): row for row in stored if sample_key(row) in wanted}.values())
     pool, done = ThreadPoolExecutor(8), 0
     asked = pool.map(lambda row: ask_judge(c.judge_url, c.judge_model, question[row["uid"]], row["text"]), todo)
     with open(path, "a" if old else "w", encoding="utf-8") as file:

@@ -4,6 +4,7 @@
     out of memory            one line: the knob of the phase and the last good checkpoint
     non-finite numbers       the update is skipped by all processes alike; after max_bad_steps in a row, one line
     SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143; --resume=True goes on
+    Ctrl-C                   the same, exit status 130; a second one ends at once
     another process ended    its own message comes first, ours is one line; torchrun ends the whole job
     another process hangs    the collective ends after timeout_minutes, and the message names that knob
 """
@@ -12,7 +13,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
 
@@ -22,7 +22,8 @@ import torch.distributed as dist
 from checkpoint import newest
 from configurator import run_script
 
-SIGTERM_STATUS = 128 + signal.SIGTERM  # not 0: a script of several phases must not go on to the next one
+STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # not 0: a script of several phases must not go on to the next one
+SAME_CTRL_C = 2                        # seconds: torchrun passes on the signal that the terminal has sent to all
 PATIENCE = 5                           # seconds in which torchrun ends a process whose peer has died, before it says so itself
 PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting")
 
@@ -45,7 +46,7 @@ def run(main) -> None:
         print(f"rank {os.environ['RANK']}:", file=sys.stderr)
         traceback.print_exc()
         status = 1
-    if status in (0, SIGTERM_STATUS):  # all processes have come to the end
+    if status in {0} | STOPPED:  # all processes have come to the end
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(status)
@@ -69,17 +70,31 @@ def _own_errors_first(main) -> None:
         sys.exit(1)
 
 
-def on_sigterm() -> threading.Event:
-    """From now on SIGTERM does not end the process but sets this event; whoever runs the loop looks at it once a step."""
-    event = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
+class Stop:
+    """From now on SIGTERM and the first Ctrl-C do not end the process: `signal` holds which came, 0 before. Whoever runs
+    the loop looks at it once a step. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.signal, self.since = 0, 0.0
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number, _) -> None:
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.since > SAME_CTRL_C:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                # os.write: a print within a print of the interrupted line would fail
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once, without saving\n")
 
 
-def end_after_sigterm(done: int, max_steps: int, out_dir, say) -> None:
+def end_after_signal(number: int, done: int, max_steps: int, out_dir, say) -> None:
     """The last words of a run whose step and checkpoint are complete, and its exit status; say: prints on one process."""
-    say(f"SIGTERM: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out_dir)}", flush=True)
-    sys.exit(SIGTERM_STATUS)
+    say(f"{signal.Signals(number).name}: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out_dir)}",
+        flush=True)
+    sys.exit(128 + number)
 
 
 def check_bad_steps(bad_steps: int, c) -> None:

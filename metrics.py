@@ -55,9 +55,9 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     return sums
 
 
-def warnings_of(m: dict[str, float], dry_steps: int, c) -> list[str]:
-    """What a run that cannot learn looks like, to be said where it cannot be missed. c: the config; dry_steps: how many
-    steps in a row had no eligible query."""
+def warnings_of(m: dict[str, float], dry_steps: int, lost_steps: int, c) -> list[str]:
+    """What a run that cannot learn looks like, to be said where it cannot be missed. c: the config. In a row: dry_steps had
+    no eligible query, lost_steps had candidates of which none became a construction."""
     found = []
     if m["rollout/truncated"] == 1:
         found.append(f"every response was truncated at max_new_tokens = {c.max_new_tokens}: raise it, or check the stop ids")
@@ -72,6 +72,10 @@ def warnings_of(m: dict[str, float], dry_steps: int, c) -> list[str]:
     if m["train/skipped"]:
         found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm {m['train/grad_norm']}; "
                      f"max_bad_steps = {c.max_bad_steps} such steps in a row end the run")
+    if lost_steps >= 3:
+        reason = max(reflect.DROP_REASONS, key=lambda name: m.get(f"reflect/dropped_{name}", 0))
+        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is GRPO: most are {reason}; "
+                     f"{reflect.DROP_REASONS[reason]}")
     if c.method in ("tapo", "sft") and dry_steps >= 20:
         found.append(f"no query was eligible for {dry_steps} steps (Eq. 3 with n_pos = {c.n_pos}, n_neg = {c.n_neg}): "
                      f"{c.method} has nothing to reflect upon")

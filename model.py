@@ -615,7 +615,7 @@ def load_hf(
     num_tokens: see ModelConfig. wrap(model) shards the still empty model (parallel.shard): each process then keeps its part
     of every tensor. compile: see CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
     line each."""
-    folder = _find_folder(folder_or_hub_id)
+    folder = find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
     if (folder / "generation_config.json").is_file():
         eos = ModelConfig(eos_token_id=_read_json(folder / "generation_config.json").get("eos_token_id")).eos_token_id
@@ -711,7 +711,7 @@ def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     parameter.copy_(tensor)
 
 
-def _find_folder(folder_or_hub_id: str | Path) -> Path:
+def find_folder(folder_or_hub_id: str | Path) -> Path:
     """The folder itself; anything else that looks like owner/name comes from the hub."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_file():

@@ -16,9 +16,11 @@ from rollout import Batch, Rollout, collate
 
 
 def teacher_prompts(tokenizer, rollouts: list[Rollout], problem_of: dict[int, Problem], template: str,
-                    key: tuple[int, ...]) -> list[list[int] | None]:
-    """Per rollout the ids (P',) under which the teacher reads it; None where its group has no right response but it: after
-    its own text the teacher would only copy. Rollouts of a query stand together. key: counters (seed, PAIRING, step)."""
+                    key: tuple[int, ...], context: int) -> list[list[int] | None]:
+    """Per rollout the ids (P',) under which the teacher reads it. None where its group has no right response but it (after
+    its own text the teacher would only copy), [] where prompt and response exceed the model's context.
+
+    Rollouts of a query stand together. key: counters (seed, PAIRING, step)."""
     groups: dict[int, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.query, []).append(r)
@@ -28,8 +30,20 @@ def teacher_prompts(tokenizer, rollouts: list[Rollout], problem_of: dict[int, Pr
         for r in group:
             right = [other for other in group if other.reward > 0 and other is not r]
             chosen = right[rng.integers(len(right))] if right else None
-            prompts.append(chosen and reflect.teacher_prompt(tokenizer, problem_of[query], chosen.text, template))
+            prompt = chosen and reflect.teacher_prompt(tokenizer, problem_of[query], chosen.text, template)
+            prompts.append([] if prompt and len(prompt) + len(r.completion_ids) > context else prompt)
     return prompts
+
+
+def teacher_sums(rollouts: list[Rollout], prompts: list[list[int] | None]) -> dict[str, float]:
+    """Shares of a step's rollouts: read by a teacher, and too long for it."""
+    return {"opsd/taught": float(sum(map(bool, prompts))), "opsd/taught#": len(rollouts),
+            "opsd/teacher_too_long": float(sum(p == [] for p in prompts)), "opsd/teacher_too_long#": len(rollouts)}
+
+
+def as_read(rollouts: list[Rollout], prompts: list[list[int] | None]) -> list[Rollout]:
+    """Every rollout under its teacher's prompt, or under its own if it has no teacher."""
+    return [dataclasses.replace(r, prompt_ids=prompt or r.prompt_ids) for r, prompt in zip(rollouts, prompts, strict=True)]
 
 
 def student_and_teacher(model, teacher, batch: Batch, rollouts: list[Rollout], prompts: list[list[int] | None], *,
@@ -39,11 +53,11 @@ def student_and_teacher(model, teacher, batch: Batch, rollouts: list[Rollout], p
 
     The teacher's prompt is longer, so its columns are shifted to meet the student's. No gradient reaches the teacher.
     """
-    read = [dataclasses.replace(r, prompt_ids=prompt or r.prompt_ids) for r, prompt in zip(rollouts, prompts, strict=True)]
+    read = as_read(rollouts, prompts)
     seen = collate(read, [0.0] * len(read)).to(batch.inputs.device)                               # (B, T')
     shift = torch.tensor([len(a.prompt_ids) - len(b.prompt_ids) for a, b in zip(read, rollouts, strict=True)])
     columns = (torch.arange(batch.inputs.shape[1]) + shift[:, None]).clamp(max=seen.inputs.shape[1] - 1)
-    columns = columns.to(batch.inputs.device)                                                     # (B, T)
+    columns = columns.to(batch.inputs.device, non_blocking=True)                                  # (B, T)
     if loss == "sampled":
         with torch.no_grad():
             teacher_logprobs = teacher(seen.inputs, seen.targets, temperature=temperature)[0].gather(1, columns)

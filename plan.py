@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 
+from data import load_problems
 from model import CACHE_BLOCK, LOGITS_PER_CHUNK, CausalLM, ModelConfig, check_folder, flops_per_token, num_params
 
 GIB = 2**30
@@ -127,13 +128,15 @@ def rows_now(model: CausalLM, most: int, samples_per_prompt: int, prompt: int, n
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int, tokens_per_microbatch: int,
                 dtype: str, samples_per_prompt: int = 1, reflections: int = 0, max_synthesis_tokens: int = 0,
                 rollouts: int = 0, limit: float = 0, world_size: int = 1, offload: bool = False, reference_model: bool = True,
-                full_divergence: bool = False, checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
+                full_divergence: bool = False, teacher: bool = False, checkpoint_activations: bool = False,
+                device: str = "cuda") -> dict[str, int]:
     """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'; the rows that decode at once.
 
     peak = persistent + max(update, sampling): gradients and activations are gone when sampling begins. Lengths in tokens.
     dtype: of products; masters, gradients and AdamW's moments are fp32. world_size: processes that share one copy of the
     model (FSDP2). reflections: a process writes at most so many a step. max_rows 0: each phase takes the rows that `limit`
-    bytes hold, of the step's `rollouts` and reflections. full_divergence: OPSD over the whole vocabulary.
+    bytes hold, of the step's `rollouts` and reflections. full_divergence: OPSD over the whole vocabulary. teacher: OPSD's
+    reads a response below a right one.
     """
     total, block, matrices, tensors = count_parameters(config)
     L, V, root = config.num_hidden_layers, config.num_tokens, total - config.num_hidden_layers * block
@@ -145,7 +148,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
-    tokens = max(tokens_per_microbatch, longest_prompt + max_new_tokens)
+    longest = longest_prompt + max_new_tokens + teacher * (max_new_tokens + SYNTHESIS_WORDS)
+    tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
     in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded, device=device)
     mlp = config.intermediate_size * c
     forward = tokens * (3 * mlp + 4 * of_input)                # temporaries of a block without gradient (the reference), ...
@@ -210,8 +214,8 @@ def longest_question(path: str, instruction: str) -> int:
     """Tokens of a problem file's longest prompt, from above: mathematics has two characters a token or more. 0: no file."""
     if not Path(path).is_file():
         return 0
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return (max(len(row.get("question") or row.get("problem") or "") for row in rows) + len(instruction)) // 2 + 32
+    problems = load_problems(path, check_answers=False)
+    return (max(len(p.question) for p in problems) + len(instruction)) // 2 + 32
 
 
 def machine(config: dict) -> tuple[str, int, float]:
@@ -244,7 +248,8 @@ def plan_table(config: dict) -> str:
         "config": model, "longest_prompt": prompt, "device": device, "rollouts": -(-rollouts // processes),
         "reflections": -(-reflections // processes), "limit": USABLE * memory,
         "reference_model": bool(c.log_kl or c.kl_coef or (c.method == "opsd" and c.opsd_teacher == "initial")),
-        "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd", "world_size": processes // c.replicas}
+        "teacher": c.method == "opsd", "full_divergence": c.method == "opsd" and c.opsd_loss == "jsd",
+        "world_size": processes // c.replicas}
 
     rows, row = rollouts + reflections, prompt + c.max_new_tokens
     batches = -(-rows // (max(1, c.tokens_per_microbatch // row) * processes))

@@ -23,18 +23,22 @@ from data import Problem, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 
 PREFIX_MODES = ("micro", "full", "copy")  # y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
-DROP_REASONS = (
-    "prompt_too_long",      # y- and y+ do not fit the context; found by train.py, before anything is sampled
-    "unfinished",           # the synthesis hit its cap before it closed the reconstruction
-    "unparsable",           # tags missing, repeated or out of order, or an empty reflection
-    "no_divergence",        # y_ref says nothing that y- does not say
-    "prefix_not_verbatim",  # what stands before the reflection is not how y- begins
-    "empty_prefix",         # nothing of y- is preserved
-    "no_correction",        # it stops after the reflection
-    "no_reflection",        # without tags: where it leaves y-, it voices no doubt
-    "special_token",        # the new text holds a stop token, another special token, or a tag
-    "too_long",             # more than max_new_tokens
-)
+_COLD_START = "cold start the policy (coldstart.py, for a small model --synthesis=rule), or try another template"
+DROP_REASONS = {  # reason: what mends it
+    # y- and y+ do not fit the context; found by train.py, before anything is sampled
+    "prompt_too_long": "lower max_new_tokens or max_synthesis_tokens, or use template = 'short'",
+    # the synthesis hit its cap before it closed the reconstruction
+    "unfinished": "raise max_synthesis_tokens, or cold start the policy (coldstart.py)",
+    # tags missing, repeated or out of order, or an empty reflection
+    "unparsable": _COLD_START,
+    "no_divergence": _COLD_START,        # y_ref says nothing that y- does not say
+    "prefix_not_verbatim": _COLD_START,  # what stands before the reflection is not how y- begins
+    "empty_prefix": _COLD_START,         # nothing of y- is preserved
+    "no_correction": _COLD_START,        # it stops after the reflection
+    "no_reflection": _COLD_START,        # without tags: where it leaves y-, it voices no doubt
+    "special_token": _COLD_START,        # the new text holds a stop token, another special token, or a tag
+    "too_long": "raise max_new_tokens",  # y_ref has more
+}
 TAGS = [f"<{slash}{name}>" for slash in ("", "/") for name in (
     "analysis", "reconstruction", "reflection", "wrong", "right", "micro", "full", "solve")]
 TAG = re.compile("|".join(TAGS))

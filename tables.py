@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+import jsonl
 from eval import compare_runs
 
 KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full") for part in (
@@ -157,7 +158,7 @@ def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 def read_metrics(path: Path) -> list[dict]:
     """metrics.jsonl beside an evaluation."""
-    return [json.loads(line) for line in (path.with_suffix("") / "metrics.jsonl").read_text().splitlines()]
+    return jsonl.read(path.with_suffix("") / "metrics.jsonl")
 
 
 def logs_kl(path: Path) -> bool:

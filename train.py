@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 import failing
+import jsonl
 import opsd
 import parallel
 import reflect
@@ -36,13 +37,14 @@ from advantage import (
     token_weights,
     train_mask,
 )
-from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer, write_lines
+from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer
 from configurator import configure, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
     check_prompts_fit,
     encode_prompts,
+    file_mark,
     load_problems,
     load_tokenizer,
     problems_for_step,
@@ -235,7 +237,7 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     if c.method == "sft":     # imitates constructions alone, and only the right ones
         trained = [n * (r.is_reflection and r.reward > 0) for n, r in zip(trained, rollouts, strict=True)]
     elif c.method == "opsd":  # needs a teacher who has seen a right solution
-        trained = [n * (prompt is not None) for n, prompt in zip(trained, teacher_of, strict=True)]
+        trained = [n * bool(prompt) for n, prompt in zip(trained, teacher_of, strict=True)]
     trained = torch.tensor([*trained[:-1], 0])  # the filler counts nowhere
     # CRITICAL: the one denominator, counted over the whole step by the mask the loss uses, before the first backward.
     scales = loss_scales(trained, is_reflection, loss_totals(trained, is_reflection), lam=c.lam if c.method == "tapo" else 1.0,
@@ -249,9 +251,10 @@ def update(model, ref_model, optimizer, rollouts, teacher_of, c, rank, world, de
     exact_zero = c.method in ("tapo", "grpo") and not c.kl_coef
     learning = [i for i in range(filler) if trained[i] and not (exact_zero and rollouts[i].advantage == 0)]
     watched = sorted(set(range(filler)) - set(learning))
+    as_read = opsd.as_read(rollouts, teacher_of) if teacher_of else rollouts  # a teacher's prompt makes the longer row
     batches = [(learn, [rows[j] if j < len(rows) else filler for j in batch])
                for learn, rows in ((False, watched), (True, learning or [filler]))
-               for batch in balance([rollouts[i] for i in rows], c.tokens_per_microbatch, rank, world)]
+               for batch in balance([as_read[i] for i in rows], c.tokens_per_microbatch, rank, world)]
 
     def batch_of(index: list[int]):
         return collate([rollouts[i] for i in index], [scales[i] for i in index]).to(device)
@@ -370,6 +373,7 @@ def main() -> None:
     c = SimpleNamespace(**config)
     check_config(c)
     parallel.check_world(c.replicas, c.prompts_per_step)
+    config["problems_mark"] = file_mark(c.problems)  # a resumed run must find the problems it began with
     cost = plan_table(config)
     if c.plan:
         print(cost)
@@ -411,8 +415,8 @@ def main() -> None:
         tokenizer.save_pretrained(out / "tokenizer")
         keep_log(out / "metrics.jsonl", first_step)
     saver = Saver(tokenizer, config, background=c.async_save)
-    sigterm = failing.on_sigterm()
-    dry_steps = bad_steps = 0   # in a row: without an eligible query, without an update
+    stop = failing.Stop()
+    dry_steps = lost_steps = bad_steps = 0  # in a row: no eligible query, no candidate that became a y_ref, no update
     done = first_step
     for step in range(first_step, c.max_steps):
         clock = [time.perf_counter()]
@@ -454,7 +458,9 @@ def main() -> None:
             group["lr"] = learning_rate_at(step, c)
         teacher_of = None
         if c.method == "opsd":
-            teacher_of = opsd.teacher_prompts(tokenizer, rollouts, problem_of, c.template, (c.seed, PAIRING, step))
+            teacher_of = opsd.teacher_prompts(tokenizer, rollouts, problem_of, c.template, (c.seed, PAIRING, step),
+                                              model.config.max_position_embeddings)
+            sums |= opsd.teacher_sums(rollouts, teacher_of)
         lap()
         with failing.out_of_memory_names(c, "tokens_per_microbatch", "checkpoint_activations", "offload"):
             sums |= update(model, ref_model, optimizer, everything, teacher_of, c, rank, world, device, autocast)
@@ -471,26 +477,28 @@ def main() -> None:
                 metrics |= evaluate(sampler, tokenizer, held_out, stop_ids, c, rank, world)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank == 0:
-            write_lines(out / "rollouts" / f"step_{done:06d}.jsonl", [
+            jsonl.write(out / "rollouts" / f"step_{done:06d}.jsonl", [
                 {"step": done, "question": problem_of[r.query].question, "gold": problem_of[r.query].answer,
                  "prompt": tokenizer.decode(r.prompt_ids)} | dataclasses.asdict(r) for r in everything])
             with open(out / "metrics.jsonl", "a") as log:
                 log.write(json.dumps({"step": done} | metrics) + "\n")
             log_also(done, metrics)
         say(console_line(done, metrics, c), flush=True)
-        for warning in warnings_of(metrics, dry_steps, c):
+        if metrics.get("reflect/candidates"):
+            lost_steps = 0 if metrics["reflect/kept"] else lost_steps + 1
+        for warning in warnings_of(metrics, dry_steps, lost_steps, c):
             say(f"WARNING: {warning}", flush=True)
         bad_steps = bad_steps + 1 if metrics["train/skipped"] else 0
         failing.check_bad_steps(bad_steps, c)
-        stop = any(gather([sigterm.is_set()]))  # in one process is enough: all end together
-        if stop or done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
+        stopped_by = max(gather([stop.signal]))  # in one process is enough: all end together
+        if stopped_by or done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
             saver.save(out / f"step_{done:06d}", model, optimizer, done, metrics.get("eval/pass1"))
         saver.check()
-        if stop:
+        if stopped_by:
             break
     saver.wait()
     if done < c.max_steps:
-        failing.end_after_sigterm(done, c.max_steps, out, say)
+        failing.end_after_signal(stopped_by, done, c.max_steps, out, say)
 
 
 def run_table(training, stop_ids, tokenizer, c, device, world) -> str:

@@ -63,6 +63,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def sigterm_ends_the_tests():
-    """train.main() takes SIGTERM for itself."""
+    """train.main() takes SIGTERM and Ctrl-C for itself."""
     yield
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)

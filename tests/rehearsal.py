@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 import reward  # noqa: E402
-from checkpoint import checkpoints, write_lines  # noqa: E402
+import jsonl  # noqa: E402
+from checkpoint import checkpoints  # noqa: E402
 from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: E402
 from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
 
@@ -64,7 +65,7 @@ def make(tokenizer_folder: str, problems: str, out: Path) -> None:
             found.append(p)
             lessons += rows
     save_problems(found, out / "problems.jsonl")
-    write_lines(out / "lessons.jsonl", lessons)
+    jsonl.write(out / "lessons.jsonl", lessons)
     print(f"{out}: a model of {len(tokenizer):,} tokens, {len(found)} problems, {len(lessons)} lessons")
 
 
@@ -74,7 +75,7 @@ def check(out: Path, names: list[str]) -> None:
     for run in (out / name for name in names):
         config, last = json.loads((run / "config.json").read_text()), checkpoints(run)[-1]
         files = sorted((run / "rollouts").glob("step_*.jsonl"))
-        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        rows = [row for file in files for row in jsonl.read(file)]
         tokenizer = load_tokenizer(last)
         stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")}
         sampled = [r for r in rows if not r["is_reflection"]]

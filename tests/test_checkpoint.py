@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import checkpoint
+import failing
 import toy
 import train
 from checkpoint import checkpoints
@@ -155,23 +156,56 @@ def change_config(done, **knobs):
 # how a run ends
 
 
-def test_sigterm_finishes_the_step_saves_and_the_resumed_run_is_the_same(start, done, tmp_path, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_ends_the_step_saves_and_the_resumed_run_is_the_same(  # noqa: F811
+        start, done, tmp_path, monkeypatch, capsys, number):  # noqa: F811
     author(monkeypatch)
     score = train.score
 
     def preempted(rollouts, problem_of):
         if min(problem_of) == 4:  # in the second step
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         score(rollouts, problem_of)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "score", preempted)
         with pytest.raises(SystemExit) as stop:
             run(start, tmp_path / "out", patch, max_steps=4, **GRPO | {"save_interval": 0})
-    assert stop.value.code == 143 and [folder.name for folder in checkpoints(tmp_path / "out")] == ["step_000002"]
-    assert "SIGTERM: stopped after step 2 of 4; --resume=True goes on from" in capsys.readouterr().out
+    assert stop.value.code == 128 + number and [folder.name for folder in checkpoints(tmp_path / "out")] == ["step_000002"]
+    assert f"{number.name}: stopped after step 2 of 4; --resume=True goes on from" in capsys.readouterr().out
     resumed = run(start, tmp_path / "out", monkeypatch, max_steps=4, resume=True, **GRPO | {"save_interval": 0})
     assert same_numbers([json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()], resumed)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_torchruns_copy_of_the_first_does_not(monkeypatch, capfd):
+    stop, now = failing.Stop(), [100.0]
+    monkeypatch.setattr(failing.time, "monotonic", lambda: now[0])
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the terminal has sent it to torchrun as well, which passes it on
+    assert stop.signal == signal.SIGINT and capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+    now[0] += 3
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_died_in_its_first_step_does_not_block_its_folder(start, tmp_path, monkeypatch):  # noqa: F811
+    def dies(*args):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(train, "score", dies)
+        run(start, tmp_path / "out", patch, max_steps=1, **GRPO)
+    assert (tmp_path / "out/metrics.jsonl").read_text() == ""
+    assert len(run(start, tmp_path / "out", monkeypatch, max_steps=1, **GRPO)) == 1
+
+
+def test_problems_that_changed_between_run_and_resume_are_noticed(start, done, tmp_path, monkeypatch):  # noqa: F811
+    """Bug: the resumed run goes on with other problems, and nobody sees it."""
+    content = (start / "train.jsonl").read_text(encoding="utf-8")
+    shutil.copytree(done, tmp_path / "out")
+    (tmp_path / "problems.jsonl").write_text("".join(reversed(content.splitlines(keepends=True))), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the config has changed .*problems_mark: '\w{8}' -> '\w{8}'"):
+        run(start, tmp_path / "out", monkeypatch, max_steps=4, resume=True, problems=str(tmp_path / "problems.jsonl"), **GRPO)
 
 
 @pytest.mark.parametrize("where, knobs", [

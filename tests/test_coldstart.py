@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from test_reflect import tokenizer_of
 
 import coldstart
+import jsonl
 import reflect
 import reward
 import toy
@@ -266,7 +268,7 @@ def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path
     assert len(losses) == 6 and losses[-1] < losses[0]
     del lines[2]["solution"]
     (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    with pytest.raises(ValueError, match="problem 3 has no \"solution\""):
+    with pytest.raises(ValueError, match='solved.jsonl:3: no "solution"'):
         run(tmp_path / "again", *source)
 
 
@@ -283,7 +285,7 @@ def test_a_solution_with_a_wrong_response_and_a_synthesis_is_an_example_of_both_
     assert shown(tokenizer, ift) == written + "<|im_end|>"
     del row["synthesis"]
     (tmp_path / "solved.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="problem 1 has one of"):
+    with pytest.raises(ValueError, match="solved.jsonl:1: has one of"):
         coldstart.solution_rows(tokenizer, c)
 
 
@@ -363,11 +365,42 @@ def test_at_most_one_example_per_query_and_no_more_queries_than_needed(tmp_path,
 def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scripted):
     c = rollout_config(tmp_path, tokenizer, n_sft=5, n_ift=2)
     whole = rollout_rows(tokenizer, c)
+    c.resume = True
     lines = (tmp_path / "examples.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "examples.jsonl").write_text(lines[0] + lines[1][:40])  # killed while it wrote the second round
+    (tmp_path / "examples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote the second round
     scripted.clear()
     assert rollout_rows(tokenizer, c) == whole
     assert len(scripted) == 4                                           # rounds two and three only
+    scripted.clear()
+    assert rollout_rows(tokenizer, c) == whole and scripted == []
+
+
+def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(tmp_path, tokenizer, scripted):
+    """Bug: a new run in the folder of one that was cut off trains on the old run's examples."""
+    c = rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1)
+    rollout_rows(tokenizer, c)
+    c.resume, c.seed = True, 1
+    with pytest.raises(ValueError, match="examples.jsonl was made otherwise .seed: 0 -> 1.; choose another out_dir, or --res"):
+        rollout_rows(tokenizer, c)
+    c.seed = 0
+    lines = Path(c.problems).read_text().splitlines(keepends=True)
+    Path(c.problems).write_text("".join(lines[3:]))
+    with pytest.raises(ValueError, match="made otherwise .problems: "):
+        rollout_rows(tokenizer, c)
+    scripted.clear()
+    c.resume = False                      # anew, on the problems that are there now
+    assert len(rollout_rows(tokenizer, c)) == 3 and len(scripted) == 3
+    uids = {r["uid"] for row in jsonl.read(tmp_path / "examples.jsonl")[1:] for r in row["results"]}
+    assert uids <= {json.loads(line)["uid"] for line in lines[3:]}
+
+
+def test_a_response_with_a_line_separator_is_read_back_after_a_kill(tmp_path, tokenizer, scripted, monkeypatch):
+    """Bug: str.splitlines cuts the stored round in two."""
+    text = coldstart.completion_text
+    monkeypatch.setattr(coldstart, "completion_text", lambda *args: text(*args) + "\u2028\x85")
+    c = rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1)
+    whole = rollout_rows(tokenizer, c)
+    c.resume = True
     scripted.clear()
     assert rollout_rows(tokenizer, c) == whole and scripted == []
 

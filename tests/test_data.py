@@ -53,6 +53,27 @@ def test_both_layouts_of_a_problem_file_load_alike(tmp_path):
     assert [p.uid for p in data.load_problems(path, limit=1)] == ["a"]
 
 
+def test_files_as_windows_writes_them_are_read(tmp_path):
+    """A byte-order mark, CRLF; a form feed and U+0085 inside a text end no line."""
+    rows = [{"uid": "a", "question": "q\x0c\x85r", "answer": "2"}, {"uid": "b", "question": "s\r\nt", "answer": "3"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "p.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert [p.question for p in data.load_problems(tmp_path / "p.jsonl")] == ["q\x0c\x85r", "s\r\nt"]
+    assert data.read_rows(tmp_path / "p.jsonl") == rows
+    (tmp_path / "p.jsonl").write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"p.jsonl:1: not UTF-8 .*save the file as UTF-8"):
+        data.load_problems(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("answer, warned", [
+    ("Ann has 72 clips.", True), ("72 clips", False), ("\\text{red, 2}", False), ("x = 3 or x = 4", False), ("east", False),
+    ("It is 5 o'clock in the evening", True)])
+def test_a_gold_answer_that_is_prose_is_worth_a_warning(tmp_path, capsys, answer, warned):
+    data.load_problems(write(tmp_path / "p.jsonl", GOOD, GOOD | {"uid": "b", "answer": answer}))
+    out = capsys.readouterr().out
+    assert (f"WARNING: {tmp_path}/p.jsonl:2: gold answer {answer!r} is prose" in out) == warned and (warned or not out)
+
+
 def test_saved_problems_load_back_equal(tmp_path):
     problems = [Problem("a", "x\ny \"z\" \\frac", "\\{1, 2\\}", "5"), Problem("b", "é\u2028", "0")]
     data.save_problems(problems, tmp_path / "new" / "p.jsonl")
@@ -297,7 +318,7 @@ def test_parquet_without_pyarrow_is_one_line_and_nothing_else_needs_it(tmp_path)
 
 @pytest.mark.parametrize("name, content, words", [
     ("p.csv", "a,b", "expected .jsonl, .json or .parquet"), ("p.json", "[{", "not valid json"),
-    ("p.jsonl", "{}\n{", "not valid jsonl"), ("p.json", '{"a": 1}', "list of objects")])
+    ("p.jsonl", "{}\n{", "p.jsonl:2: not valid JSON"), ("p.json", '{"a": 1}', "list of objects")])
 def test_a_source_that_cannot_be_read_is_refused(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words):

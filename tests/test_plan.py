@@ -348,10 +348,34 @@ def test_a_plan_prints_and_stops_before_anything_is_loaded(tmp_path, monkeypatch
 
 
 def test_the_longest_question_bounds_the_prompt(tmp_path):
-    lines = [{"uid": "a", "question": "x" * 10}, {"uid": "b", "problem": "y" * 1000}]
+    lines = [{"uid": "a", "question": "x" * 10, "answer": 1}, {"uid": "b", "problem": "y" * 1000, "answer": 2}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     table = table_of("config/aime.py", folder(tmp_path, QWEN_8B), f"--problems={tmp_path}/p.jsonl", "--instruction=" + "z" * 100)
     assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens a row" in table and "assumed" not in table
+
+
+@pytest.mark.parametrize("line, words", [
+    ('{"uid": "a", "question": 5', "p.jsonl:1: not valid JSON"), ("[1]", "p.jsonl:1: expected a JSON object, got list"),
+    ('{"uid": "a", "question": null, "answer": 1}', "p.jsonl:1: no question")])
+def test_a_broken_problem_file_is_named_by_line_whoever_meets_it_first(tmp_path, line, words):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=words):
+        plan.longest_question(str(tmp_path / "p.jsonl"), "")
+
+
+def test_a_number_as_question_and_line_separators_within_one_are_read(tmp_path):
+    rows = [{"uid": "a", "question": 5, "answer": 1}, {"uid": "b", "question": "y\u2028\x85\x0c" * 100, "answer": 2}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8-sig")
+    assert plan.longest_question(str(tmp_path / "p.jsonl"), "") == 400 // 2 + 32
+
+
+def test_an_opsd_teacher_reads_two_responses(tmp_path):
+    """Bug: the longest row is thought to be a prompt and one response; the teacher's holds a right one besides."""
+    sizes = {"max_rows": 1, "longest_prompt": 100, "max_new_tokens": 1000, "tokens_per_microbatch": 1, "dtype": "float32"}
+    model = plan.read_model_config(folder(tmp_path, QWEN_06B).partition("=")[2])
+    one, two = (plan.memory_plan(model, **sizes, teacher=teacher)["activations"] for teacher in (False, True))
+    assert two / one == (100 + 2 * 1000 + plan.SYNTHESIS_WORDS) / 1100
 
 
 def test_plan_gpus_speaks_of_plans_alone(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 from conftest import HostReads
 
 import checkpoint
+import opsd
 import toy
 import train
 from data import save_problems
@@ -257,6 +258,35 @@ def test_constructions_carry_roles_weights_and_their_own_group(start, tmp_path, 
     # two right constructions of a group: std 0, advantage 0 (Eq. 5); their rollouts, 1 right of 4, do not (Eq. 1)
     assert {r["advantage"] for r in reflections} == {0.0}
     assert {round(o["advantage"], 3) for o in rollouts if not o["is_reflection"]} == {1.732, -0.577}
+
+
+def test_a_run_that_loses_every_construction_says_so(start, tmp_path, monkeypatch, capsys):
+    """Bug: 22 steps of `y_ref 0/64`, all of them prompt_too_long, and not a word: it was GRPO."""
+    author(monkeypatch)
+    monkeypatch.setattr(train.reflect, "build_reflection", lambda *_, **__: "unparsable")
+    run(start, tmp_path, monkeypatch, max_steps=4, method="tapo")
+    found = [line for line in capsys.readouterr().out.split("\n") if line.startswith("WARNING: no construction")]
+    assert len(found) == 2 and "in 3 steps, so this is GRPO: most are unparsable; cold start the policy" in found[0]
+
+
+def test_an_opsd_teacher_counts_in_its_micro_batch_and_reads_within_the_context(start, tmp_path, monkeypatch):
+    """Bug: 1,024 padded tokens asked, 2,511 run; and positions beyond the model's context."""
+    author(monkeypatch, solved=lambda query: True)
+    read, collate = [], opsd.collate
+    monkeypatch.setattr(opsd, "collate", lambda rows, *rest: read.append(rows) or collate(rows, *rest))
+    budget = 150
+    metrics, = run(start, tmp_path / "a", monkeypatch, max_steps=1, method="opsd", tokens_per_microbatch=budget)
+    lengths = [[len(r.prompt_ids) + len(r.completion_ids) for r in rows] for rows in read]
+    assert all(len(row) == 1 or len(row) * max(row) <= budget for row in lengths) and any(len(row) > 1 for row in lengths)
+    assert metrics["opsd/taught"] > 0 == metrics["opsd/teacher_too_long"]
+    longest = max(map(max, lengths))
+    teacher_prompts = opsd.teacher_prompts
+    monkeypatch.setattr(opsd, "teacher_prompts", lambda *args: teacher_prompts(*args[:-1], longest - 1))
+    read.clear()
+    fewer, = run(start, tmp_path / "b", monkeypatch, max_steps=1, method="opsd")
+    assert max(len(r.prompt_ids) + len(r.completion_ids) for rows in read for r in rows) < longest
+    assert fewer["opsd/taught"] + fewer["opsd/teacher_too_long"] == pytest.approx(metrics["opsd/taught"])
+    assert fewer["opsd/teacher_too_long"] > 0
 
 
 FLAGS = [{"method": "grpo"}, {"method": "opsd"}, {"method": "opsd", "opsd_loss": "sampled"}, {"method": "sft"},

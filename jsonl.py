@@ -1,0 +1,63 @@
+"""
+jsonl: one JSON object a line. The one reader and writer of problem files, logs, samples and examples.
+
+A newline alone ends a line: `str.splitlines` would also cut at U+2028, U+0085 or a form feed inside a text. A byte-order
+mark (Windows) is skipped. A file of ours may end in a line that a kill has torn: it is left out.
+"""
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import diff_configs
+
+
+def lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of the lines that are not blank. ValueError, with path and line, where the text is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); save the file as UTF-8") from None
+            if text.strip():
+                yield number, text
+
+
+def parse(line: str, where: str) -> dict:
+    """The object of one line. where: path:line, for the ValueError."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def read(path: str | Path) -> list[dict]:
+    """Every row of a file of ours; [] without a file, and without a last line that has no newline yet."""
+    if not Path(path).is_file():
+        return []
+    return [parse(line, f"{path}:{number}") for number, line in lines(path) if line.endswith("\n")]
+
+
+def write(path: str | Path, rows: list[dict]) -> None:
+    """Replace the file in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_headed(path: str | Path, header: dict, advice: str) -> list[dict]:
+    """The rows behind a first line equal to `header`, which says how they were made. Another header is a ValueError with
+    this advice: they answer another question. A torn last line is removed from the file, so that it can be appended to."""
+    rows = read(path)
+    if rows and (differences := diff_configs(rows[0], header)):
+        raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); {advice}")
+    if rows:
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    return rows[1:]
