@@ -26,7 +26,7 @@ import parallel
 import reflect
 import toy
 from checkpoint import Saver, find_start, keep_log, load_optimizer, weights_mark
-from configurator import configure, print_config, save_config
+from configurator import above, at_least, between, configure, one_of, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
@@ -48,63 +48,63 @@ from rollout import PAIRING, PREFIX, REFLECTION, Completion, Rollout, completion
 from train import learning_rate_at, optimizer_step, sample_rollouts, score
 
 # --- what is learned -------------------------------------------------------------------------------------------------
-init_from = ""                 # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
-world = ""                     # 'findx' | 'chain' | 'countdown': examples from toy.py; '' = from `problems`
-levels: tuple = ()             # of the world's difficulty levels, () = all
-kinds: tuple = ()              # of its examples (toy.SHARES), () = all; ("direct", "give_up") never reflects, nor synthesises
-problems = ""                  # jsonl of {"uid", "question", "answer"[, "solution"]}
-from_rollouts = False          # build the examples from the policy's own right and wrong rollouts on `problems`
-synthesis = "policy"           # 'policy' writes what is learned from the pairs (§3.2) | 'rule': a model too small for it
-eval_problems = ""             # held-out jsonl; a toy world has its own
-instruction = BOXED_INSTRUCTION  # appended to every question, as in RL; '' for the toy worlds
+init_from = ""                                  # Hugging Face folder or hub id; 'scratch' = a new small Qwen3 for a toy world
+world: one_of("", *toy.WORLDS) = ""             # examples from toy.py; '' = from `problems`
+levels: tuple = ()                              # of the world's difficulty levels, () = all
+kinds: tuple = ()  # of its examples (toy.SHARES), () = all; ("direct", "give_up") never reflects, nor synthesises
+problems = ""                                   # jsonl of {"uid", "question", "answer"[, "solution"]}
+from_rollouts = False                           # build the examples from the policy's own right and wrong rollouts on `problems`
+synthesis: one_of("policy", "rule") = "policy"  # policy: it writes about its pairs (§3.2); rule: for one too small for that
+eval_problems = ""                              # held-out jsonl; a toy world has its own
+instruction = BOXED_INSTRUCTION                 # appended to every question, as in RL; '' for the toy worlds
 out_dir = "out/coldstart"
 resume = False
-seed = 0
+seed: at_least(0) = 0
 # --- the set (from_rollouts) -----------------------------------------------------------------------------------------
-n_sft = 30000                  # question -> trajectory
-n_ift = 15000                  # synthesis prompt -> analysis + reconstruction
-queries_per_round = 64         # sampled between two writes to examples.jsonl
-samples_per_prompt = 8
-template = "long"              # synthesis prompt (reflect.TEMPLATES)
-max_synthesis_tokens = 0       # cap of an IFT answer; 0 = 2 * max_new_tokens
-train_prefix = False           # True also trains the preserved wrong reasoning of y_ref: it teaches mistakes
+n_sft: at_least(0) = 30000                      # question -> trajectory
+n_ift: at_least(0) = 15000                      # synthesis prompt -> analysis + reconstruction
+queries_per_round: at_least(1) = 64             # sampled between two writes to examples.jsonl
+samples_per_prompt: at_least(1) = 8
+template: one_of(*reflect.TEMPLATES) = "long"   # synthesis prompt (reflect.TEMPLATES)
+max_synthesis_tokens: at_least(0) = 0           # cap of an IFT answer; 0 = 2 * max_new_tokens
+train_prefix = False                            # True also trains the preserved wrong reasoning of y_ref: it teaches mistakes
 # --- sampling, here and in the evaluation ----------------------------------------------------------------------------
-max_new_tokens = 8192
-temperature = 1.0
-max_rows = 256                 # rows that decode at once; 0: as many as free memory holds
+max_new_tokens: at_least(1) = 8192
+temperature: above(0) = 1.0
+max_rows: at_least(0) = 256                     # rows that decode at once; 0: as many as free memory holds
 # --- the optimiser ---------------------------------------------------------------------------------------------------
-epochs = 3                     # over a fixed set; sets max_steps
-max_steps = 0                  # of a toy world, whose examples never repeat
-batch_size = 32                # examples a step
-learning_rate = 5e-6
-warmup_steps = 50
-min_lr = 0.0                   # the cosine's floor, as a share of learning_rate
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-grad_clip = 1.0
-tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
-checkpoint_activations = False  # recompute every block in the backward pass
+epochs: at_least(1) = 3                         # over a fixed set; sets max_steps
+max_steps: at_least(0) = 0                      # of a toy world, whose examples never repeat
+batch_size: at_least(1) = 32                    # examples a step
+learning_rate: at_least(0) = 5e-6
+warmup_steps: at_least(0) = 50
+min_lr: between(0, 1) = 0.0                     # the cosine's floor, as a share of learning_rate
+weight_decay: at_least(0) = 0.0
+beta1: between(0, 0.9999) = 0.9
+beta2: between(0, 0.9999) = 0.999
+grad_clip: above(0) = 1.0
+tokens_per_microbatch: at_least(1) = 16384      # padded tokens of one forward / backward: the memory knob
+checkpoint_activations = False                  # recompute every block in the backward pass
 # --- evaluation, stopping, saving, machine ---------------------------------------------------------------------------
-plan = False                   # print the memory it will need, from config.json alone, and stop
-plan_gpus = 0                  # ... on so many GPUs; 0 = what is here
-plan_gpu_gb = 0.0              # ... of so much memory
-eval_interval = 200            # steps; 0 = only at the end
-eval_samples = 4               # per held-out problem
-n_eval = 150                   # held-out problems of a toy world
-stop_at_pass1 = 0.0            # end at this held-out Pass@1: RL needs room to improve; 0 = run to the end
-problems_dir = "data"          # a toy world writes {world}_{split}.jsonl here, for train.py and eval.py ...
-n_problems = (8000, 500, 1000)  # ... so many of train, validation, test
-save_interval = 200
-keep_last = 1
-max_bad_steps = 3              # in a row: loss or gradient not finite, update skipped; then the run stops
-log_to = ""                    # see train.py
-device = "auto"                # 'auto' | 'cpu' | 'cuda'
-dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
-threads = 0                    # CPU threads; 0 = torch's choice
-replicas = 1                   # several processes: see train.py
+plan = False                                    # print the memory it will need, from config.json alone, and stop
+plan_gpus: at_least(0) = 0                      # ... on so many GPUs; 0 = what is here
+plan_gpu_gb: at_least(0) = 0.0                  # ... of so much memory
+eval_interval: at_least(0) = 200                # steps; 0 = only at the end
+eval_samples: at_least(1) = 4                   # per held-out problem
+n_eval: at_least(1) = 150                       # held-out problems of a toy world
+stop_at_pass1: between(0, 1) = 0.0              # end at this held-out Pass@1: RL needs room to improve; 0 = run to the end
+problems_dir = "data"                           # a toy world writes {world}_{split}.jsonl here, for train.py and eval.py ...
+n_problems = (8000, 500, 1000)                  # ... so many of train, validation, test
+save_interval: at_least(0) = 200
+keep_last: at_least(1) = 1
+max_bad_steps: at_least(1) = 3                  # in a row: loss or gradient not finite, update skipped; then the run stops
+log_to: one_of("", "wandb", "tensorboard") = ""  # see train.py
+device: one_of("auto", "cpu", "cuda") = "auto"
+dtype: one_of("float32", "bfloat16") = "float32"  # of products; weights and AdamW moments stay fp32 either way
+threads: at_least(0) = 0                        # CPU threads; 0 = torch's choice
+replicas: at_least(1) = 1                       # several processes: see train.py
 offload = False
-timeout_minutes = 60.0
+timeout_minutes: above(0) = 60.0
 # --- the new model of init_from = 'scratch' --------------------------------------------------------------------------
 hidden_size = 64
 intermediate_size = 160
@@ -112,8 +112,8 @@ num_hidden_layers = 4
 num_attention_heads = 4
 num_key_value_heads = 2
 head_dim = 16
-context = 1024
-init_std = 0.08                # of the matrices; the usual 0.02 is meant for widths of 1000 and learns far slower here
+context: at_least(1) = 1024
+init_std: above(0) = 0.08  # of the matrices; the usual 0.02 is meant for widths of 1000 and learns far slower here
 
 EXAMPLE_KNOBS = ("seed", "synthesis", "queries_per_round", "samples_per_prompt", "template", "max_synthesis_tokens",
                  "max_new_tokens", "temperature", "instruction")  # what decides the content of examples.jsonl
@@ -126,8 +126,6 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError("init_from is not set; pass a Hugging Face folder or hub id, or 'scratch' with a toy world")
     if bool(c.world) == bool(c.problems):
         raise ValueError(f"world = {c.world!r}, problems = {c.problems!r}: set exactly one, the source of examples")
-    if c.world and c.world not in toy.WORLDS:
-        raise ValueError(f"world = {c.world!r} is unknown; use one of {', '.join(map(repr, toy.WORLDS))}")
     if set(c.kinds) - set(toy.SHARES.get(c.world, ())):
         raise ValueError(f"kinds = {c.kinds} of world = {c.world!r}: use some of {', '.join(toy.SHARES.get(c.world, ()))} "
                          "(of a toy world alone)")
@@ -139,16 +137,6 @@ def check_config(c: SimpleNamespace) -> None:
         raise ValueError("init_from = 'scratch' knows no language; pass a pretrained model, or set world")
     if c.stop_at_pass1 and not (c.world or c.eval_problems):
         raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set eval_problems")
-    for key, values in (("template", reflect.TEMPLATES), ("synthesis", ("policy", "rule")),
-                        ("log_to", ("", "wandb", "tensorboard"))):
-        if getattr(c, key) not in values:
-            raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
-    for key in ("batch_size", "queries_per_round", "eval_samples", "max_new_tokens", "tokens_per_microbatch",
-                "keep_last"):
-        if getattr(c, key) < 1:
-            raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
-    if c.max_rows < 0:
-        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.from_rollouts and c.samples_per_prompt < 2:
         raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} leaves no right and wrong pair; use at least 2")
 

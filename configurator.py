@@ -2,6 +2,7 @@
 
     python train.py config/toy.py config/more.py --lam=0.5 --out_dir=out/first
 
+What a knob may hold is its annotation, where its type says too little: `lam: at_least(0) = 1.0`.
 A config file is a diff: a Python file of plain assignments to knobs. Files apply in the order given, then every
 --key=value, so the command line wins wherever it stands. Names that begin with `_` are private to the file; imports are
 allowed. Config files are executed: run only your own. Deliberately missing: nested configs, inheritance, environment
@@ -20,6 +21,28 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+class Rule(typing.NamedTuple):
+    """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that of the default."""
+    holds: Callable[[typing.Any], bool]
+    text: str  # continues "lam = -1.0 must be ..."
+
+
+def one_of(*values) -> Rule:
+    return Rule(lambda value: value in values, f"one of {', '.join(map(repr, values))}")
+
+
+def at_least(low: float) -> Rule:
+    return Rule(lambda value: value >= low, f"at least {low}")
+
+
+def above(low: float) -> Rule:
+    return Rule(lambda value: value > low, f"above {low}")
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
 KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
@@ -31,11 +54,12 @@ def configure(knobs: dict, argv: list[str] | None = None) -> dict:
     and a bad one ends the process with one line. An explicit argv raises: ValueError, FileNotFoundError.
     """
     if argv is None:
-        argv = sys.argv[1:] if knobs.get("__name__") == "__main__" else []
-        return run_script(lambda: configure(knobs, argv))
+        if knobs.get("__name__") != "__main__":
+            return configure(knobs, [])
+        return run_script(lambda: configure(knobs, sys.argv[1:]))
     config = {k: v for k, v in knobs.items() if _public(k) and k == k.lower() and type(v) in KNOB_TYPES}
     if "--help" in argv or "-h" in argv:
-        print(_help(config, knobs.get("__file__", "script.py")))
+        print(_help(config, _annotations(knobs), knobs.get("__file__", "script.py")))
         raise SystemExit(0)
     allowed = _allowed_types(config, knobs)
     resolved = dict(config)
@@ -53,6 +77,9 @@ def configure(knobs: dict, argv: list[str] | None = None) -> dict:
                 raise ValueError(f"{argument}: not understood; write --{key}=value")
             resolved[key] = _parse(text, allowed[key], config[key], f"--{key}")
     resolved = {key: _expand_home(value) for key, value in resolved.items()}
+    for key, rule in _annotations(knobs).items():
+        if isinstance(rule, Rule) and not rule.holds(resolved[key]):
+            raise ValueError(f"{key} = {resolved[key]!r} must be {rule.text}")
     knobs.update(resolved)
     return resolved
 
@@ -113,15 +140,20 @@ def _check_key(key: str, config: dict, where: str) -> None:
         raise ValueError(f"{where}: no such knob" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
 
 
-def _allowed_types(config: dict, knobs: dict) -> dict:
-    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows everything."""
+def _annotations(knobs: dict) -> dict:
     annotations = knobs.get("__annotations__") or {}
     if not annotations and callable(knobs.get("__annotate__")):  # Python 3.14 evaluates annotations only when asked
         annotations = knobs["__annotate__"](1)
-    allowed = {}
+    return annotations
+
+
+def _allowed_types(config: dict, knobs: dict) -> dict:
+    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows everything."""
+    annotations, allowed = _annotations(knobs), {}
     for key, default in config.items():
         hint = annotations.get(key, object if default is None else type(default))
         hint = eval(hint, dict(knobs)) if isinstance(hint, str) else hint  # `from __future__ import annotations`
+        hint = type(default) if isinstance(hint, Rule) else hint
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         members = {typing.get_origin(t) or t or type(None) for t in (typing.get_args(hint) if union else (hint,))}
         members |= {type(None)} if default is None else set()
@@ -189,9 +221,10 @@ def _read_file(path: Path, config: dict) -> dict:
         k == k.lower() and k not in imported and type(v) in (*KNOB_TYPES, list)))}
 
 
-def _help(config: dict, script: str) -> str:
-    """Knobs, defaults, and the trailing comment of each in the script's source."""
+def _help(config: dict, annotations: dict, script: str) -> str:
+    """Knobs, defaults, rules, and the trailing comment of each in the script's source."""
     source = Path(script).read_text(encoding="utf-8") if Path(script).is_file() else ""
     reasons = dict(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=[^\n]*?\s#\s*([^\n]*)$", source, flags=re.M))
-    lines = [f"--{k}={v!r}".ljust(40) + f"  {reasons.get(k, '')}".rstrip() for k, v in config.items()]
+    rules = {k: f"({rule.text}) " for k, rule in annotations.items() if isinstance(rule, Rule)}
+    lines = [f"--{k}={v!r}".ljust(40) + f"  {rules.get(k, '')}{reasons.get(k, '')}".rstrip() for k, v in config.items()]
     return "\n".join([f"usage: python {os.path.basename(script)} [config.py ...] [--key=value ...]", "", *lines])

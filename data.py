@@ -6,6 +6,8 @@ A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. 
     python data.py deepscaler --out=data/deepscaler.jsonl --eval_files=data/aime24.jsonl,data/aime25.jsonl
     python data.py aime24                        # also aime25, hmmt_feb25, math500, gsm8k, gsm8k_train
     python data.py aime24 --from=~/aime.parquet  # offline: any local .jsonl, .json or .parquet copy
+    python data.py gsm8k_train --solutions=True  # with worked solutions, for coldstart.py
+    python data.py word_problems                 # arithmetic in a sentence or two, see word_problems.py; three files
 
 `render_prompt` is the only place where a question becomes token ids; training and evaluation both call it.
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
@@ -340,6 +342,18 @@ def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str
     return problems, dropped
 
 
+def worked_solutions(rows: list[dict]) -> dict[str, str]:
+    """GSM8K: question -> its solution without the calculator's marks <<2*3=6>>, and the answer in a box behind it."""
+    solutions = {}
+    for row in rows:
+        steps, marked, answer = _first(row, "answer").rpartition("####")
+        if not marked:
+            raise ValueError(f"no worked solution for {_first(row, 'question')[:60]!r}: no line #### ends its answer")
+        steps = re.sub(r"<<[^<>]*>>", "", steps).strip()
+        solutions[_first(row, "question")] = f"{steps}\nThe answer is \\boxed{{{answer.strip().replace(',', '')}}}."
+    return solutions
+
+
 def _first(row: dict, *names: str) -> str:
     """The first of these keys that holds something, as text; "" if none does."""
     return next((str(row[n]).strip() for n in names if row.get(n) is not None and str(row[n]).strip()), "")
@@ -377,14 +391,25 @@ def main() -> None:
     """Prepare one data set; see the docstring of this file."""
     import argparse
     parser = argparse.ArgumentParser(description="prepare a problem file", allow_abbrev=False)
-    parser.add_argument("name", help=" | ".join(SOURCES))
-    parser.add_argument("--from", dest="path", default="", help="local .jsonl, .json or .parquet instead of the hub")
-    parser.add_argument("--out", default="", help="problem file to write, default data/NAME.jsonl")
+    parser.add_argument("name", help=" | ".join([*SOURCES, "word_problems"]))
+    parser.add_argument("--from", dest="path", default="", help="local .jsonl, .json or .parquet instead of the hub "
+                        "(word_problems: a folder with its five files)")
+    parser.add_argument("--out", default="", help="problem file to write, default data/NAME.jsonl (word_problems: a folder)")
+    parser.add_argument("--solutions", choices=("True", "False"), default="False",
+                        help="gsm8k_train: keep the worked solutions, for coldstart.py")
     parser.add_argument("--eval_files", default="", help="training sets: problem files not to overlap with, separated "
                         "by commas; default: the evaluation sets already prepared beside --out")
     args = parser.parse_args()
+    if args.name == "word_problems":
+        import word_problems  # here: it imports this file
+        counts = word_problems.prepare(Path(args.out or "data/word_problems"), Path(args.path) if args.path else None)
+        for split, (problems, solved) in counts.items():
+            print(f"word_problems_{split}.jsonl: {problems:,} problems, {solved:,} with a worked solution")
+        return
     if args.name not in SOURCES:
-        raise ValueError(f"unknown data set {args.name!r}; known: {', '.join(SOURCES)}")
+        raise ValueError(f"unknown data set {args.name!r}; known: {', '.join(SOURCES)}, word_problems")
+    if args.solutions == "True" and args.name != "gsm8k_train":
+        raise ValueError(f"--solutions=True: {args.name} has no worked solutions here; use it with gsm8k_train")
     source, out = SOURCES[args.name], Path(args.out or f"data/{args.name}.jsonl")
     rows = read_rows(args.path or download(source))
     problems, dropped = normalise_rows(rows, args.name)
@@ -400,7 +425,11 @@ def main() -> None:
     if not problems:
         raise ValueError(f"none of the {len(rows)} rows of {args.path or source.repo} is a usable problem; "
                          f"keys of the first: {', '.join(rows[0]) if rows else 'none'}")
-    save_problems(problems, out)
+    extra = None
+    if args.solutions == "True":
+        worked = worked_solutions(rows)
+        extra = {p.uid: {"solution": worked[p.question]} for p in problems}
+    save_problems(problems, out, extra)
     print(f"{args.name}: {len(rows):,} rows -> {len(problems):,} problems in {out}")
     print("dropped: " + (", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count) or "none"))
     print(f"source:  {args.path or f'{source.repo} ({source.file})'}")

@@ -32,7 +32,7 @@ import reflect
 import reward
 import toy
 from checkpoint import weights_mark
-from configurator import configure, print_config, run_script
+from configurator import at_least, between, configure, one_of, print_config, run_script
 from data import BOXED_INSTRUCTION, Problem, check_prompts_fit, encode_prompts, load_problems, load_tokenizer
 from data import save_problems, stop_ids_of
 from model import load_hf, num_params
@@ -41,39 +41,39 @@ from plan import eval_table, rows_now
 from rollout import EVALUATION, completion_text, generate
 
 # --- what is measured -------------------------------------------------------------------------------------------------
-init_from = ""                 # Hugging Face folder or hub id
-problems = ""                  # problem files, separated by commas; each is scored by itself
-world = ""                     # or a toy world: 'findx' | 'chain' | 'countdown'
-split = "test"                 # of the toy world
-levels: tuple = ()             # of the toy world, () = all
-n_problems = 0                 # the first so many of each file; 0 = all
-instruction = BOXED_INSTRUCTION  # appended to every question; the same as in training
-out = "out/eval"               # writes OUT.json, OUT.problems.txt (a line for each) and OUT.samples.jsonl
-resume = True                  # read back what OUT.samples.jsonl holds; False starts it anew
-seed = 0                       # the noise depends on (seed, uid, sample) only: two models see the same
+init_from = ""                                  # Hugging Face folder or hub id
+problems = ""                                   # problem files, separated by commas; each is scored by itself
+world: one_of("", *toy.WORLDS) = ""             # or a toy world
+split: one_of(*toy.SPLITS) = "test"             # of the toy world
+levels: tuple = ()                              # of the toy world, () = all
+n_problems: at_least(0) = 0                     # the first so many of each file; 0 = all
+instruction = BOXED_INSTRUCTION                 # appended to every question; the same as in training
+out = "out/eval"                                # writes OUT.json, OUT.problems.txt (a line for each) and OUT.samples.jsonl
+resume = True                                   # read back what OUT.samples.jsonl holds; False starts it anew
+seed: at_least(0) = 0                           # the noise depends on (seed, uid, sample) only: two models see the same
 # --- sampling ---------------------------------------------------------------------------------------------------------
-samples = 16                   # per problem; with 30 problems the standard error of 1 is 9 points, of 16 it is 2.3
-temperatures = (1.0, 0.6)      # settings are pairs (temperature, top-p): what training samples from, ...
-top_ps = (1.0, 0.9)            # ... and the paper's (§4.1)
-pass_k = (1,)                  # the k of Pass@k
-max_new_tokens = 8192          # the cap is part of the score: longer responses count as wrong
-max_rows = 256                 # rows that decode at once, the memory knob; 0: as many as free memory holds
-device = "auto"                # 'auto' | 'cpu' | 'cuda'
-dtype = "float32"              # 'float32' | 'bfloat16'
-compile = False                # torch.compile: a minute at start, then a quarter faster on a CPU
-threads = 0                    # CPU threads; 0 = torch's choice
-plan = False                   # print the memory it will need, from config.json alone, and stop
-plan_gpu_gb = 0.0              # ... on a GPU of so much memory; 0 = what is here
+samples: at_least(1) = 16  # per problem; with 30 problems the standard error of 1 is 9 points, of 16 it is 2.3
+temperatures = (1.0, 0.6)                       # settings are pairs (temperature, top-p): what training samples from, ...
+top_ps = (1.0, 0.9)                             # ... and the paper's (§4.1)
+pass_k = (1,)                                   # the k of Pass@k
+max_new_tokens: at_least(1) = 8192              # the cap is part of the score: longer responses count as wrong
+max_rows: at_least(0) = 256                     # rows that decode at once, the memory knob; 0: as many as free memory holds
+device: one_of("auto", "cpu", "cuda") = "auto"
+dtype: one_of("float32", "bfloat16") = "float32"
+compile = False                                 # torch.compile: a minute at start, then a quarter faster on a CPU
+threads: at_least(0) = 0                        # CPU threads; 0 = torch's choice
+plan = False                                    # print the memory it will need, from config.json alone, and stop
+plan_gpu_gb: at_least(0) = 0.0                  # ... on a GPU of so much memory; 0 = what is here
 # --- optional: a judge for ERR behind any OpenAI-compatible address, with the key in OPENAI_API_KEY -------------------
-judge_url = ""                 # e.g. http://localhost:8000/v1
+judge_url = ""                                  # e.g. http://localhost:8000/v1
 judge_model = ""
 # --- optional: keep the problems of middling accuracy in the first setting --------------------------------------------
-filter_out = ""                # problem file to write, accuracy beside each problem
-filter_low = 0.125
-filter_high = 0.875
+filter_out = ""                                 # problem file to write, accuracy beside each problem
+filter_low: between(0, 1) = 0.125
+filter_high: between(0, 1) = 0.875
 # --- instead of all this: compare results -----------------------------------------------------------------------------
-compare = ""                   # OUT.json files separated by commas, the baseline first; + joins the seeds of one method
-compare_out = ""               # also write the comparison as json
+compare = ""  # OUT.json files separated by commas, the baseline first; + joins the seeds of one method
+compare_out = ""                                # also write the comparison as json
 
 OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
@@ -469,15 +469,10 @@ def check_config(c) -> None:
         raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; give as many of both")
     if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
         raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise samples or lower k")
-    if c.max_rows < 0:
-        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
         raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 <= low <= high <= 1")
     if bool(c.judge_url) != bool(c.judge_model):
         raise ValueError(f"judge_url = {c.judge_url!r} and judge_model = {c.judge_model!r}: set both or neither")
-    for key, values in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "bfloat16"))):
-        if getattr(c, key) not in values:
-            raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
 
 
 def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -> None:

@@ -23,7 +23,7 @@ import torch
 import reflect
 import toy
 from advantage import advantages, loss_scales, loss_totals, ots_weights, policy_loss, token_weights, train_mask
-from configurator import configure, print_config, run_script
+from configurator import above, at_least, configure, one_of, print_config, run_script
 from data import Problem, encode_prompts, load_problems, load_tokenizer, stop_ids_of
 from model import load_hf
 from parallel import pick_device
@@ -43,31 +43,31 @@ from rollout import (
 )
 from train import sample_rollouts, score
 
-init_from = ""                 # the checkpoint
-problems = ""                  # jsonl; a toy world's for `errors`
+init_from = ""                                  # the checkpoint
+problems = ""                                   # jsonl; a toy world's for `errors`
 out = "measured.json"
-n_problems = 0                 # the first so many; 0 = all
+n_problems: at_least(0) = 0                     # the first so many; 0 = all
 instruction = ""
-template = "short"
-seed = 0
-samples_per_prompt = 8
-temperature = 1.0
-max_new_tokens = 54
-max_synthesis_tokens = 120
-n_pos = 2                      # Eq. 3
-n_neg = 4
-m_max = 4
-diagnosis = "mask"             # of the gradient, with ...
+template: one_of(*reflect.TEMPLATES) = "short"
+seed: at_least(0) = 0
+samples_per_prompt: at_least(2) = 8
+temperature: above(0) = 1.0
+max_new_tokens: at_least(1) = 54
+max_synthesis_tokens: at_least(0) = 120
+n_pos: at_least(1) = 2                          # Eq. 3
+n_neg: at_least(1) = 4
+m_max: at_least(1) = 4
+diagnosis: one_of("mask", "ots", "train") = "mask"  # of the gradient, with ...
 train_prefix = True
 ots = True
-w_min = 0.01
-w_max = 10.0
-lam = 1.0
-loss_agg = "sequence"
-loss_norm = "merged"
-clip_eps = 0.2
-continuations = 4              # of every erroneous beginning
-marker = "Wait, "              # how a forced reflection begins
+w_min: at_least(0) = 0.01
+w_max: above(0) = 10.0
+lam: at_least(0) = 1.0
+loss_agg: one_of("sequence", "token") = "sequence"
+loss_norm: one_of("separate", "merged") = "merged"
+clip_eps: above(0) = 0.2
+continuations: at_least(1) = 4                  # of every erroneous beginning
+marker = "Wait, "                               # how a forced reflection begins
 max_rows = 256
 tokens_per_microbatch = 2048
 device = "auto"

@@ -500,7 +500,7 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
                 add(f"{kind}_{name}", [v for v, of in zip(values, r.roles, strict=True) if of == role])
         if r.ots_weights is not None and DIAGNOSIS in r.roles:
             add("ots_first_diagnosis", [r.ots_weights[r.roles.index(DIAGNOSIS)]])
-    add("mixed_groups", [len(rewards) > 1 for rewards in groups.values()])  # the others carry no gradient under Eq. 5
+    add("mixed_groups", [len(rewards) > 1 for rewards in groups.values()])  # the others: none under Eq. 5, but of lone ones
     return sums
 
 

@@ -38,7 +38,7 @@ from advantage import (
     train_mask,
 )
 from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer
-from configurator import configure, print_config, save_config
+from configurator import above, at_least, between, configure, one_of, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     Problem,
@@ -57,109 +57,89 @@ from plan import plan_table
 from rollout import EVALUATION, FILLER, PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, collate, completion_text, generate
 
 # --- what is learned -------------------------------------------------------------------------------------------------
-method = "tapo"                # 'tapo' | 'grpo' (Eq. 2 alone) | 'opsd' (arXiv 2601.18734) | 'sft' (maximum likelihood on y_ref)
-init_from = ""                 # Hugging Face folder or hub id of the start; also the reference of the KL
-problems = ""                  # jsonl of {"uid", "question", "answer"}
-eval_problems = ""             # held-out jsonl, measured every eval_interval; "" = none
-instruction = BOXED_INSTRUCTION  # appended to every question
+method: one_of("tapo", "grpo", "opsd", "sft") = "tapo"  # grpo: Eq. 2 alone; opsd: arXiv 2601.18734; sft: likelihood of y_ref
+init_from = ""                                  # Hugging Face folder or hub id of the start; also the reference of the KL
+problems = ""                                   # jsonl of {"uid", "question", "answer"}
+eval_problems = ""                              # held-out jsonl, measured every eval_interval; "" = none
+instruction = BOXED_INSTRUCTION                 # appended to every question
 out_dir = "out"
-resume = False                 # continue from the last checkpoint in out_dir
-seed = 0
+resume = False                                  # continue from the last checkpoint in out_dir
+seed: at_least(0) = 0
 # --- the batch (Alg. 1 lines 1-6) --------------------------------------------------------------------------------------
-max_steps = 500                # one epoch of the paper's 16k queries
-prompts_per_step = 32          # B
-samples_per_prompt = 8         # K
-max_new_tokens = 8192          # longer responses are truncated, and count as wrong
-temperature = 1.0              # divides the logits in the trainer too
-top_p = 1.0                    # must stay 1: the trainer scores the full softmax
-max_rows = 256                 # rows that decode at once; 0: as many as free memory holds
+max_steps: at_least(1) = 500                    # one epoch of the paper's 16k queries
+prompts_per_step: at_least(1) = 32              # B
+samples_per_prompt: at_least(2) = 8             # K
+max_new_tokens: at_least(1) = 8192              # longer responses are truncated, and count as wrong
+temperature: above(0) = 1.0                     # divides the logits in the trainer too
+top_p = 1.0                                     # must stay 1: the trainer scores the full softmax
+max_rows: at_least(0) = 256                     # rows that decode at once; 0: as many as free memory holds
 # --- micro-reflective trajectories (lines 8-14) ------------------------------------------------------------------------
-n_pos = 2                      # Eq. 3: a group is eligible with at least n_pos right ...
-n_neg = 4                      # ... and n_neg wrong responses
-m_max = 4                      # wrong responses of a group that are reflected upon, at most
-template = "long"              # 'long' | 'short' synthesis prompt (reflect.TEMPLATES); 'short' is the toy world's
-prefix_mode = "micro"          # 'micro' keeps y- up to its error, 'full' is a fresh solution, 'copy' is y+ itself (control)
-ref_negatives = True           # keep wrong constructions as negatives (False: 'w/o Negative', Table 4)
-max_synthesis_tokens = 0       # cap of analysis + reconstruction; 0 = 2 * max_new_tokens
+n_pos: at_least(1) = 2                          # Eq. 3: a group is eligible with at least n_pos right ...
+n_neg: at_least(1) = 4                          # ... and n_neg wrong responses
+m_max: at_least(1) = 4                          # wrong responses of a group that are reflected upon, at most
+template: one_of(*reflect.TEMPLATES) = "long"   # synthesis prompt (reflect.TEMPLATES); short is the toy world's
+prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"  # micro keeps y- up to its error, full is a fresh solution, copy is y+
+ref_negatives = True                            # keep wrong constructions as negatives (False: 'w/o Negative', Table 4)
+max_synthesis_tokens: at_least(0) = 0           # cap of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ---------------------------------------------------------------------------------
-decoupled = True               # G_ref normalised alone (Eq. 4, 5); False mixes it into the rollouts' group ('w/o DAE')
-ref_advantage = "group"        # 'group' (Eq. 5) | 'reward' (A = r) | 'orig' | 'joint', see advantage.advantages
-std = "population"             # 'population' (Eq. 1) | 'sample'
-ots = True                     # Eq. 7 weights on constructed trajectories
-diagnosis = "mask"             # 'mask': no gradient from the inserted diagnosis; 'ots': the paper's; 'train': weight 1
-train_prefix = True            # False also masks the preserved wrong reasoning
-w_min = 0.01
-w_max = 10.0
-lam = 1.0                      # Eq. 6
-clip_eps = 0.2
-loss_agg = "sequence"          # 'sequence' (Eq. 2: mean per response) | 'token' (mean over all tokens)
-loss_norm = "separate"         # 'separate': each loss over its own part (Eq. 6) | 'merged': one mean over both
-kl_coef = 0.0                  # the paper has no KL term ...
-log_kl = True                  # ... but logs KL(policy || start); costs one forward pass
-updates_per_step = 1           # passes over a step's rollouts; with 1 the ratio is exactly 1 and no old pass is needed
-opsd_loss = "jsd"              # 'jsd' full-vocabulary divergence | 'sampled' policy gradient on the sampled token
-opsd_beta = 0.5                # weight of the teacher in the mixture; 0 KL(teacher || student), 1 the reverse
-opsd_clip = 0.0                # cut of a token's divergence; 0 = none
-opsd_teacher = "initial"       # 'initial' (frozen start) | 'current' policy; both see a right solution of the group
+decoupled = True  # G_ref normalised alone (Eq. 4, 5); False mixes it into the rollouts' group ('w/o DAE')
+ref_advantage: one_of("group", "reward", "orig", "joint") = "group"  # group: Eq. 5; reward: A = r; see advantage.advantages
+std: one_of("population", "sample") = "population"  # population: Eq. 1
+ots = True                                      # Eq. 7 weights on constructed trajectories
+diagnosis: one_of("mask", "ots", "train") = "mask"  # mask: none from the inserted diagnosis; ots: the paper's; train: weight 1
+train_prefix = True                             # False also masks the preserved wrong reasoning
+w_min: at_least(0) = 0.01                       # Eq. 7 clips to [w_min, w_max]
+w_max: above(0) = 10.0
+lam: at_least(0) = 1.0                          # Eq. 6
+clip_eps: above(0) = 0.2                        # Eq. 2
+loss_agg: one_of("sequence", "token") = "sequence"  # sequence: Eq. 2's mean per response; token: over all tokens
+loss_norm: one_of("separate", "merged") = "separate"  # separate: each loss over its own part (Eq. 6); merged: one mean over both
+kl_coef: at_least(0) = 0.0                      # the paper has no KL term ...
+log_kl = True                                   # ... but logs KL(policy || start); costs one forward pass
+updates_per_step: at_least(1) = 1  # passes over a step's rollouts; with 1 the ratio is exactly 1 and no old pass is needed
+opsd_loss: one_of("jsd", "sampled") = "jsd"     # jsd: full-vocabulary divergence; sampled: policy gradient on the sampled token
+opsd_beta: between(0, 1) = 0.5                  # weight of the teacher in the mixture; 0 KL(teacher || student), 1 the reverse
+opsd_clip: at_least(0) = 0.0                    # cut of a token's divergence; 0 = none
+opsd_teacher: one_of("initial", "current") = "initial"  # initial: the frozen start; both see a right solution of the group
 # --- the optimiser -----------------------------------------------------------------------------------------------------
-learning_rate = 1e-6
-warmup_steps = 10
-min_lr = 0.0                   # the cosine's floor, as a share of learning_rate
-weight_decay = 0.0
-beta1 = 0.9
-beta2 = 0.999
-grad_clip = 1.0
-tokens_per_microbatch = 16384  # padded tokens of one forward / backward: the memory knob
+learning_rate: at_least(0) = 1e-6
+warmup_steps: at_least(0) = 10
+min_lr: between(0, 1) = 0.0                     # the cosine's floor, as a share of learning_rate
+weight_decay: at_least(0) = 0.0
+beta1: between(0, 0.9999) = 0.9
+beta2: between(0, 0.9999) = 0.999
+grad_clip: above(0) = 1.0
+tokens_per_microbatch: at_least(1) = 16384      # padded tokens of one forward / backward: the memory knob
 checkpoint_activations = False  # recompute every block in the backward pass: a third more work, the memory of one block
 # --- evaluation, saving, machine ---------------------------------------------------------------------------------------
-plan = False                   # print what the run will cost, from config.json alone, and stop
-plan_gpus = 0                  # ... on so many GPUs; 0 = what is here
-plan_gpu_gb = 0.0              # ... of so much memory
-eval_interval = 50             # steps; 0 = only at the end
-eval_samples = 4               # per held-out problem, at `temperature`
-save_interval = 50             # steps; the last step is always saved
-keep_last = 2                  # checkpoints kept, beside the best of them by held-out Pass@1
-async_save = False             # write them in the background; host memory for a copy of weights and moments
-max_bad_steps = 3              # in a row: loss or gradient not finite, update skipped; then the run stops
-log_to = ""                    # besides metrics.jsonl: 'wandb' (project: $WANDB_PROJECT or tapo) | 'tensorboard' (in out_dir)
-parity_alarm = 0.1             # mean |sampler - trainer log-prob| above this warns: healthy is 1e-5 in fp32, 0.02 in bf16
-device = "auto"                # 'auto' | 'cpu' | 'cuda'
-replicas = 1                   # HSDP: shard within world_size / replicas ranks (a node), replicate across; 1 = shard over all
-offload = False                # keep shards of weights and moments in host memory
-timeout_minutes = 60.0         # a collective that waits longer ends the job: longer than any rank may decode alone
-dtype = "float32"              # compute: 'float32' | 'bfloat16'; weights and AdamW moments stay fp32 either way
-sample_dtype = ""              # '' is dtype; 'bfloat16': samples in bf16 beside fp32 training, train/parity_* says how far off
-compile = False                # torch.compile: a minute at start, then a quarter faster on a CPU
-threads = 0                    # CPU threads; 0 = torch's choice
+plan = False                                    # print what the run will cost, from config.json alone, and stop
+plan_gpus: at_least(0) = 0                      # ... on so many GPUs; 0 = what is here
+plan_gpu_gb: at_least(0) = 0.0                  # ... of so much memory
+eval_interval: at_least(0) = 50                 # steps; 0 = only at the end
+eval_samples: at_least(1) = 4                   # per held-out problem, at `temperature`
+save_interval: at_least(0) = 50                 # steps; the last step is always saved
+keep_last: at_least(1) = 2                      # checkpoints kept, beside the best of them by held-out Pass@1
+async_save = False                              # write them in the background; host memory for a copy of weights and moments
+max_bad_steps: at_least(1) = 3                  # in a row: loss or gradient not finite, update skipped; then the run stops
+log_to: one_of("", "wandb", "tensorboard") = ""  # besides metrics.jsonl (wandb: project $WANDB_PROJECT or tapo)
+parity_alarm: above(0) = 0.1  # mean |sampler - trainer log-prob| above this warns: healthy is 1e-5 in fp32, 0.02 in bf16
+device: one_of("auto", "cpu", "cuda") = "auto"
+replicas: at_least(1) = 1  # HSDP: shard within world_size / replicas ranks (a node), replicate across; 1 = shard over all
+offload = False                                 # keep shards of weights and moments in host memory
+timeout_minutes: above(0) = 60.0  # a collective that waits longer ends the job: longer than any rank may decode alone
+dtype: one_of("float32", "bfloat16") = "float32"  # of products; weights and AdamW moments stay fp32 either way
+sample_dtype: one_of("", "bfloat16") = ""       # '' is dtype; bfloat16 beside fp32 training: train/parity_* says how far off
+compile = False                                 # torch.compile: a minute at start, then a quarter faster on a CPU
+threads: at_least(0) = 0                        # CPU threads; 0 = torch's choice
 
 
 def check_config(c: SimpleNamespace) -> None:
     """Refuse at start what would fail, or silently not learn, later. One line each: value, rule, fix."""
-    allowed = {
-        "method": ("tapo", "grpo", "opsd", "sft"), "prefix_mode": reflect.PREFIX_MODES, "template": tuple(reflect.TEMPLATES),
-        "ref_advantage": ("group", "reward", "orig", "joint"), "std": ("population", "sample"),
-        "diagnosis": ("mask", "ots", "train"), "loss_agg": ("sequence", "token"), "loss_norm": ("separate", "merged"),
-        "opsd_loss": ("jsd", "sampled"), "opsd_teacher": ("initial", "current"),
-        "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
-        "sample_dtype": ("", "bfloat16"), "log_to": ("", "wandb", "tensorboard")}
-    for key, values in allowed.items():
-        if getattr(c, key) not in values:
-            raise ValueError(f"{key} = {getattr(c, key)!r} is unknown; use one of {', '.join(map(repr, values))}")
-    for key in ("max_steps", "prompts_per_step", "max_new_tokens", "n_pos", "n_neg", "m_max", "keep_last",
-                "tokens_per_microbatch", "updates_per_step", "eval_samples", "replicas", "max_bad_steps"):
-        if getattr(c, key) < 1:
-            raise ValueError(f"{key} = {getattr(c, key)} must be at least 1")
-    if c.max_rows < 0:
-        raise ValueError(f"max_rows = {c.max_rows} must be 0, as many as free memory holds, or more")
     if c.top_p != 1.0:
         raise ValueError(f"top_p = {c.top_p}: training rollouts must come from the full softmax, which the trainer scores; "
                          "keep top_p = 1 here, eval.py takes any")
-    if c.timeout_minutes <= 0:
-        raise ValueError(f"timeout_minutes = {c.timeout_minutes} must be above 0; 60 is a good start")
-    if c.temperature <= 0:
-        raise ValueError(f"temperature = {c.temperature} must be above 0: greedy rollouts of a group are all the same")
-    if c.samples_per_prompt < 2:
-        raise ValueError(f"samples_per_prompt = {c.samples_per_prompt} must be at least 2: a group needs something to compare")
+    if c.w_min > c.w_max:
+        raise ValueError(f"w_min = {c.w_min} exceeds w_max = {c.w_max}: Eq. 7 clips weights into [w_min, w_max]; swap them")
     if c.method in ("tapo", "sft") and c.n_pos + c.n_neg > c.samples_per_prompt:
         raise ValueError(f"n_pos + n_neg = {c.n_pos} + {c.n_neg} exceeds samples_per_prompt = {c.samples_per_prompt}: no group "
                          "could ever be eligible (Eq. 3); lower them or sample more")

@@ -1,7 +1,7 @@
 # python coldstart.py config/coldstart_qwen3_0p6b_gsm8k.py
 # §3.2 for the run of config/qwen3_0p6b_gsm8k.py: a model this small follows the synthesis prompt rarely, so it is taught
 # on the constructions that came out right. First: python data.py gsm8k_train.
-init_from = "Qwen/Qwen3-0.6B"
+init_from = "Qwen/Qwen3-0.6B-Base"
 problems = "data/gsm8k_train.jsonl"
 from_rollouts = True
 out_dir = "out/gsm8k/coldstart"

@@ -1,14 +1,22 @@
 """The configurator's contract, one test a line. Each guards a hole that lets a run start with a wrong value."""
+import ast
 import errno
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import coldstart
 import configurator
+import eval as evaluation
+import measure
+import train
 from configurator import configure, diff_configs, print_config, run_script, save_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +35,39 @@ def file(tmp_path, text, name="diff.py"):
     path = tmp_path / name
     path.write_text(text)
     return str(path)
+
+
+@pytest.mark.parametrize("script, bad", [
+    ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 beta1=1.5 warmup_steps=-3 min_lr=5 "
+              "max_synthesis_tokens=-4 opsd_beta=1.5 w_max=0 temperature=nan dtype='fp8' samples_per_prompt=1"),
+    ("coldstart", "epochs=0 n_sft=-1 stop_at_pass1=1.2 synthesis='llm' world='chess' grad_clip=-1"),
+    ("eval", "samples=0 filter_low=-1 device='tpu' max_rows=-1"), ("measure", "continuations=0 w_min=-1")])
+def test_a_value_outside_its_knobs_range_is_refused_in_one_line(script, bad):
+    """Bug: grad_clip = 0 is accepted, and nothing ever moves."""
+    module = importlib.import_module(script)
+    for argument in bad.split():
+        key, value = argument.split("=")
+        value = float("nan") if value == "nan" else ast.literal_eval(value)
+        with pytest.raises(ValueError, match=rf"^{key} = .* must be (one of|at least|above|between) [^\n]*$"):
+            configure(vars(module) | {key: type(getattr(module, key))(value)}, [])
+
+
+def test_w_min_above_w_max_is_refused():
+    with pytest.raises(ValueError, match="w_min = 5.0 exceeds w_max = 1.0"):
+        train.check_config(SimpleNamespace(**configure(dict(vars(train)), ["--w_min=5", "--w_max=1"])))
+
+
+def test_every_config_file_is_within_the_ranges_of_its_script():
+    scripts = {"coldstart": coldstart, "sft": coldstart, "eval": evaluation, "filter": evaluation, "measure": measure}
+    for path in sorted((ROOT / "config").glob("*.py")):
+        script = next((scripts[part] for part in path.stem.split("_") if part in scripts), train)
+        configure(dict(vars(script)), [str(path)])
+
+
+def test_help_shows_the_rule_beside_the_reason(capsys):
+    with pytest.raises(SystemExit):
+        configure(dict(vars(train)), ["--help"])
+    assert re.search(r"--lam=1.0 +\(at least 0\) Eq. 6\n", capsys.readouterr().out)
 
 
 def test_only_lower_case_public_plain_globals_are_knobs():

@@ -74,6 +74,21 @@ def test_a_gold_answer_that_is_prose_is_worth_a_warning(tmp_path, capsys, answer
     assert (f"WARNING: {tmp_path}/p.jsonl:2: gold answer {answer!r} is prose" in out) == warned and (warned or not out)
 
 
+def test_gsm8k_keeps_its_worked_solutions_if_asked(tmp_path, monkeypatch, capsys):
+    rows = [{"question": "How many?", "answer": "She has 3+4=<<3+4=7>>7 boxes.\n7*200 = $<<7*200=1400>>1,400\n#### 1,400"}]
+    source = write(tmp_path / "train.jsonl", *rows)
+    for extra in ([], ["--solutions=True"]):
+        monkeypatch.setattr(sys, "argv", ["data.py", "gsm8k_train", f"--from={source}", f"--out={tmp_path}/p.jsonl", *extra])
+        data.main()
+        row = json.loads((tmp_path / "p.jsonl").read_text())
+        assert row.pop("solution", None) == (
+            "She has 3+4=7 boxes.\n7*200 = $1,400\nThe answer is \\boxed{1400}." if extra else None)
+        assert row["answer"] == "1400"
+    monkeypatch.setattr(sys, "argv", ["data.py", "gsm8k", f"--from={source}", "--solutions=True"])
+    with pytest.raises(ValueError, match="gsm8k has no worked solutions here; use it with gsm8k_train"):
+        data.main()
+
+
 def test_saved_problems_load_back_equal(tmp_path):
     problems = [Problem("a", "x\ny \"z\" \\frac", "\\{1, 2\\}", "5"), Problem("b", "é\u2028", "0")]
     data.save_problems(problems, tmp_path / "new" / "p.jsonl")

@@ -90,7 +90,7 @@ def test_neither_is_imported_unless_asked_for(start, tmp_path, monkeypatch):  # 
         with pytest.raises(ValueError, match=f"^log_to = '{kind}' .*`pip install {kind}`.*leave log_to out") as error:
             run(start, tmp_path / kind, monkeypatch, max_steps=1, method="grpo", log_to=kind)
         assert "\n" not in str(error.value) and not (tmp_path / kind).exists()
-    with pytest.raises(ValueError, match="log_to = 'mlflow' is unknown; use one of '', 'wandb', 'tensorboard'"):
+    with pytest.raises(ValueError, match="log_to = 'mlflow' must be one of '', 'wandb', 'tensorboard'"):
         run(start, tmp_path / "x", monkeypatch, log_to="mlflow")
 
 
