@@ -184,7 +184,8 @@ def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION
     if unknown is not None and unknown in ids:
         chars = [c for c in dict.fromkeys(question + instruction)
                  if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]]
-        raise ValueError(f"the tokenizer has no token for {' '.join(map(repr, chars[:9]))} in the prompt "
+        missing = " ".join(map(repr, chars[:9])) or "the chat template's own words"
+        raise ValueError(f"the tokenizer has no token for {missing} in the prompt "
                          f"{question[:60]!r}; is this the tokenizer these problems and this instruction were made for?")
     return ids
 

@@ -280,9 +280,9 @@ def test_noise_depends_on_the_problem_and_not_on_its_company(run, tmp_path, monk
     ({"top_ps": (1.0, 0.9)}, "form pairs"),
     ({"judge_url": "http://x"}, "set both or neither"),
     ({"filter_out": "x", "filter_low": 0.9, "filter_high": 0.1}, "0 <= low <= high <= 1"),
-    ({"max_rows": -1}, "max_rows = -1 must be 0, as many as free memory holds, or more"),
-    ({"device": "tpu"}, "'tpu' is unknown"),
-    ({"dtype": "float16"}, "'float16' is unknown"),
+    ({"max_rows": -1}, "max_rows = -1 must be at least 0"),
+    ({"device": "tpu"}, "device = 'tpu' must be one of 'auto', 'cpu', 'cuda'"),
+    ({"dtype": "float16"}, "dtype = 'float16' must be one of"),
     ({"max_new_tokens": 60}, r"problem '.*': a prompt of .* do not fit the model's context of 64"),
     ({"instruction": "\nThink!"}, "has no token for"),
 ])

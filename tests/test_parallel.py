@@ -45,7 +45,7 @@ def _raise():
     raise RuntimeError("planted on rank 1")
 
 
-FAULTS = {"raise": _raise, "value": lambda: train.check_config(train.SimpleNamespace(**vars(train) | {"method": "ppo"})),
+FAULTS = {"raise": _raise, "value": lambda: train.configure(vars(train) | {"method": "ppo"}, []),
           "kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
           "hang": lambda: time.sleep(1000)}
 
