@@ -111,9 +111,10 @@ def extract_boxed(text: str) -> str | None:
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
-    "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "€": r"\$", "£": r"\$", "~": " "})
+    "∅": r"\emptyset ", "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "€": r"\$", "£": r"\$", "~": " "})
 _COMMANDS = {
-    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg".split(), ""),
+    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg bf it rm boldsymbol bm "
+                    "underline large Large LARGE huge small".split(), ""), **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
     **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),  # spaces, and the math delimiters \( \) \[ \]
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "degree": r"^\circ", "%": "%", "$": r"\dollar ",
     **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
@@ -125,7 +126,22 @@ def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, re
     return [(key, re.compile(pattern), by) for key, pattern, by in rules]
 
 
+_BASES = {word: str(i) for i, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {
+    "sixteen": "16"}
+
+
+def _repeating(m: re.Match) -> str:
+    """0.1\\overline{6} = 1/6: the digits up to the end of the first period less those before it, over 9s and 0s."""
+    whole, before, period = m[1] or "0", m[2], m[3]
+    over = int("9" * len(period) + "0" * len(before))
+    return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
+
+
 _SPELLINGS = _rules(
+    ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
+    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?", lambda m: f"_{{{_BASES[m[1]]}}}"),  # 204_{\text{five}}
+    ("\\log", r"\\log *_ *(?:\{(\w+)\}|(\w)) *(?:\{([^{}]*)\}|(\d+)$)", lambda m: f"\\log_{{{m[1] or m[2]}}}({m[3] or m[4]})"),
+    ("m", r"(?<![a-zA-Z])([apAP])\. ?[mM](?![a-zA-Z])\.?", r"\1m"),  # p.m.
     ("\\frac", r"\\frac *(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),  # \frac12
     ("\\frac", r"\\frac *\{([^{}]*)\} *(\w)", r"\\frac{\1}{\2}"),  # \frac{40}7
     ("\\frac", r"\\frac *(\w) *\{", r"\\frac{\1}{"),  # \frac3{4}
@@ -142,6 +158,7 @@ _SPACING = _rules(
     ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
     (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))  # not in \pi r, nor in 2 3
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?(?:\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
 
@@ -163,12 +180,17 @@ def normalise(answer: str) -> str:
     if "boxed" in s:  # some golds carry their box
         s = extract_boxed(s) or s
     s = s if s.isascii() and "~" not in s else s.translate(_UNICODE)
+    s = _without_typesetting(s)
     if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
         s = s.replace("\\\\", "\\")
     s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s  # 11,\! 111: a comma that separates thousands, not answers
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
     s = " ".join(s.split()).rstrip(" ,;")
+    while s[:1] == "{" and _closing(s, 0) == len(s) - 1:  # what \bf and \underline leave of {\bf 42} and \underline{42}
+        s = s[1:-1].strip()
+    if (m := _WHOLE_TEXT.fullmatch(s)) and re.search(r"\d", m[1]):
+        s = m[1].strip()
     s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s  # a full stop; 0.333... is not 0.333
     for key, pattern, by in _SPELLINGS:
         s = pattern.sub(by, s) if key in s else s
@@ -186,6 +208,20 @@ def normalise(answer: str) -> str:
     return f"{s} [{unit}]" if unit else s
 
 
+_WHOLE_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
+_TYPESETTING = _rules(
+    ("\\color", r"\\color *\{\w+\}", ""), ("\\textcolor", r"\\textcolor *\{\w+\}", ""),
+    ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
+    ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
+
+
+def _without_typesetting(s: str) -> str:
+    """How an answer is set is not what it says."""
+    for key, pattern, by in _TYPESETTING:
+        s = pattern.sub(by, s) if key in s else s
+    return s.strip()
+
+
 def _core_and_unit(answer: str) -> tuple[str, str]:
     core, _, unit = normalise(answer).partition(" [")
     return core, unit.removesuffix("]")
@@ -193,7 +229,7 @@ def _core_and_unit(answer: str) -> tuple[str, str]:
 
 def _rational(s: str) -> str:
     """A decimal, fraction or mixed number as a reduced fraction; any other text as it is."""
-    if _DECIMAL.fullmatch(s):
+    if _DECIMAL.fullmatch(s) or _SCIENTIFIC.fullmatch(s):
         return str(Fraction(s.rstrip(".")))
     m = _FRACTION.fullmatch(s)
     if not m:
@@ -216,10 +252,12 @@ _UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a un
     "km/h kph", "m/s", "deg degree", "rad radian", "% percent pct percentage", "$ dollar", "cent", "am", "pm",
     "- unit st nd rd th") for name in names.split()}  # `square units`, `5th`: no unit
 _THINGS = re.compile(  # apples, students: plural nouns that neither scale the number nor qualify it
-    r"(?!.*(?:th|dozen|hundred|thousand|million|billion|halve|quarter|third|les|plu|minu|time|doe|thi|thu|ye)s)[a-z]{3,}s")
-_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+)?))"
+    r"(?!.*(?:th|dozen|\bten|\bscore|hundred|thousand|million|billion|halve|quarter|third|les|plu|minu|time|doe|thi|thu|ye)s)"
+    r"(?:(?!and|or|not|than|over|per|more|less)[a-z]{3,} ){0,2}(?:[a-z]{3,}s|people|children|men|women|fish|sheep)")
+_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+){0,2}))"
                    r" *(?:\^ *\{?(?P<power>[23])\}?)?$")
-_DEGREES = re.compile(r"(.*?) *\^ *(?:\\circ|\{ *\\circ *\})")
+_DEGREES = re.compile(r"(.*?) *\^ *(?:\\circ|\{ *\\circ *\}) *(?:\\text *\{ *)?([CF]?) *\}?")
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
 def _take_unit(s: str) -> tuple[str, str]:
@@ -228,8 +266,12 @@ def _take_unit(s: str) -> tuple[str, str]:
         return s.removeprefix("\\dollar ").strip(), "$"
     if s.endswith("%"):
         return s[:-1].rstrip(), "%"
+    if _TRIGONOMETRIC.search(s):  # sin 30 degrees is a number, and not sin 30
+        return re.sub(r"(\d+(?:\.\d+)?) *\^ *(?:\\circ|\{ *\\circ *\})", r"(\\frac{\1\\pi}{180})", s), ""
+    if s.endswith("\\dollar"):
+        return s.removesuffix("\\dollar").strip(), "$"
     if m := _DEGREES.fullmatch(s):
-        return m[1], "deg"
+        return m[1], "deg" + m[2]
     m = _UNIT.search(s)
     core = s[:m.start()] if m else ""
     if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":  # a number, complete without the word
@@ -237,7 +279,8 @@ def _take_unit(s: str) -> tuple[str, str]:
         power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
         name, _, inner = " ".join(words[1:] if power else words).partition("^")  # \text{cm^2}
         unit = _UNITS.get(name, _UNITS.get(name[:-1]) if len(name) > 2 and name[-1] == "s" else None) if name else ""
-        if unit is None and m["text"] and _THINGS.fullmatch(name):
+        one_number = m["text"] or _is_rational(_rational(core.replace(",", "").strip()))  # 72 clips, but not x+2 clips
+        if unit is None and one_number and _THINGS.fullmatch(name):
             unit = name[:-1]
         if unit is not None:
             power = m["power"] or inner.strip("{}") or power
@@ -256,7 +299,8 @@ def _settle(answer: str | None, gold: str) -> str | None:
     (a, unit_a), (g, unit_g) = _core_and_unit(answer), _core_and_unit(gold)
     if not a:
         return "unparsable"
-    if unit_a and unit_g and unit_a != unit_g:
+    celsius = "deg" in (unit_a, unit_g) and unit_a[:3] == unit_g[:3]  # 20 degrees may be 20 degrees C
+    if unit_a and unit_g and unit_a != unit_g and not celsius:
         return "wrong"
     if a == g:  # 28% and 28: the question asked for per cent
         return "correct"
@@ -266,9 +310,14 @@ def _settle(answer: str | None, gold: str) -> str | None:
         percent = "%" in (unit_a, unit_g)
         x, y = (Fraction(v) / (100 if unit == "%" else 1) for v, unit in ((a, unit_a), (g, unit_g)))
         return "correct" if percent and x == y else "wrong"
+    if re.fullmatch("[A-J]", g) and (m := _OPTION.match(a)):
+        return "correct" if m[1] == g else "wrong"
     if _is_word(a) or _is_word(g) or (len(a) == len(g) == 1 and (a + g).isalpha()):
         return "correct" if len(a) > 1 and a.casefold() == g.casefold() else "wrong"
     return None
+
+
+_OPTION = re.compile(r"\(?([A-J])[).][^,;(+*/^=-]")  # (C) 12, C. 12
 
 
 def _is_word(s: str) -> bool:
@@ -300,7 +349,10 @@ def _same(answer: str, gold: str) -> bool:
     named = _names_items(items_a)
     if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
         return {kind_a, kind_g} <= {"list", "()"} and _same_in_order(items_a, items_g)
-    if kind_a == kind_g == "list":
+    counted = all(item[:1] not in list("([") for item in items_a + items_g) and not (a + g).count("\\{")
+    if kind_a == kind_g == "list" and counted:
+        return _same_items(items_a, items_g)
+    if kind_a == kind_g == "list":  # of a set, or of points, each counts once, however often it is named
         return all(any(_same(x, y) for x in items_a) for y in items_g) and \
             all(any(_same(x, y) for y in items_g) for x in items_a)
     if kind_a == kind_g != "":
@@ -310,9 +362,37 @@ def _same(answer: str, gold: str) -> bool:
         return _same(items_a[0], items_g[0])
     if kind_g == ":" and not kind_a and len(items_g) == 2:  # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
         return _same(a, f"\\frac{{{items_g[0]}}}{{{items_g[1]}}}")
+    interval_a, interval_g = _interval(a), _interval(g)
+    if (interval_a and kind_g[:1] in list("([")) or (interval_g and kind_a[:1] in list("([")):
+        return _same(interval_a or a, interval_g or g)
     if (kind_a or kind_g) and not re.search(r"[<>]|\\(?:le|ge|neq|cup|mathbb)(?![a-zA-Z])", a + g):
         return False
     return _verify(a, g)  # also 0<x<1 against (0,1)
+
+
+def _same_items(items_a: list[str], items_g: list[str]) -> bool:
+    """The same items in any order, each as often."""
+    left = list(items_a)
+    for g in items_g:
+        found = next((i for i, a in enumerate(left) if _same(a, g)), None)
+        if found is None:
+            return False
+        del left[found]
+    return not left
+
+
+_BOUND = re.compile(r"([A-Za-z])(<|>|\\le|\\ge) *([^<>\\]+|\\frac\{[^{}]*\}\{[^{}]*\}|-?\\(?:sqrt|pi).*)")
+_BOUNDS = re.compile(r"(.+?)(<|\\le) *([A-Za-z])(<|\\le) *(.+)")
+
+
+def _interval(s: str) -> str:
+    r"""`x\ge3` -> `[3,\infty)`, `-1\le x<2` -> `[-1,2)`; "" of anything else."""
+    if (m := _BOUNDS.fullmatch(s)) and not re.search(r"[<>,]|\\[lg]e(?![a-z])", m[1] + m[5]):
+        return f"{'(['[m[2] != '<']}{m[1]},{m[5]}{')]'[m[4] != '<']}"
+    if m := _BOUND.fullmatch(s):
+        low, closed = m[2] in (">", "\\ge"), m[2][0] == "\\"
+        return f"{'(['[closed]}{m[3]},\\infty)" if low else f"(-\\infty,{m[3]}{')]'[closed]}"
+    return ""
 
 
 def _same_in_order(items_a: list[str], items_g: list[str]) -> bool:

@@ -17,7 +17,7 @@ case $PRESET in
   cpu) RATES=${RATES:-2e-5} SIDE=${SIDE:-2} STEPS=3 N_SOLVED=240 N_TRAIN=64 N_HELD_OUT=24
        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes side by side
        all=(--dtype="${DTYPE:-float32}")
-       sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2) cold=("${sft[@]}" --queries_per_round=16 --n_sft=8)
+       sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2) cold=("${sft[@]}" --queries_per_round=16 --n_sft=8 --epochs=4)
        filter=(--threads=2 --max_rows=128) ev=(--samples=4 --pass_k="(1,4)" --max_rows=128)
        rl=(--prompts_per_step=4 --eval_samples=2 --eval_interval=0 --save_interval=1 --tokens_per_microbatch=2048 --warmup_steps=1) ;;
   *) echo "PRESET=$PRESET is unknown; use gpu or cpu"; exit 1 ;;
