@@ -195,7 +195,7 @@ def toy_rows(tokenizer, questions: list[str], c, step: int) -> list[Row]:
     return [encode(tokenizer, e.prompt, e.completion, e.no_loss) for e in examples]
 
 
-def solution_rows(tokenizer, c) -> list[Row]:
+def solution_rows(tokenizer, c, context: int) -> list[Row]:
     """Both formats from a problem file: every line has a "solution"; one that also has a "wrong" response and the
     "synthesis" (analysis and reconstruction) that is to be written about the two gives an IFT example as well."""
     training, rows = load_problems(c.problems), []
@@ -211,6 +211,10 @@ def solution_rows(tokenizer, c) -> list[Row]:
         if synthesis:
             asked = reflect.synthesis_prompt(tokenizer, problem, wrong, solution, c.template)
             rows.append(Row(asked, *encode_completion(tokenizer, synthesis)))
+        longest = max(len(row.prompt_ids) + len(row.completion_ids) for row in rows[-2:])
+        if longest > context:
+            raise ValueError(f"{where}: an example of {longest} tokens does not fit the model's context of {context}; shorten "
+                             "or remove it")
     return rows
 
 
@@ -430,7 +434,7 @@ def main() -> None:
     else:
         with autocast:
             rows = (rollout_rows(tokenizer, stop_ids, c, device, rank, world, wrap) if c.from_rollouts
-                    else solution_rows(tokenizer, c))
+                    else solution_rows(tokenizer, c, model.config.max_position_embeddings))
         held_out = load_problems(c.eval_problems) if c.eval_problems else []
         max_steps = c.max_steps or -(-c.epochs * len(rows) // c.batch_size)
         say(f"{len(rows):,} examples, {max_steps:,} steps")

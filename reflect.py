@@ -136,8 +136,9 @@ def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max:
 
     A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max of its wrong ones
     are paired, each with a right one drawn uniformly from the same group. A truncated response counts as wrong but is
-    never used: it has no end to reflect from. key: counters, e.g. (seed, PAIRING, step). Every group draws its own
-    noise, so its pairs do not depend on which other groups this process holds (trap 7).
+    never used: it has no end to reflect from. Nor is one that the grader could not judge: it may be right. key:
+    counters, e.g. (seed, PAIRING, step). Every group draws its own noise, so its pairs do not depend on which other
+    groups this process holds (trap 7).
     """
     for name, value in (("n_pos", n_pos), ("n_neg", n_neg), ("m_max", m_max)):
         if value < 1:
@@ -150,12 +151,12 @@ def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max:
         right, wrong = [r for r in group if r.reward > 0], [r for r in group if r.reward <= 0]
         if len(right) < n_pos or len(wrong) < n_neg:
             continue
-        usable = [r for r in wrong if r.finished]
+        usable = [r for r in wrong if r.finished and r.grade not in ("timeout", "error")]  # it may well be right
         noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))  # not hash(), which is salted per process
         rng = np.random.Generator(np.random.Philox(noise))
         pairs += [(usable[i], right[rng.integers(len(right))]) for i in rng.permutation(len(usable))[:m_max]]
         eligible += 1
-        truncated += len(wrong) - len(usable)
+        truncated += sum(not r.finished for r in wrong)
     return pairs, {"eligible": eligible, "candidates": len(pairs), "skipped_truncated": truncated}
 
 

@@ -279,14 +279,20 @@ def test_a_solution_with_a_wrong_response_and_a_synthesis_is_an_example_of_both_
     row = {"uid": "a", "question": p.question, "answer": p.answer, "solution": right, "wrong": wrong, "synthesis": written}
     c = config_of(problems=str(tmp_path / "solved.jsonl"), template="short")
     (tmp_path / "solved.jsonl").write_text(json.dumps(row))
-    sft, ift = coldstart.solution_rows(tokenizer, c)
+    sft, ift = coldstart.solution_rows(tokenizer, c, 1024)
     assert sft == coldstart.encode(tokenizer, p.question, right)
     assert ift.prompt_ids == reflect.synthesis_prompt(tokenizer, p, wrong, right, "short")
     assert shown(tokenizer, ift) == written + "<|im_end|>"
     del row["synthesis"]
     (tmp_path / "solved.jsonl").write_text(json.dumps(row))
     with pytest.raises(ValueError, match="solved.jsonl:1: has one of"):
-        coldstart.solution_rows(tokenizer, c)
+        coldstart.solution_rows(tokenizer, c, 1024)
+    del row["wrong"]
+    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
+    longest = len(sft.prompt_ids) + len(sft.completion_ids)
+    assert len(coldstart.solution_rows(tokenizer, c, longest)) == 1
+    with pytest.raises(ValueError, match=f"solved.jsonl:1: an example of {longest} tokens does not fit the model's context of"):
+        coldstart.solution_rows(tokenizer, c, longest - 1)
 
 
 @pytest.mark.parametrize("knob, message", [

@@ -116,10 +116,10 @@ def test_a_word_level_tokenizer_names_what_it_cannot_write_and_trains_on_the_res
     knobs = [f"--init_from={tmp_path}/model", "--instruction=", "--max_new_tokens=20"]
     plain, emoji = (SimpleNamespace(**configure(dict(vars(coldstart)), [*knobs, f"--problems={tmp_path}/{name}.jsonl"]))
                     for name in ("plain", "emoji"))
-    rows = coldstart.solution_rows(tokenizer, plain)
+    rows = coldstart.solution_rows(tokenizer, plain, 256)
     assert [tokenizer.decode(row.completion_ids[:-1]).replace(" ", "") for row in rows] == [right.replace(" ", "")] * 5
     with pytest.raises(ValueError, match="the tokenizer has no token for '😀' in the prompt"):
-        coldstart.solution_rows(tokenizer, emoji)
+        coldstart.solution_rows(tokenizer, emoji, 256)
     tokenizer.chat_template = BARE.replace("<|im_start|>", "assistant")
     with pytest.raises(ValueError, match="the tokenizer has no token for the chat template's own words in the prompt"):
-        coldstart.solution_rows(tokenizer, plain)
+        coldstart.solution_rows(tokenizer, plain, 256)

@@ -483,6 +483,15 @@ def select(rollouts, n_pos=2, n_neg=4, m_max=4, key=(0, 3, 5)):
     return [(wrong.text, right.text) for wrong, right in pairs], counts
 
 
+@pytest.mark.parametrize("grade", ("timeout", "error"))
+def test_a_response_that_the_grader_could_not_judge_is_no_mistake_to_reflect_on(grade):
+    rollouts = group_of("a", 2, 4)
+    rollouts[2].grade = grade
+    pairs, counts = select(rollouts)
+    assert sorted(wrong for wrong, _ in pairs) == ["a wrong 3", "a wrong 4", "a wrong 5"]
+    assert counts == {"eligible": 1, "candidates": 3, "skipped_truncated": 0}
+
+
 @pytest.mark.parametrize("n_right, n_wrong, eligible", [
     (2, 4, 1), (1, 4, 0), (2, 3, 0), (8, 0, 0), (0, 8, 0), (4, 4, 1)])
 def test_a_group_is_eligible_exactly_from_the_thresholds_on(n_right, n_wrong, eligible):
