@@ -406,6 +406,8 @@ def main() -> None:
         counts = word_problems.prepare(Path(args.out or "data/word_problems"), Path(args.path) if args.path else None)
         for split, (problems, solved) in counts.items():
             print(f"word_problems_{split}.jsonl: {problems:,} problems, {solved:,} with a worked solution")
+        for name, source in word_problems.SOURCES.items():
+            print(f"{name}: {source.repo}, licence: {source.licence}")
         return
     if args.name not in SOURCES:
         raise ValueError(f"unknown data set {args.name!r}; known: {', '.join(SOURCES)}, word_problems")
