@@ -64,6 +64,13 @@ def test_every_config_file_is_within_the_ranges_of_its_script():
         configure(dict(vars(script)), [str(path)])
 
 
+def test_every_trap_that_a_comment_cites_is_in_the_list():
+    listed = re.findall(r"^(\d+)\. \*\*", (ROOT / "docs/traps.md").read_text(encoding="utf-8"), flags=re.M)
+    cited = {number for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))
+             for number in re.findall(r"\btraps? (\d+)", path.read_text(encoding="utf-8"))}
+    assert listed == [str(i) for i in range(1, 24)] and cited <= set(listed) and len(cited) > 20
+
+
 def test_help_shows_the_rule_beside_the_reason(capsys):
     with pytest.raises(SystemExit):
         configure(dict(vars(train)), ["--help"])
