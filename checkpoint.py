@@ -100,12 +100,11 @@ class Saver:
         self.wait()
         background = self.thread is not None
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        untouched = not optimizer.state
-        moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=background))
-        if untouched:  # no update yet, all were skipped: torch has made the state by a step with gradient 0, and counted it
+        if not optimizer.state:  # no update yet, all were skipped: torch makes the state by a step with gradient 0, and counts it
+            get_optimizer_state_dict(model, optimizer)
             for state in optimizer.state.values():
                 state["step"].zero_()
-            moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=background))
+        moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=background))
         meta = {"format": FORMAT, "step": step, "eval/pass1": pass1, "config": self.config}
         if not background:
             return self._write(folder, model, weights, moments, meta)

@@ -272,9 +272,10 @@ def rollout_rows(tokenizer, stop_ids, c, device, rank=0, world=1, wrap=None) -> 
     what stands there is not sampled again. All processes go by what the first of them finds in the file.
     """
     path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
-    header = {"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)} | {k: getattr(c, k) for k in EXAMPLE_KNOBS}
     rounds = []
     if rank == 0:
+        header = {"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)}
+        header |= {knob: getattr(c, knob) for knob in EXAMPLE_KNOBS}
         if c.resume:
             rounds = jsonl.read_headed(path, header, "choose another out_dir, or --resume=False to sample anew")
         if not rounds:

@@ -21,6 +21,10 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
+KNOB_TYPES = (bool, int, float, str, tuple, type(None))
+
+
 class Rule(typing.NamedTuple):
     """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that of the default."""
     holds: Callable[[typing.Any], bool]
@@ -41,10 +45,6 @@ def above(low: float) -> Rule:
 
 def between(low: float, high: float) -> Rule:
     return Rule(lambda value: low <= value <= high, f"between {low} and {high}")
-
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
-KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
 
 def configure(knobs: dict, argv: list[str] | None = None) -> dict:

@@ -210,7 +210,7 @@ def normalise(answer: str) -> str:
 
 _WHOLE_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
 _TYPESETTING = _rules(
-    ("\\color", r"\\color *\{\w+\}", ""), ("\\textcolor", r"\\textcolor *\{\w+\}", ""),
+    ("color", r"\\(?:text)?color *\{\w+\}", ""),
     ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
     ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
 
