@@ -41,9 +41,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
 
 # Knobs that a resumed run may change: they decide where and how often, not what is learned.
-MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples", "save_interval", "keep_last",
-              "out_dir", "parity_alarm", "replicas", "offload", "timeout_minutes", "async_save", "max_bad_steps", "log_to",
-              "plan", "plan_gpus", "plan_gpu_gb", "checkpoint_activations", "tokens_per_microbatch", "compile"}
+MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples",
+              "save_interval", "keep_last", "out_dir", "replicas", "offload", "timeout_minutes",
+              "async_save", "log_to", "checkpoint_activations", "tokens_per_microbatch", "compile"}
 
 
 def keep_log(path: Path, last_step: int) -> None:

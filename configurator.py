@@ -25,6 +25,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's qu
 KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
 
+class Config(dict):
+    """The resolved knobs of a run, and what each is by default."""
+    defaults: dict
+
+
 class Rule(typing.NamedTuple):
     """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that of the default."""
     holds: Callable[[typing.Any], bool]
@@ -47,8 +52,8 @@ def between(low: float, high: float) -> Rule:
     return Rule(lambda value: low <= value <= high, f"between {low} and {high}")
 
 
-def configure(knobs: dict, argv: list[str] | None = None) -> dict:
-    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or none; return the dict.
+def configure(knobs: dict, argv: list[str] | None = None) -> Config:
+    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or none; return them.
 
     With argv=None the process's own arguments are read if the script is what was started (none when it is imported),
     and a bad one ends the process with one line. An explicit argv raises: ValueError, FileNotFoundError.
@@ -76,7 +81,8 @@ def configure(knobs: dict, argv: list[str] | None = None) -> dict:
             if not equals or not argument.startswith("--"):
                 raise ValueError(f"{argument}: not understood; write --{key}=value")
             resolved[key] = _parse(text, allowed[key], config[key], f"--{key}")
-    resolved = {key: _expand_home(value) for key, value in resolved.items()}
+    resolved = Config({key: _expand_home(value) for key, value in resolved.items()})
+    resolved.defaults = config
     for key, rule in _annotations(knobs).items():
         if isinstance(rule, Rule) and not rule.holds(resolved[key]):
             raise ValueError(f"{key} = {resolved[key]!r} must be {rule.text}")
@@ -89,9 +95,14 @@ def _expand_home(value):
     return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value) if type(value) is str else value
 
 
-def print_config(config: dict) -> None:
-    width = max(map(len, config), default=0)
-    print("\n".join(f"{key:<{width}} = {value!r}" for key, value in config.items()), flush=True)
+def print_config(config: Config, where: str | os.PathLike) -> None:
+    """What differs from the script's defaults, and where the whole config will lie."""
+    changed = {key: value for key, value in config.defaults.items() if config[key] != value}
+    print(f"{len(changed)} of {len(config.defaults)} knobs differ from their defaults; all of them: {where}")
+    width = max(map(len, changed), default=0)
+    for key, default in changed.items():
+        print(f"  {key:<{width}} = {config[key]!r}  ({default!r})")
+    sys.stdout.flush()
 
 
 def save_config(config: dict, out_dir: str | os.PathLike) -> None:

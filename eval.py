@@ -4,8 +4,6 @@ Pass@k with intervals, truncation, and the paper's reflection analysis (§4.3), 
     python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
     python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5, three contests
     python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: middling problems
-    python eval.py --compare=base.json,tapo.json                                     # paired, problem by problem
-    python eval.py --compare=grpo_s0.json+grpo_s1.json,tapo_s0.json+tapo_s1.json     # paired by training seed, too
 
 Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it is graded, and the
 same command continues there after a kill. Deliberately missing: majority voting, several processes (noise depends on
@@ -30,22 +28,17 @@ from tqdm import tqdm
 import jsonl
 import reflect
 import reward
-import toy
 from checkpoint import weights_mark
 from configurator import at_least, between, configure, one_of, print_config, run_script
 from data import BOXED_INSTRUCTION, Problem, check_prompts_fit, encode_prompts, load_problems, load_tokenizer
 from data import save_problems, stop_ids_of
 from model import load_hf, num_params
 from parallel import pick_device
-from plan import eval_table, rows_now
-from rollout import EVALUATION, completion_text, generate
+from rollout import EVALUATION, completion_text, generate, rows_that_fit
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 init_from = ""                                  # Hugging Face folder or hub id
 problems = ""                                   # problem files, separated by commas; each is scored by itself
-world: one_of("", *toy.WORLDS) = ""             # or a toy world
-split: one_of(*toy.SPLITS) = "test"             # of the toy world
-levels: tuple = ()                              # of the toy world, () = all
 n_problems: at_least(0) = 0                     # the first so many of each file; 0 = all
 instruction = BOXED_INSTRUCTION                 # appended to every question; the same as in training
 out = "out/eval"                                # writes OUT.json, OUT.problems.txt (a line for each) and OUT.samples.jsonl
@@ -62,8 +55,6 @@ device: one_of("auto", "cpu", "cuda") = "auto"
 dtype: one_of("float32", "bfloat16") = "float32"
 compile = False                                 # torch.compile: a minute at start, then a quarter faster on a CPU
 threads: at_least(0) = 0                        # CPU threads; 0 = torch's choice
-plan = False                                    # print the memory it will need, from config.json alone, and stop
-plan_gpu_gb: at_least(0) = 0.0                  # ... on a GPU of so much memory; 0 = what is here
 # --- optional: a judge for ERR behind any OpenAI-compatible address, with the key in OPENAI_API_KEY -------------------
 judge_url = ""                                  # e.g. http://localhost:8000/v1
 judge_model = ""
@@ -71,9 +62,6 @@ judge_model = ""
 filter_out = ""                                 # problem file to write, accuracy beside each problem
 filter_low: between(0, 1) = 0.125
 filter_high: between(0, 1) = 0.875
-# --- instead of all this: compare results -----------------------------------------------------------------------------
-compare = ""  # OUT.json files separated by commas, the baseline first; + joins the seeds of one method
-compare_out = ""                                # also write the comparison as json
 
 OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
@@ -104,43 +92,18 @@ def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -
     return float(low), float(high)
 
 
-def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
-    """Two-sided p that paired differences (P,) have mean 0: how often random signs give a sum as large in size.
-
-    All 2^P sign patterns for up to 16 differences (those of 0 have no sign), else `draws` random ones and the observed.
-    """
-    d = np.asarray(differences, float)
-    d = d[d != 0]
-    observed = abs(d.sum()) * (1 - 1e-9)  # equal sums must count as equal in whatever order they were added
-    if len(d) <= 16:
-        signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
-        return float((abs(signs @ d) >= observed).mean())
-    rng = np.random.default_rng(seed)
-    hits = sum(abs((1 - 2 * rng.integers(2, size=len(d))) @ d) >= observed for _ in range(draws))
-    return float((1 + hits) / (1 + draws))
-
-
-def t_interval(values) -> tuple[float, float]:
-    """95 % interval of the mean of a few seeds, two at least, under Student's t."""
-    values = np.asarray(values, float)
-    df = len(values) - 1
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2  # the 97.5 % quantile; its expansion
-    half = t * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def dsr_err(correct, reflects, located) -> dict:
+def dsr_err(correct, reflects) -> dict:
     """§4.3 on boolean arrays (P, n), over the problems whose pass rate is strictly between 0 and 1.
 
-    DSR: of the correct responses, the share that never reflects. ERR: of the responses that reflect, the share that
-    located and named the error and ends correct. None where there is nothing to divide by. Intervals are over problems.
+    DSR: of the correct responses, the share that never reflects. ERR: of the responses that reflect, the share that ends
+    correct: by rule, whoever does has found the error (the judge asks for more). None where there is nothing to divide by.
+    Intervals are over problems.
     """
-    correct, reflects, located = (np.asarray(a, bool) for a in (correct, reflects, located))
+    correct, reflects = (np.asarray(a, bool) for a in (correct, reflects))
     mixed = correct.any(1) & ~correct.all(1)
-    correct, reflects, located = correct[mixed], reflects[mixed], located[mixed]
+    correct, reflects = correct[mixed], reflects[mixed]
     result = {"mixed_problems": int(mixed.sum())}
-    for name, hit, base in (("DSR", correct & ~reflects, correct), ("ERR", reflects & located & correct, reflects)):
+    for name, hit, base in (("DSR", correct & ~reflects, correct), ("ERR", reflects & correct, reflects)):
         some = bool(base.any())
         result[name] = float(hit.sum() / base.sum()) if some else None
         result[name + "_interval"] = list(bootstrap_interval(hit.sum(1), base.sum(1))) if some else None
@@ -165,15 +128,15 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
     by_level = collections.defaultdict(list)
     for p in per_problem:
         by_level[p["level"]].append(p)
-    reflects, located, lengths = (np.array([[row[key] for row in rows] for rows in rows_of.values()])
-                                  for key in ("reflects", "located", "tokens"))
+    reflects, lengths = (np.array([[row[key] for row in rows] for rows in rows_of.values()])
+                         for key in ("reflects", "tokens"))
     return scores(per_problem) | {
         "no_answer": share("no_answer"),
         "unparsable": share("unparsable"),
         "timeout": share("timeout", "error"),  # of the grader; neither right nor wrong is known
         "length": float(lengths.mean()),
         "reflect_rate": float(reflects.mean()),
-        **dsr_err([[is_correct(row) for row in rows] for rows in rows_of.values()], reflects, located),
+        **dsr_err([[is_correct(row) for row in rows] for rows in rows_of.values()], reflects),
         "levels": {level: {"problems": len(members)} | scores(members)
                    for level, members in sorted(by_level.items())} if len(by_level) > 1 else {},
         "per_problem": per_problem,
@@ -185,10 +148,6 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
 
 def load_sets(c) -> dict[str, list[Problem]]:
     """Problem sets by name. uids must be unique over all of them: they key the samples and the noise."""
-    if bool(c.world) == bool(c.problems):
-        raise ValueError(f"problems = {c.problems!r} and world = {c.world!r}: set exactly one of them")
-    if c.world:
-        return {f"{c.world}_{c.split}": toy.make_problems(c.world, c.split, c.n_problems, levels=c.levels or None)}
     sets, holder = {}, {}
     for path in c.problems.split(","):
         name = Path(path).stem
@@ -210,16 +169,6 @@ def sample_key(row: dict) -> tuple:
 def is_correct(row: dict) -> bool:
     """The one place where a stored sample counts as right. A truncated one is graded so, whatever it says."""
     return row["grade"] == "correct"
-
-
-def reflection_flags(question: str, text: str, exact: bool) -> tuple[bool, bool]:
-    """(reflects, located): does the response reflect, and on a real error that it names rightly?
-
-    By rule a marker in the text is a reflection, and whoever ends correct after one is taken to have found the error
-    (the judge asks for more). exact, for the toy world: what the first reflection says of the mistake is true.
-    """
-    reflects = reflect.reflects(text)
-    return reflects, reflects and (not exact or toy.diagnosis_is_true(question, text))
 
 
 def load_model(c, tokenizer, problems: list[Problem]):
@@ -259,7 +208,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             rows = c.max_rows
             if missing and not rows:
                 longest = max(len(p.prompt_ids) for p in missing)
-                rows = rows_now(model, len(missing) * c.samples, c.samples, longest, c.max_new_tokens)
+                rows = rows_that_fit(model, longest, c.max_new_tokens)
             at_once = max(1, -(-rows // c.samples))  # problems between two writes to disk
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
                        desc=f"T {temperature} top-p {top_p}", disable=not missing)
@@ -273,11 +222,10 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
                          for p, group in zip(now, completions, strict=True) for i, completion in enumerate(group)]
                 grades = reward.grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
                 for (p, i, completion, text), grade in zip(drawn, grades, strict=True):
-                    reflects, located = reflection_flags(p.question, text, exact=bool(c.world))
                     row = {"temperature": temperature, "top_p": top_p, "uid": p.uid, "problem": marks[p.uid],
                            "sample": i, "tokens": len(completion.ids), "answer": grade.answer,
                            "grade": grade.status if completion.finished else "truncated",  # wrong, as in training
-                           "reflects": reflects, "located": located}
+                           "reflects": reflect.reflects(text)}
                     groups[p.uid][i] = row
                     file.write(json.dumps(row | {"text": text}, ensure_ascii=False) + "\n")
                 file.flush()
@@ -350,55 +298,6 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Paired comparison
-
-def read_result(path: Path) -> dict[tuple, dict]:
-    """The settings of an OUT.json, by what makes two of them comparable."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no result at {path}")
-    try:
-        settings = json.loads(path.read_text())["settings"]
-        return {(s["set"], s["temperature"], s["top_p"], s["max_new_tokens"]): s for s in settings}
-    except (ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{path} is not a result of eval.py ({type(e).__name__}: {e})") from None
-
-
-def compare_runs(groups: list[list[Path]]) -> list[dict]:
-    """Every group of results against the first, per problem set and setting. A group holds one file per training seed.
-
-    difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is over problems
-    (bootstrap) for one seed and over seeds (Student's t) for more: only the latter holds the luck of training.
-    p: sign flips of the differences by problem for one seed and by seed for more, in line with the interval.
-    """
-    if len(groups) < 2 or len({len(group) for group in groups}) > 1:
-        raise ValueError("compare needs two or more results, or groups of equally many seeds (paired in order); "
-                         f"got {len(groups)} group(s) of {', '.join(str(len(group)) for group in groups)}")
-    loaded, found = [[read_result(path) for path in group] for group in groups], []
-    shared = [key for key in loaded[0][0] if all(key in result for group in loaded for result in group)]
-    if not shared:
-        raise ValueError("these results share no problem set measured at one temperature, top-p and max_new_tokens")
-    for key in shared:
-        accuracy = [[{p["uid"]: p["c"] / p["n"] for p in result[key]["per_problem"]} for result in group]
-                    for group in loaded]
-        uids = sorted(accuracy[0][0])
-        for path, rates in zip(sum(groups, []), sum(accuracy, []), strict=True):
-            if sorted(rates) != uids:
-                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) were not measured "
-                                 f"on the same problems of {key[0]}, only {len(rates.keys() & set(uids))} are shared")
-        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group] for group in accuracy])  # (G, seeds, P)
-        for group, theirs in zip(groups[1:], accuracy[1:], strict=True):
-            by_seed, by_problem = (theirs - accuracy[0]).mean(1), (theirs - accuracy[0]).mean(0)
-            low, high = t_interval(by_seed) if len(by_seed) > 1 else bootstrap_interval(by_problem)
-            found.append(dict(zip(("set", "temperature", "top_p", "max_new_tokens"), key, strict=True)) | {
-                "problems": len(uids), "baseline": "+".join(map(str, groups[0])), "other": "+".join(map(str, group)),
-                "baseline_pass@1": float(accuracy[0].mean()), "other_pass@1": float(theirs.mean()),
-                "difference": float(by_seed.mean()), "low": low, "high": high,
-                "p": sign_flip_p(by_seed if len(by_seed) > 1 else by_problem),
-                "by_seed": by_seed.tolist()})
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Printing and the script
 
 def table(rows: list[list[str]]) -> str:
@@ -441,18 +340,6 @@ def problems_table(settings: list[dict]) -> str:
     return table(rows)
 
 
-def comparison_table(found: list[dict]) -> str:
-    """One line per comparison; pass@1 in %, differences in points."""
-    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference",
-             "95 %", "p"]]
-    for d in found:
-        points = [100 * d[key] for key in ("difference", "low", "high")]
-        rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}", str(d["problems"]),
-                     str(len(d["by_seed"])), percent(d["baseline_pass@1"]), percent(d["other_pass@1"]),
-                     f"{points[0]:+.1f}", f"[{points[1]:+.1f}, {points[2]:+.1f}]", f"{d['p']:.4f}"])
-    return f"baseline: {found[0]['baseline']}\n{table(rows)}"
-
-
 def write_json(path: Path, content) -> None:
     """Written beside and renamed, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -463,8 +350,9 @@ def write_json(path: Path, content) -> None:
 
 def check_config(c) -> None:
     """Refuse before sampling what would fail after it. One line each: value, rule, fix."""
-    if not c.init_from:
-        raise ValueError("init_from is not set; pass --init_from=FOLDER, a Hugging Face folder or hub id")
+    for key in ("init_from", "problems"):
+        if not getattr(c, key):
+            raise ValueError(f"{key} is not set; pass --{key}=PATH")
     if len(c.temperatures) != len(c.top_ps) or not c.temperatures:
         raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; give as many of both")
     if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
@@ -492,18 +380,9 @@ def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -
 def main() -> None:
     config = configure(globals())
     c = SimpleNamespace(**config)
-    if c.compare:
-        found = compare_runs([[Path(path) for path in group.split("+")] for group in c.compare.split(",")])
-        if c.compare_out:
-            write_json(Path(c.compare_out), found)
-        print(comparison_table(found))
-        return
     check_config(c)
-    if c.plan:
-        print(eval_table(config))
-        return
     sets = load_sets(c)
-    print_config(config)
+    print_config(config, c.out + ".json")
 
     problems = [p for members in sets.values() for p in members]
     result_path, samples_path, judge_path = (Path(c.out + end) for end in (".json", ".samples.jsonl", ".judge.jsonl"))

@@ -2,7 +2,7 @@
 
     bad value, full disk     one line, exit status 1 (configurator.run_script)
     out of memory            one line: the knob of the phase and the last good checkpoint
-    non-finite numbers       the update is skipped by all processes alike; after max_bad_steps in a row, one line
+    non-finite numbers       the update is skipped by all processes alike; after MAX_BAD_STEPS in a row, one line
     SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143; --resume=True goes on
     Ctrl-C                   the same, exit status 130; a second one ends at once
     another process ended    its own message comes first, ours is one line; torchrun ends the whole job
@@ -21,7 +21,9 @@ import torch.distributed as dist
 
 from checkpoint import newest
 from configurator import run_script
+from parallel import say
 
+MAX_BAD_STEPS = 3
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # not 0: a script of several phases must not go on to the next one
 SAME_CTRL_C = 2                        # seconds: torchrun passes on the signal that the terminal has sent to all
 PATIENCE = 5                           # seconds in which torchrun ends a process whose peer has died, before it says so itself
@@ -90,29 +92,29 @@ class Stop:
                 os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once, without saving\n")
 
 
-def end_after_signal(number: int, done: int, max_steps: int, out_dir, say) -> None:
-    """The last words of a run whose step and checkpoint are complete, and its exit status; say: prints on one process."""
-    say(f"{signal.Signals(number).name}: stopped after step {done} of {max_steps}; --resume=True goes on from {newest(out_dir)}",
-        flush=True)
+def end_after_signal(number: int, done: int, max_steps: int, out_dir) -> None:
+    """Last words and exit status of a run whose step and checkpoint are complete."""
+    say(f"{signal.Signals(number).name}: stopped after step {done} of {max_steps}; "
+        f"--resume=True goes on from {newest(out_dir)}")
     sys.exit(128 + number)
 
 
-def check_bad_steps(bad_steps: int, c) -> None:
-    """ValueError once the updates of so many steps in a row had to be skipped."""
-    if bad_steps >= c.max_bad_steps:
-        raise ValueError(f"loss or gradient was not finite in {bad_steps} steps in a row (max_bad_steps = {c.max_bad_steps}), "
-                         "these updates were skipped; look at the rollouts, or start a new run with a lower learning_rate; "
-                         f"the last good checkpoint is {newest(c.out_dir)}")
+def check_bad_steps(bad_steps: int, out_dir) -> None:
+    """ValueError once the updates of MAX_BAD_STEPS steps in a row were skipped."""
+    if bad_steps >= MAX_BAD_STEPS:
+        raise ValueError(f"loss or gradient was not finite in {bad_steps} steps in a row, these "
+                         "updates were skipped; look at the rollouts, or start a new run with a "
+                         f"lower learning_rate; the last good checkpoint is {newest(out_dir)}")
 
 
 @contextlib.contextmanager
-def out_of_memory_names(c, *knobs: str):
-    """Inside, running out of GPU memory is a ValueError that names these knobs of `c` and the last good checkpoint."""
+def out_of_memory_names(out_dir, **knobs):
+    """Inside, running out of GPU memory is a ValueError with these knobs and the last checkpoint."""
     try:
         yield
     except torch.OutOfMemoryError as e:
-        what = ". ".join(str(e).split(". ")[:2])  # how much was asked for; not what the allocator advises
-        values = ", ".join(f"{knob} = {getattr(c, knob)}" for knob in knobs)
+        what = ". ".join(str(e).split(". ")[:2])  # how much was asked for; not the allocator's advice
+        values = ", ".join(f"{knob} = {value}" for knob, value in knobs.items())
         values = values.replace("max_rows = 0", "max_rows = 0 (as many as fit)")
-        raise ValueError(f"{what}; change {values} (what a change saves: --plan=True), then --resume=True goes on from "
-                         f"{newest(c.out_dir)}") from e
+        raise ValueError(f"{what}; change {values} (what a change saves: python -m tools.plan), then "
+                         f"--resume=True goes on from {newest(out_dir)}") from e

@@ -1,7 +1,7 @@
 """What is measured during a run, and what a person sees of it.
 
-Everything is collected as sums: "name" and, where it is a mean, its denominator "name#"; names that end in "_max" are
-maxima. Sums add up over micro-batches and processes, and `means` divides once, at the end.
+Everything is collected as sums: "name" and, where it is a mean, its denominator "name#"; names that
+end in "_max" are maxima. Sums add up over micro-batches and processes; `means` divides once.
 """
 import math
 import os
@@ -9,96 +9,193 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import reflect
-from rollout import Rollout
+from advantage import kl_to_ref
+from parallel import gather, rank, world_size
+from reward import score
+from rollout import CORRECTION, DIAGNOSIS, EVALUATION, PREFIX, Rollout, sample_rollouts
 
 
 def add_up(sums: dict, more: dict) -> None:
-    """Add `more` into `sums`; values may be floats or tensors on a device (then nothing here waits for it)."""
+    """Add `more` into `sums`; values may be floats, or tensors on a device (no host sync then)."""
     for name, value in more.items():
         if name not in sums:
             sums[name] = value
         elif name.endswith("_max"):
-            sums[name] = value.maximum(sums[name]) if hasattr(value, "maximum") else max(value, sums[name])
+            is_tensor = hasattr(value, "maximum")
+            sums[name] = value.maximum(sums[name]) if is_tensor else max(value, sums[name])
         else:
             sums[name] = sums[name] + value
 
 
+def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
+    """Sums of all ranks added up ("_max": the largest); ranks may know different names."""
+    total: dict[str, float] = {}
+    for part in gather([sums]):
+        add_up(total, part)
+    return total
+
+
 def means(sums: dict) -> dict[str, float]:
-    """{"a": 6, "a#": 3, "b": 2} -> {"a": 2.0, "b": 2.0}. A mean over nothing has no value and is left out."""
+    """{"a": 6, "a#": 3, "b": 2} -> {"a": 2.0, "b": 2.0}. A mean over nothing is left out."""
     values = {name: float(value) for name, value in sums.items()}
     return {name: value / values.get(name + "#", 1.0) for name, value in values.items()
             if not name.endswith("#") and values.get(name + "#", 1.0) > 0}
 
 
-def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
-    """rollout/*: of the step's ordinary rollouts; lengths in tokens."""
-    sums: dict[str, float] = {}
-
-    def add(name: str, values) -> None:
-        values = list(values)
-        add_up(sums, {f"rollout/{name}": float(sum(values)), f"rollout/{name}#": len(values)})
-
-    add("pass1", (r.reward for r in rollouts))
-    add("length", (len(r.completion_ids) for r in rollouts))
-    add("length_correct", (len(r.completion_ids) for r in rollouts if r.reward > 0))
-    add("length_wrong", (len(r.completion_ids) for r in rollouts if r.reward == 0))
-    add("truncated", (not r.finished for r in rollouts))
-    add("reflect_rate", (reflect.reflects(r.text) for r in rollouts))
-    for grade in ("no_answer", "unparsable", "timeout", "error"):  # counted apart from wrong (trap 23)
-        add(grade, (r.grade == grade for r in rollouts))
-    rewards: dict[int, set] = {}
-    for r in rollouts:
-        rewards.setdefault(r.query, set()).add(r.reward)
-    add("zero_variance_groups", (len(values) == 1 for values in rewards.values()))
-    sums["rollout/tokens"] = float(sum(len(r.completion_ids) for r in rollouts))
+def sums_of(prefix: str, values: dict[str, list]) -> dict[str, float]:
+    """{"rollout/" + name: sum, "rollout/" + name + "#": number} of each list."""
+    sums = {}
+    for name, several in values.items():
+        sums[prefix + name] = float(sum(several))
+        sums[prefix + name + "#"] = float(len(several))
     return sums
 
 
-def warnings_of(m: dict[str, float], dry_steps: int, lost_steps: int, c) -> list[str]:
-    """What a run that cannot learn looks like, to be said where it cannot be missed. c: the config. In a row: dry_steps had
-    no eligible query, lost_steps had candidates of which none became a construction."""
+def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
+    """rollout/*: of the step's ordinary rollouts; lengths in tokens."""
+    rewards: dict[int, set] = {}
+    for r in rollouts:
+        rewards.setdefault(r.query, set()).add(r.reward)
+    lengths = [len(r.completion_ids) for r in rollouts]
+    values = {
+        "pass1": [r.reward for r in rollouts],
+        "length": lengths,
+        "length_correct": [len(r.completion_ids) for r in rollouts if r.reward > 0],
+        "length_wrong": [len(r.completion_ids) for r in rollouts if r.reward == 0],
+        "truncated": [not r.finished for r in rollouts],
+        "reflect_rate": [reflect.reflects(r.text) for r in rollouts],
+        "zero_variance_groups": [len(values) == 1 for values in rewards.values()]}
+    for grade in ("no_answer", "unparsable", "timeout", "error"):  # counted apart from wrong (trap 23)
+        values[grade] = [r.grade == grade for r in rollouts]
+    return sums_of("rollout/", values) | {"rollout/tokens": float(sum(lengths))}
+
+
+def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
+    """reflect/*: of one step, always under the same keys.
+
+    selected: the counts of select_pairs. outcomes: for each candidate its y_ref, scored and after
+    the update with logprobs and ots_weights, or its drop reason.
+    """
+    counts = {name: float(count) for name, count in selected.items()}
+    counts |= {f"dropped_{reason}": float(outcomes.count(reason)) for reason in reflect.DROP_REASONS}
+    built = [r for r in outcomes if not isinstance(r, str)]
+    lost = [reason for reason in outcomes if isinstance(reason, str)]
+    groups: dict[str, set[float]] = {}  # of reflections alone, also where decoupled = False
+    for r in built:
+        groups.setdefault(r.group, set()).add(r.reward)
+    never_parsed = ("prompt_too_long", "unfinished", "unparsable")
+    not_verbatim = [0 for reason in lost if reason in ("prefix_not_verbatim", "empty_prefix")]
+    values: dict[str, list] = {
+        "parsed": [1] * len(built) + [reason not in never_parsed for reason in lost],
+        # 'full' and 'copy' preserve nothing and have no such rate
+        "verbatim": [1 for r in built if PREFIX in r.roles] + not_verbatim,
+        "correct": [r.reward > 0 for r in built],
+        "length": [len(r.completion_ids) for r in built],
+        # under Eq. 5 only these groups, and lone constructions, have an advantage
+        "mixed_groups": [len(rewards) > 1 for rewards in groups.values()],
+        "ots_first_diagnosis": [r.ots_weights[r.roles.index(DIAGNOSIS)] for r in built
+                                if r.ots_weights is not None and DIAGNOSIS in r.roles]}
+    for name, role in (("prefix", PREFIX), ("diagnosis", DIAGNOSIS), ("correction", CORRECTION)):
+        for kind, attribute in (("logprob", "logprobs"), ("ots", "ots_weights")):
+            found = values[f"{kind}_{name}"] = []
+            for r in built:
+                if getattr(r, attribute) is not None:
+                    pairs = zip(getattr(r, attribute), r.roles, strict=True)
+                    found += [value for value, of in pairs if of == role]
+    counts["kept"] = float(len(built))
+    return {f"reflect/{name}": count for name, count in counts.items()} | sums_of("reflect/", values)
+
+
+def train_sums(batch, logprobs, entropy, old_logprobs, weights, ref_logprobs=None) -> dict:
+    """train/*: of one micro-batch, on its device. All (B,T); ref_logprobs None: no KL is logged."""
+    own = batch.completion_mask * (1 - batch.is_reflection[:, None])  # the policy's own samples
+    constructed = batch.mask * batch.is_reflection[:, None]
+    with torch.no_grad():
+        gap = own * (batch.sample_logprobs - old_logprobs).abs()
+        sums = {
+            "train/trained_tokens": batch.mask.sum(),
+            "train/entropy": (own * entropy).sum(), "train/entropy#": own.sum(),
+            "train/parity_mean": gap.sum(), "train/parity_mean#": own.sum(),
+            "train/parity_max": gap.max(),
+            "train/ots_weight": (constructed * weights).sum(),
+            "train/ots_weight#": constructed.sum()}
+        if ref_logprobs is not None:
+            kl = kl_to_ref(logprobs, ref_logprobs, own)
+            sums |= {"train/kl_ref": kl.sum(), "train/kl_ref#": own.sum()}
+    return sums
+
+
+def evaluate(model, tokenizer, problems: list, n: int, *, seed: int, **sampling) -> dict[str, float]:
+    """eval/*: Pass@1 on held-out problems at the training temperature, n samples of each.
+
+    The full protocol (T 0.6, Pass@k, intervals) is eval.py's. sampling: see rollout.generate.
+    """
+    queries = list(enumerate(problems))[rank()::world_size()]
+    rollouts = sample_rollouts(model, tokenizer, queries, n, key=(seed, EVALUATION),
+                               progress="evaluation" if rank() == 0 else "", **sampling)
+    score(rollouts)
+    return means(reduce_sums(sums_of("eval/", {
+        "pass1": [r.reward for r in rollouts], "truncated": [not r.finished for r in rollouts],
+        "length": [len(r.completion_ids) for r in rollouts]})))
+
+
+PARITY_ALARM = 0.1  # mean |sampler - trainer log-prob|; healthy is 1e-5 in fp32, 0.02 in bf16
+
+
+def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_steps: int,
+                lost_steps: int) -> list[str]:
+    """What a run that cannot learn looks like, to be said where it cannot be missed.
+
+    In a row: dry_steps had no eligible query, lost_steps had candidates of which none became a
+    construction.
+    """
     found = []
     if m["rollout/truncated"] == 1:
-        found.append(f"every response was truncated at max_new_tokens = {c.max_new_tokens}: raise it, or check the stop ids")
+        found.append(f"every response was truncated at max_new_tokens = {max_new_tokens}: raise it, "
+                     "or check the stop ids")
     if m["rollout/zero_variance_groups"] == 1:
-        why = ("too hard for this model, or its answers do not follow the format" if m["rollout/pass1"] < 0.5
-               else "too easy for this model")
-        found.append("this run cannot learn from such a step: in every group all rewards are equal, so every advantage is 0 "
-                     f"(mean reward {m['rollout/pass1']:.2f}: the problems are {why})")
-    if m["train/parity_mean"] > c.parity_alarm:
-        found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f} is above parity_alarm = "
-                     f"{c.parity_alarm}: stale weights, or another temperature or mask in one of the two")
+        why = ("too hard for this model, or its answers do not follow the format"
+               if m["rollout/pass1"] < 0.5 else "too easy for this model")
+        found.append("this run cannot learn from such a step: in every group all rewards are equal, "
+                     f"so every advantage is 0 (mean reward {m['rollout/pass1']:.2f}: the problems "
+                     f"are {why})")
+    if m.get("train/parity_mean", 0) > PARITY_ALARM:
+        found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f}"
+                     f" is above {PARITY_ALARM}: stale weights, or another temperature or mask in "
+                     "one of the two")
     if m["train/skipped"]:
-        found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm {m['train/grad_norm']}; "
-                     f"max_bad_steps = {c.max_bad_steps} such steps in a row end the run")
+        found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm "
+                     f"{m['train/grad_norm']}")
     if lost_steps >= 3:
         reason = max(reflect.DROP_REASONS, key=lambda name: m.get(f"reflect/dropped_{name}", 0))
-        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is GRPO: most are {reason}; "
-                     f"{reflect.DROP_REASONS[reason]}")
-    if c.method in ("tapo", "sft") and dry_steps >= 20:
-        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3 with n_pos = {c.n_pos}, n_neg = {c.n_neg}): "
-                     f"{c.method} has nothing to reflect upon")
+        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is GRPO: "
+                     f"most are {reason}; {reflect.DROP_REASONS[reason]}")
+    if method in ("tapo", "sft") and dry_steps >= 20:
+        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3: n_pos right and n_neg "
+                     f"wrong responses): {method} has nothing to reflect upon")
     return found
 
 
-def console_line(step: int, m: dict[str, float], c) -> str:
+def console_line(step: int, max_steps: int, m: dict[str, float]) -> str:
     """The numbers a person watches, one line a step."""
     def show(name: str, form: str) -> str:
         value = m.get(name, math.nan)
         return "-" if math.isnan(value) else format(value, form)
 
-    parts = [f"step {step:4d}/{c.max_steps}",
+    parts = [f"step {step:4d}/{max_steps}",
              f"pass@1 {show('rollout/pass1', '.3f')}",
              f"len {show('rollout/length', '.1f')} cut {show('rollout/truncated', '.2f')}",
-             f"loss {show('train/loss', '+.4f')} grad {show('train/grad_norm', '.3f')} kl {show('train/kl_ref', '.4f')}"]
-    if c.method in ("tapo", "sft"):
+             f"loss {show('train/loss', '+.4f')} grad {show('train/grad_norm', '.3f')} "
+             f"kl {show('train/kl_ref', '.4f')}"]
+    if "reflect/candidates" in m:
         parts.append(f"y_ref {show('reflect/kept', '.0f')}/{show('reflect/candidates', '.0f')} "
-                     f"right {show('reflect/correct', '.2f')} mixed {show('reflect/mixed_groups', '.2f')} "
+                     f"right {show('reflect/correct', '.2f')} "
+                     f"mixed {show('reflect/mixed_groups', '.2f')} "
                      f"ots {show('train/ots_weight', '.2f')}")
     return " | ".join([*parts, f"lr {show('train/lr', '.1e')}", f"{show('time/step', '.2f')} s"])
-
-
 def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[str, float]], None]:
     """What to call with (step, metrics) besides writing metrics.jsonl. wandb and tensorboard are imported only if asked for.
 

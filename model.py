@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from advantage import generalised_jsd
+
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 CONVERT_GGUF = "only safetensors are read: take the original model, or convert it (from_pretrained(gguf_file=...))"
 CACHE_BLOCK = 64  # columns the cache grows by: a copy every 64 tokens, against attention over 32 unused ones on average
@@ -273,13 +275,9 @@ class LogitsFunction(torch.autograd.Function):
 def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int, dtype: torch.dtype):
     """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the sampling temperature.
 
-    hidden (B,T,d), weight (vocab_size,d); teacher = (hidden (B,T,d), head_weight (V,d), beta, clip), head_weight None
-    for the student's own (under FSDP a head is whole only inside `forward`)."""
-    from advantage import generalised_jsd
-
+    hidden (B,T,d), weight (vocab_size,d); teacher = (hidden (B,T,d), head_weight (V,d), beta, clip)."""
     teacher_hidden, teacher_weight, beta, clip = teacher
-    teacher_weight = weight if teacher_weight is None else teacher_weight
-    # CRITICAL: the teacher is a target: no gradient through its states, nor through the head where it is shared.
+    # CRITICAL: the teacher is a target: no gradient through its states or its head.
     t, w = teacher_hidden.detach().flatten(0, -2).to(dtype), teacher_weight.detach()[:num_tokens].to(dtype)
 
     def divergence(logits, rows):
@@ -310,24 +308,24 @@ class KVCache:
 
     One contiguous tensor (B,nkv,S,hs) per layer and kind, grown by whole blocks of columns and read whole under a mask:
     slices of a larger tensor are not contiguous, and batched products over those are 1.5-3x slower. The device counts the
-    columns for itself, so that a forward pass needs no number of the host's and can be repeated as it is (rollout.record);
-    the host, which makes room, counts those it has claimed."""
+    columns for itself, so that a decoding step has no host sync and can be captured (rollout.capture); the host, which
+    allocates, counts those it has reserved."""
 
     def __init__(self, config: ModelConfig, starts, dtype=torch.float32, device="cpu", head=None):
         self.head = head  # (V,d) of decoding_head; None: made by the first forward
-        self.again = None  # of rollout.record; whatever changes the rows, or moves memory, ends it
         self.starts = torch.as_tensor(starts, dtype=torch.long, device=device)  # (B,)
         self.length = torch.zeros((), dtype=torch.long, device=device)  # columns written
-        self.claimed = 0  # columns written or about to be
+        self.reserved = 0  # columns written or about to be
         shape = len(self.starts), config.num_key_value_heads, 0, config.head_dim
         self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.v = list(self.k)
         self.groups = config.num_attention_heads // config.num_key_value_heads
 
-    def claim(self, columns: int) -> None:
-        """Room for so many more columns, all of which the caller goes on to write. Those of the prompt are the prefill's."""
-        self.claimed += columns
-        self._grow(self.claimed)
+    def reserve(self, columns: int) -> bool:
+        """Room for more columns, all of which the caller goes on to write; the prefill reserves those of the prompt.
+        -> whether the tensors have moved."""
+        self.reserved += columns
+        return self._grow(self.reserved)
 
     def mask(self, columns: torch.Tensor) -> torch.Tensor:
         """columns (T,) of the new tokens -> (B,1,1 or groups*T,S): 0 where each may look, else -inf; rows as Attention folds
@@ -351,7 +349,7 @@ class KVCache:
 
     def append(self, other: "KVCache") -> "KVCache":
         """The rows of another cache below these. Both then end in the same column, so all go on writing the same one."""
-        for cache, behind in (self, other.claimed - self.claimed), (other, self.claimed - other.claimed):
+        for cache, behind in (self, other.reserved - self.reserved), (other, self.reserved - other.reserved):
             if behind > 0:
                 cache._move(behind)
                 cache._replace(lambda t, n=behind: F.pad(t, (0, 0, n, -n % CACHE_BLOCK)))
@@ -361,21 +359,20 @@ class KVCache:
         for mine, more in (self.k, other.k), (self.v, other.v):
             for layer in range(len(mine)):
                 mine[layer], more[layer] = torch.cat([mine[layer], more[layer]]), None
-        self.again = None
         return self
 
     def _move(self, columns: int) -> None:
         """All that is written lies so many columns further right."""
-        self.starts, self.length, self.claimed = self.starts + columns, self.length + columns, self.claimed + columns
+        self.starts, self.length, self.reserved = self.starts + columns, self.length + columns, self.reserved + columns
 
-    def _grow(self, columns: int) -> None:
-        """To at least so many columns, in whole blocks."""
+    def _grow(self, columns: int) -> bool:
+        """To at least so many columns, in whole blocks; -> whether that moved the tensors."""
         missing = -(-columns // CACHE_BLOCK) * CACHE_BLOCK - self.k[0].size(2)
         if missing > 0:  # with zeros: masked memory must still be finite, 0 * NaN is NaN
             self._replace(lambda t: F.pad(t, (0, 0, 0, missing)))
+        return missing > 0
 
     def _replace(self, f) -> "KVCache":
-        self.again = None
         for tensors in (self.k, self.v):
             for layer, t in enumerate(tensors):  # one by one: never two whole caches
                 tensors[layer] = f(t)
@@ -543,13 +540,13 @@ class CausalLM(nn.Module):
         Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
         are of softmax(logits / temperature), what was sampled (trap 2). teacher, see teacher_divergence, adds a
         divergence (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt, for later ones the
-        caller has claimed columns; positions (B,T) follow from the cache where not given; logits are not divided by the
+        caller has reserved columns; positions (B,T) follow from the cache where not given; logits are not divided by the
         temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
         columns = torch.arange(T, device=inputs.device)  # (T,) those of the cache that are written, if there is one
-        prefill = cache is not None and cache.claimed == 0
+        prefill = cache is not None and cache.reserved == 0
         if prefill:
-            cache.claim(T)
+            cache.reserve(T)
         elif cache is not None:
             columns = columns + cache.length
             mask = cache.mask(columns)  # once for all layers

@@ -1,11 +1,13 @@
-"""Many processes: explicit FSDP2, weights gathered once for sampling, work dealt evenly, one reduction of sums.
+"""Many processes: explicit FSDP2, weights gathered once for sampling, micro-batches dealt evenly.
 
-torchrun starts the processes; without it there is one, no process group and no wrapping. Every rank owns a slice of each
-weight. Three rules keep ranks together (trap 21): sampling runs inside `unsharded`, where forwards need no collective, so
-ranks may decode for different lengths of time; outside it every rank runs the same number of forwards and backwards
-(`balance` fills up with rows of zero weight); whatever decides control flow is the same on every rank.
+torchrun starts the processes; without it there is one, no process group and no wrapping. Every
+rank owns a slice of each weight. Three rules keep ranks together (trap 21): sampling runs inside
+`unsharded`, where a forward needs no collective, so ranks may decode for different lengths of
+time; outside it every rank runs the same number of forwards and backwards (`balance` sees to it);
+whatever decides control flow is the same on every rank.
 
-Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for sampling.
+Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for
+sampling.
 """
 import contextlib
 import datetime
@@ -15,21 +17,27 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-from metrics import add_up
 from model import CausalLM
-from rollout import Rollout, microbatches
 
 
 def check_world(replicas: int, prompts_per_step: int = 0) -> None:
-    """ValueError, before anything is started, if torchrun's processes cannot be divided so, or queries not among them."""
+    """ValueError, before anything is started, if queries or replicas do not divide the processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if prompts_per_step % world:
-        raise ValueError(f"prompts_per_step = {prompts_per_step} is not divisible by the {world} processes; use a multiple")
-    if world > 1 and (replicas < 1 or world % replicas):
-        raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a divisor, e.g. the number of nodes")
+        raise ValueError(f"prompts_per_step = {prompts_per_step} is not divisible by the {world} "
+                         "processes; use a multiple")
+    if world > 1 and world % replicas:
+        raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a "
+                         "divisor, e.g. the number of nodes")
 
 
 def pick_device(device: str) -> str:
@@ -37,56 +45,78 @@ def pick_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def start(device: str, timeout_minutes: float) -> tuple[int, int, str]:
-    """(rank, world size, device of this process). Joins torchrun's process group if there is one; failing.run leaves it.
+def start(device: str, timeout_minutes: float) -> str:
+    """Join torchrun's process group if there is one (failing.run leaves it); -> this rank's device.
 
     timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
     """
     device = pick_device(device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                            timeout=datetime.timedelta(minutes=timeout_minutes))
-    return dist.get_rank(), dist.get_world_size(), device
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=timeout_minutes))
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*text) -> None:
+    """print, on one process."""
+    if rank() == 0:
+        print(*text, flush=True)
 
 
 def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
-    """Wrap in place: every block is a unit that is gathered when it runs, embedding + final norm + head are the root's.
+    """Wrap in place: every block is a unit; embedding, final norm and head belong to the root.
 
-    Masters, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered copies are bf16. replicas > 1 is
-    HSDP: shard within a group of world_size / replicas ranks (a node), replicate across the groups.
+    Masters, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered copies
+    are bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a node),
+    replicate across the groups.
     """
-    world = dist.get_world_size()
-    mesh = (init_device_mesh(device, (world,)) if replicas == 1 else
-            init_device_mesh(device, (replicas, world // replicas), mesh_dim_names=("replicate", "shard")))
+    world = world_size()
+    if replicas == 1:
+        mesh = init_device_mesh(device, (world,))
+    else:
+        mesh = init_device_mesh(device, (replicas, world // replicas),
+                                mesh_dim_names=("replicate", "shard"))
     options = {
-        "mesh": mesh, "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)}
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype),
+                                          reduce_dtype=torch.float32)}
     for block in model.model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)
 
 
-def precision(c, world: int, device: str) -> tuple:
-    """(wrap, autocast): how to shard a model (None with one process), and the context to run it in.
+def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple:
+    """(wrap, autocast): how to shard a model (None with one process), the context to run it in.
 
-    bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would move nothing (trap 19).
-    With one process autocast makes the bf16 copies, with several FSDP does when it gathers.
+    bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would
+    move nothing (trap 19). With one process autocast makes the bf16 copies, with several FSDP does.
     """
-    if world > 1:
-        wrap = functools.partial(shard, device=device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
+    if world_size() > 1:
+        wrap = functools.partial(shard, device=device, dtype=dtype, replicas=replicas,
+                                 offload=offload)
         return wrap, contextlib.nullcontext()
-    return None, torch.autocast(device, dtype=torch.bfloat16, enabled=c.dtype == "bfloat16")
+    return None, torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Gather every unit once and yield a plain model made of the gathered tensors themselves, to sample with: its forwards
-    (under no_grad) use no collective, and FSDP's hooks, which cost a fifth of a small step and cannot be recorded
-    (rollout.record), do not run. Use nothing else inside: a forward of `model` itself would take the tensors away. A model
-    that is not sharded is yielded as it is."""
+    """Gather every unit once and yield a plain model made of the gathered tensors, to sample with.
+
+    Its forwards (under no_grad) use no collective and run without FSDP's hooks, which cost a fifth
+    of a small step and cannot be captured in a CUDA graph. A forward of `model` itself inside
+    would free the gathered tensors. A model that is not sharded is yielded as it is.
+    """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not units:
         yield model
@@ -96,7 +126,7 @@ def unsharded(model):
     try:
         for unit in units:
             unit.unshard()
-        plain.load_state_dict(dict(model.named_parameters()), assign=True)  # in the dtype of FSDP's mixed precision
+        plain.load_state_dict(dict(model.named_parameters()), assign=True)  # in compute dtype
         if model.compiled:
             plain.compile_blocks()
         yield plain
@@ -118,27 +148,37 @@ def check_shared(out_dir: str, first_step: int) -> None:
     """ValueError unless all processes found the same checkpoint in out_dir."""
     steps = sorted(set(gather([first_step])))
     if len(steps) > 1:
-        raise ValueError(f"out_dir = {out_dir} holds checkpoints up to step {steps[-1]} for some processes and up to {steps[0]} "
-                         "for others; use one folder that all nodes share")
+        raise ValueError(f"out_dir = {out_dir} holds checkpoints up to step {steps[-1]} for some "
+                         f"processes and up to {steps[0]} for others; use one folder that all "
+                         "nodes share")
 
 
-def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
-    """Sums of all ranks added up ("_max": the largest); ranks may know different names."""
-    total: dict[str, float] = {}
-    for part in gather([sums]):
-        add_up(total, part)
-    return total
+def microbatches(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Row indices sorted by length, cut so that no padded micro-batch exceeds the budget.
 
-
-def balance(rollouts: list[Rollout], tokens_per_microbatch: int, rank: int, world: int) -> list[list[int]]:
-    """This rank's micro-batches, as indices into the rollouts of all ranks; the same number of them on every rank.
-
-    They are cut from the whole step's rollouts sorted by length and dealt like cards, so that every rank gets its share of
-    long ones. A rank that comes out short runs a batch with index len(rollouts): the caller puts rollout.FILLER there.
+    Lengths [9, 3, 8, 4] and a budget of 18 give [[0, 2], [3, 1]]. A row longer than the budget is
+    alone in its micro-batch.
     """
-    batches = microbatches(rollouts, tokens_per_microbatch)
-    mine = batches[rank::world]
-    return mine + [[len(rollouts)]] * (-(-len(batches) // world) - len(mine))
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        # batches[-1][0] is the longest row of its batch: the padded width
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_microbatch:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def balance(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """This rank's micro-batches as row indices; the same number of micro-batches on every rank.
+
+    Micro-batches are cut from the whole step's rows sorted by length and dealt like cards, so that
+    every rank gets its share of long rows. A rank that comes out short gets a micro-batch with the
+    index len(lengths): the caller puts a row that counts nowhere (update.FILLER) there.
+    """
+    batches = microbatches(lengths, tokens_per_microbatch)
+    mine = batches[rank()::world_size()]
+    return mine + [[len(lengths)]] * (-(-len(batches) // world_size()) - len(mine))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ reconstruction is the constructed trajectory y_ref: y- up to its first error, a 
 y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other ids in one piece than
 in two. Only what is newly written is encoded, once. A token that touches the reflection counts as reflection.
 
-Deliberately missing: the model (train.py samples between synthesis_prompt and build_reflection), grading, and retries:
-a synthesis that fails is dropped under one of DROP_REASONS and counted (the paper reports 80-90 % that parse).
+Deliberately missing: grading, and retries: a synthesis that fails is dropped under one of DROP_REASONS and counted
+(the paper reports 80-90 % that parse).
 """
 import re
 import zlib
@@ -19,13 +19,13 @@ from os.path import commonprefix  # of any two strings
 import numpy as np
 
 import reward
-from data import Problem, render_prompt
-from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
+from data import Problem, encode_completion, render_prompt
+from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
 PREFIX_MODES = ("micro", "full", "copy")  # y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
 _COLD_START = "cold start the policy (coldstart.py, for a small model --synthesis=rule), or try another template"
 DROP_REASONS = {  # reason: what mends it
-    # y- and y+ do not fit the context; found by train.py, before anything is sampled
+    # y- and y+ do not fit the context; found before anything is sampled
     "prompt_too_long": "lower max_new_tokens or max_synthesis_tokens, or use template = 'short'",
     # the synthesis hit its cap before it closed the reconstruction
     "unfinished": "raise max_synthesis_tokens, or cold start the policy (coldstart.py)",
@@ -130,9 +130,9 @@ TEMPLATES = {
 # before the synthesis: which pairs, which prompt
 
 
-def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
-                      key: tuple[int, ...]) -> tuple[list[tuple[Rollout, Rollout]], dict[str, int]]:
-    """Difficulty-aware candidate selection, Eq. 3: scored rollouts -> [(y-, y+), ...], and counts for reflect_sums.
+def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
+                 key: tuple[int, ...]) -> tuple[list[tuple[Rollout, Rollout]], dict[str, int]]:
+    """Difficulty-aware candidate selection, Alg. 1 lines 8-11, Eq. 3: scored rollouts -> [(y-, y+), ...], and counts.
 
     A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max of its wrong ones
     are paired, each with a right one drawn uniformly from the same group. A truncated response counts as wrong but is
@@ -140,9 +140,6 @@ def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max:
     counters, e.g. (seed, PAIRING, step). Every group draws its own noise, so its pairs do not depend on which other
     groups this process holds (trap 7).
     """
-    for name, value in (("n_pos", n_pos), ("n_neg", n_neg), ("m_max", m_max)):
-        if value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1; to do without reflections use method = 'grpo'")
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -158,6 +155,49 @@ def select_candidates(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max:
         eligible += 1
         truncated += sum(not r.finished for r in wrong)
     return pairs, {"eligible": eligible, "candidates": len(pairs), "skipped_truncated": truncated}
+
+
+@dataclass
+class Construction:
+    """What came of one pair (y-, y+)."""
+    wrong: Rollout
+    prompt_ids: list[int]          # of the synthesis; [] for copies
+    synthesis: Completion | None   # what was written about the two; None where nothing was sampled
+    outcome: Rollout | str         # y_ref, not yet scored, or one of DROP_REASONS
+
+
+def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_mode: str, template: str, decoupled: bool,
+              key: tuple[int, ...], max_new_tokens: int, max_synthesis_tokens: int = 0, by_rule: bool = False,
+              **sampling) -> list[Construction]:
+    """Alg. 1 lines 12-14: for every pair the policy writes a synthesis, from which y_ref is built -> one Construction each.
+
+    key: counters (seed, REFLECTION, step); a pair's noise depends on its own query alone, not on which other queries this
+    process holds. max_synthesis_tokens 0: twice max_new_tokens. by_rule: rule_synthesis stands in for the policy.
+    prefix_mode 'copy' needs no synthesis: y_ref is y+ itself.
+    """
+    if prefix_mode == "copy":
+        return [Construction(wrong, [], None, copy_correct(wrong, correct, decoupled=decoupled)) for wrong, correct in pairs]
+    limit = max_synthesis_tokens or 2 * max_new_tokens
+    built, asked, keys = [], [], []
+    for wrong, correct in pairs:
+        prompt = synthesis_prompt(tokenizer, wrong.problem, wrong.text, correct.text, template, prefix_mode)
+        built.append(Construction(wrong, prompt, None, "prompt_too_long"))
+        if len(prompt) + limit > model.config.max_position_embeddings:
+            continue
+        if by_rule:
+            text = rule_synthesis(wrong.text, correct.text)
+            built[-1].synthesis = Completion(encode_completion(tokenizer, text), [], finished=True)
+        else:
+            asked.append(built[-1])
+            keys.append((*key, wrong.query, sum(earlier.wrong.query == wrong.query for earlier in built[:-1])))
+    written = generate(model, [c.prompt_ids for c in asked], 1, keys=keys, max_new_tokens=limit, **sampling)
+    for construction, (completion,) in zip(asked, written, strict=True):
+        construction.synthesis = completion
+    for construction in built:
+        if construction.synthesis:
+            construction.outcome = build_reflection(tokenizer, construction.wrong, construction.synthesis, decoupled=decoupled,
+                                                    prefix_mode=prefix_mode, max_new_tokens=max_new_tokens)
+    return built
 
 
 def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str, template: str = "long",
@@ -412,20 +452,18 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     return encoding["input_ids"], roles
 
 
-def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str, stop_id: int,
-                     max_new_tokens: int, decoupled: bool) -> Rollout | str:
+def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str, max_new_tokens: int,
+                     decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
     'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full': all of it is new, with
     role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop token is appended. A synthesis that hit
     its cap after it had closed the reconstruction is complete. decoupled: y_ref gets a group of its own (§3.4).
     """
-    if prefix_mode not in ("micro", "full"):
-        raise ValueError(f"prefix_mode = {prefix_mode!r} needs no synthesis; use micro | full, or call copy_correct")
     parsed = parse_synthesis(_decode(tokenizer, synthesis.ids))
     if isinstance(parsed, str):
         return parsed if synthesis.finished else "unfinished"
-    body = wrong.completion_ids[:-1] if wrong.finished else wrong.completion_ids  # y- without its stop token
+    body, stop_id = wrong.completion_ids[:-1], wrong.completion_ids[-1]  # y- has ended: see select_pairs
     wrong_text = _decode(tokenizer, body)
     if prefix_mode == "micro":
         split = split_at_divergence(parsed, wrong_text)
@@ -457,52 +495,24 @@ def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollou
 
 def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool, text: str,
                 decoupled: bool) -> Rollout:
-    return Rollout(uid=wrong.uid, query=wrong.query, group=wrong.group + "_reflected" if decoupled else wrong.group,
+    return Rollout(wrong.problem, query=wrong.query, group=wrong.group + "_reflected" if decoupled else wrong.group,
                    prompt_ids=wrong.prompt_ids, completion_ids=list(ids), roles=roles, finished=finished, text=text,
                    is_reflection=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what became of them
+def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool, ots: bool) -> tuple[list[float], list[float]]:
+    """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or 0 a token.
 
+    diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq. 7's weights (the paper),
+    'train' with weight 1. train_prefix = False also keeps out the policy's own wrong reasoning that is preserved.
 
-def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
-    """Sums of one step on one rank, always under the same keys: add them over ranks, then form the means.
-
-    selected: the counts of select_candidates. outcomes: for each candidate its y_ref, scored and after the update with
-    logprobs and ots_weights, or its drop reason. "name#" counts what the sum "name" runs over, for metrics.means.
+        roles 0 0 1 1 2 2, diagnosis = 'mask', ots = True   ->   1 1 0 0 1 1,  1 1 0 0 1 1
     """
-    roles = {"prefix": PREFIX, "diagnosis": DIAGNOSIS, "correction": CORRECTION}
-    sums = {name: float(count) for name, count in selected.items()} | {"kept": 0.0}
-    sums |= {f"dropped_{reason}": 0.0 for reason in DROP_REASONS}
-    for name in ("parsed", "verbatim", "correct", "length", "mixed_groups", *(f"logprob_{role}" for role in roles),
-                 *(f"ots_{role}" for role in roles), "ots_first_diagnosis"):
-        sums |= {name: 0.0, name + "#": 0.0}
-
-    def add(name: str, values: list) -> None:
-        sums[name] += float(sum(values))
-        sums[name + "#"] += len(values)
-
-    groups: dict[str, set[float]] = {}  # of reflections alone, also where they share their originals' group
-    for r in outcomes:
-        if isinstance(r, str):
-            sums[f"dropped_{r}"] += 1
-            add("parsed", [r not in ("prompt_too_long", "unfinished", "unparsable")])
-            add("verbatim", [0] if r in ("prefix_not_verbatim", "empty_prefix") else [])
-            continue
-        sums["kept"] += 1
-        add("parsed", [1])
-        add("verbatim", [1] if PREFIX in r.roles else [])  # 'full' and 'copy' preserve nothing and have no such rate
-        add("correct", [r.reward > 0])
-        add("length", [len(r.completion_ids)])
-        groups.setdefault(r.group, set()).add(r.reward)
-        for kind, values in (("logprob", r.logprobs), ("ots", r.ots_weights)):
-            for name, role in roles.items() if values is not None else ():
-                add(f"{kind}_{name}", [v for v, of in zip(values, r.roles, strict=True) if of == role])
-        if r.ots_weights is not None and DIAGNOSIS in r.roles:
-            add("ots_first_diagnosis", [r.ots_weights[r.roles.index(DIAGNOSIS)]])
-    add("mixed_groups", [len(rewards) > 1 for rewards in groups.values()])  # the others: none under Eq. 5, but of lone ones
-    return sums
+    left_out = {DIAGNOSIS} if diagnosis == "mask" else set()
+    left_out |= set() if train_prefix else {PREFIX}
+    mask = [float(role not in left_out) for role in roles]
+    weighed = [float(diagnosis == "ots" if role == DIAGNOSIS else ots) for role in roles]
+    return mask, weighed
 
 
 def reflects(text: str) -> bool:

@@ -64,6 +64,15 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_
     return [Grade(float(status[pair] == "correct"), status[pair], pair[0]) for pair in pairs]
 
 
+def score(rollouts: list) -> None:
+    """Verifiable reward of every rollout, 1 or 0. An unfinished response is wrong whatever it says."""
+    grades = grade_many([r.text for r in rollouts], [r.problem.answer for r in rollouts])
+    for r, grade in zip(rollouts, grades, strict=True):
+        r.reward, r.grade, r.answer = grade.reward, grade.status, grade.answer
+        if not r.finished:
+            r.reward, r.grade = 0.0, "truncated"
+
+
 def check_gold(gold: str) -> None:
     """Raise a one-line ValueError if `gold` cannot be read: no differently written response could be graded correct."""
     shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")

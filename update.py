@@ -1,0 +1,158 @@
+"""From rollouts to one optimizer step: padded micro-batches, one loss over all of them, AdamW.
+
+`update` is the only one there is: RL, the cold start, measurements and benchmarks call it with a
+loss of their own. Each token's share in the loss (`Rollout.loss_scale`) was counted over the whole
+step beforehand, so the gradient depends neither on how rows are cut into micro-batches nor on how
+many processes share them (trap 12).
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from advantage import loss_scales
+from metrics import add_up, reduce_sums
+from parallel import balance, whole, world_size
+from rollout import PREFIX, Rollout
+
+@dataclass
+class Batch:
+    """One micro-batch: rows right-padded and shifted once, here.
+
+    Every (B,T) tensor is aligned with `targets`: column t speaks of token targets[:, t]. `targets`
+    leaves out the leading columns in which no row has a completion, so that the head skips them.
+    """
+    rows: list[Rollout]
+    inputs: torch.Tensor           # (B,T0) int64, T0 >= T
+    targets: torch.Tensor          # (B,T) int64, predicted from inputs[:, :T0 - T + t + 1]
+    completion_mask: torch.Tensor  # (B,T) fp32, 1 on completion tokens, the stop token included
+    mask: torch.Tensor             # (B,T) fp32, 1 on tokens that carry gradient
+    ots: torch.Tensor              # (B,T) fp32, 1 on tokens that Eq. 7 weighs
+    sample_logprobs: torch.Tensor  # (B,T) fp32, 0 where unknown
+    old_logprobs: torch.Tensor     # (B,T) fp32, 0 where unknown
+    advantages: torch.Tensor       # (B,) fp32
+    is_reflection: torch.Tensor    # (B,) fp32, 1 for constructed trajectories
+    loss_scale: torch.Tensor       # (B,) fp32
+
+    def to(self, device) -> "Batch":
+        """The same batch on another device, copied without waiting."""
+        return Batch(**{name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+                        for name, value in vars(self).items()})
+
+    def columns_of(self, b: int) -> slice:
+        """Columns of row b's completion tokens."""
+        first = len(self.rows[b].prompt_ids) - 1 - (self.inputs.shape[1] - self.targets.shape[1])
+        return slice(first, first + len(self.rows[b].completion_ids))
+
+
+def collate(rollouts: list[Rollout]) -> Batch:
+    """Rollouts of any lengths -> one right-padded Batch.
+
+    prompt [5, 6], completion [7, 8, 2] next to prompt [5], completion [9, 2]:
+        inputs   5 6 7 8      targets   6 7 8 2      completion_mask   0 1 1 1
+                 5 9 0 0                9 2 0 0                        1 1 0 0
+    Masks come from lengths: a completion that contains the padding id is handled (trap 5).
+    """
+    width = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) - 1
+    skip = min(len(r.prompt_ids) for r in rollouts) - 1
+    inputs, targets = (torch.zeros(len(rollouts), width, dtype=torch.int64) for _ in range(2))
+    completion_mask, mask, ots, sample_logprobs, old_logprobs = torch.zeros(5, len(rollouts), width)
+    for b, r in enumerate(rollouts):
+        ids = torch.tensor(r.prompt_ids + r.completion_ids)
+        end = len(ids) - 1
+        completion = slice(len(r.prompt_ids) - 1, end)
+        inputs[b, :end], targets[b, :end] = ids[:-1], ids[1:]
+        completion_mask[b, completion] = 1.0
+        for tensor, values in ((mask, r.mask), (ots, r.ots), (sample_logprobs, r.sample_logprobs),
+                               (old_logprobs, r.old_logprobs)):
+            if values is not None:
+                tensor[b, completion] = torch.tensor(values)
+    columns = (x[:, skip:] for x in (targets, completion_mask, mask, ots, sample_logprobs,
+                                     old_logprobs))
+    scalars = (torch.tensor([float(getattr(r, name)) for r in rollouts])
+               for name in ("advantage", "is_reflection", "loss_scale"))
+    return Batch(rollouts, inputs, *columns, *scalars)
+
+
+def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list[list[Rollout]]:
+    """This rank's rows, micro-batch by micro-batch; as many micro-batches on every rank, >= 1.
+
+    A rank that has nothing left to do, or a step in which nothing learns, runs a filler: one token
+    that counts nowhere.
+    """
+    filler = Rollout(None, "", [0], [0], [PREFIX], True, "", is_reflection=True, mask=[0.0])
+    rollouts = rollouts or [filler]
+    rows = [*rollouts, filler]
+    return [[rows[i] for i in index]
+            for index in balance([len(r) for r in rollouts], tokens_per_microbatch)]
+
+
+def set_loss_scales(rollouts: list[Rollout], *, lam: float, loss_agg: str, loss_norm: str) -> None:
+    """r.loss_scale of a step's rollouts: the one denominator, over all of them (Eq. 2, 6)."""
+    lengths = torch.tensor([sum(r.mask) for r in rollouts])
+    is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
+    scales = loss_scales(lengths, is_reflection, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
+    for r, scale in zip(rollouts, scales.tolist(), strict=True):
+        r.loss_scale = scale
+
+
+@torch.no_grad()
+def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
+                     tokens_per_microbatch: int, device, autocast) -> None:
+    """r.old_logprobs of this rank's rows: the policy before the first of several updates (Eq. 2).
+
+    With one update per step the old policy is the policy itself and no pass is spent on it (trap 9).
+    """
+    for rows in microbatches_of(rollouts, tokens_per_microbatch):
+        batch = collate(rows).to(device)
+        with autocast:
+            logprobs = model(batch.inputs, batch.targets, temperature=temperature)[0]
+        for b, r in enumerate(rows):
+            r.old_logprobs = logprobs[b, batch.columns_of(b)].tolist()
+
+
+def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch], tuple], *,
+           tokens_per_microbatch: int, grad_clip: float, device, autocast) -> dict[str, float]:
+    """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts -> train/* sums.
+
+    loss_fn(batch) -> (scalar loss, {name: sum}); every rank is given all rollouts, in one order,
+    and works on its share. Nothing in the loop waits for the device.
+    """
+    model.train()
+    sums: dict = {}
+    for rows in microbatches_of(rollouts, tokens_per_microbatch):
+        batch = collate(rows).to(device)
+        with autocast:
+            loss, more = loss_fn(batch)
+        (loss * world_size()).backward()  # FSDP averages over ranks; loss_scale is of all of them
+        add_up(sums, more | {"train/loss": loss.detach()})
+    return optimizer_step(model, optimizer, sums, grad_clip)
+
+
+def optimizer_step(model, optimizer, sums: dict, grad_clip: float) -> dict[str, float]:
+    """Clip and step -> sums over all processes, with train/grad_norm and train/skipped.
+
+    Where loss or gradient is not finite the update is skipped: weights and moments stay. Both
+    numbers are those of all processes, so all decide alike.
+    """
+    norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
+    sums = reduce_sums({name: float(value) for name, value in sums.items()})
+    finite = math.isfinite(sums["train/loss"]) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums | {"train/grad_norm": norm, "train/skipped": float(not finite)}
+
+
+def set_learning_rate(optimizer, step: int, *, learning_rate: float, warmup_steps: int,
+                      max_steps: int) -> float:
+    """Linear warm-up, then a cosine down to 0: a function of the step alone. -> the rate."""
+    if step < warmup_steps:
+        rate = learning_rate * (step + 1) / warmup_steps
+    else:
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        rate = learning_rate * (0.5 * (1 + math.cos(math.pi * progress)))
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
