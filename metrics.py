@@ -174,8 +174,8 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
         found.append(f"no construction came of any candidate in {lost_steps} steps, so this is GRPO: "
                      f"most are {reason}; {reflect.DROP_REASONS[reason]}")
     if method in ("tapo", "sft") and dry_steps >= 20:
-        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3: n_pos right and n_neg "
-                     f"wrong responses): {method} has nothing to reflect upon")
+        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3): {method} has nothing to "
+                     "reflect upon; lower n_pos or n_neg, or sample more")
     return found
 
 
