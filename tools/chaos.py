@@ -1,6 +1,6 @@
 """The driver of runs/chaos.sh: kill training at random moments, resume it, compare it with the run that nobody interrupted.
 
-    python tests/chaos.py OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data are there already
+    python -m tools.chaos OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data are there already
 
 Every kind of interruption once a round, on one process and on two, saving in the foreground and in the background:
     one       kill -9 of one rank             SIGTERM   preemption, sent to torchrun
@@ -23,11 +23,9 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from safetensors import safe_open
 
-from safetensors import safe_open  # noqa: E402
-
-from checkpoint import checkpoints, read_meta  # noqa: E402
+from checkpoint import checkpoints, read_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, PATIENCE = 6, 60  # seconds
@@ -40,7 +38,7 @@ class Run:
     """A training process, or torchrun with its ranks."""
 
     def __init__(self, out: Path, base: Path, processes: int, launcher: list[str] = (), **knobs):
-        knobs = KNOBS | {"out_dir": out, "init_from": base / "model/final", "problems": base / "data/findx_train.jsonl"} | knobs
+        knobs = KNOBS | {"out_dir": out, "init_from": base / "model/final", "problems": base / "data/train.jsonl"} | knobs
         if processes > 1:
             launcher = launcher or ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *launcher, "train.py", "config/toy.py", *(f"--{key}={value}" for key, value in knobs.items())]

@@ -1,7 +1,7 @@
 """Paired comparison of eval.py's results, problem by problem.
 
     python -m tools.compare base.json tapo.json                                # the baseline first
-    python -m tools.compare grpo_s0.json+grpo_s1.json tapo_s0.json+tapo_s1.json  # and seed by seed
+    python -m tools.compare grpo_s0.json+grpo_s1.json tapo_s0.json+tapo_s1.json  # seed by seed
     python -m tools.compare base.json tapo.json --out=comparison.json
 """
 import argparse

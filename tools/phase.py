@@ -1,6 +1,6 @@
 """One phase of a longer script: skipped once it is done, stopped at its limit, its seconds and memory kept.
 
-    python runs/phase.py OUT NAME SECONDS command ...
+    python -m tools.phase OUT NAME SECONDS command ...
 
 OUT/phases.jsonl gets a line a try (phase, status, seconds, peak memory of the host), OUT/logs/NAME.log the output; lines
 that a person waits for are shown at once. At the limit the command is asked to stop (SIGTERM: a training run saves) and

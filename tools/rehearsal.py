@@ -1,7 +1,7 @@
 """The parts of runs/rehearsal.sh that no script of the project does: a tiny Qwen3 with lessons for it, and checks at the end.
 
-    python tests/rehearsal.py make TOKENIZER PROBLEMS OUT    # OUT/tiny, a random model; OUT/lessons.jsonl, OUT/problems.jsonl
-    python tests/rehearsal.py check OUT RUN [RUN ...]        # what the runs OUT/RUN left on disk, judged by transformers
+    python -m tools.rehearsal make TOKENIZER PROBLEMS OUT    # OUT/{tiny,lessons.jsonl,problems.jsonl}
+    python -m tools.rehearsal check OUT RUN [RUN ...]        # what OUT/RUN left, by transformers
 
 TOKENIZER is a folder with Qwen3's tokenizer files. The lessons' wording is made up here around the known answer; what is real
 is the text of the questions, the answers' LaTeX, the tokenizer and the chat template. They teach form, no mathematics.
@@ -11,15 +11,15 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-import jsonl  # noqa: E402
-import reward  # noqa: E402
-from checkpoint import checkpoints  # noqa: E402
-from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: E402
-from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
+import jsonl
+import reflect
+import reward
+from checkpoint import checkpoints
+from data import Problem, load_problems, load_tokenizer, save_problems
+from metrics import PARITY_ALARM
+from model import CausalLM, ModelConfig, load_hf, save_hf
 
 N_PROBLEMS = 24
 MAX_QUESTION = 24  # tokens
@@ -37,16 +37,25 @@ def synthesis(slip: str, answer: str) -> str:
             f"It should be ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}.</reconstruction>")
 
 
+def synthesis_request(question: str, wrong: str, right: str) -> str:
+    """The user's turn of the synthesis prompt, as reflect.synthesis_prompt renders it."""
+    text = reflect.TEMPLATES["long"]["micro"]
+    for field, value in (("question", question), ("wrong", wrong), ("right", right)):
+        text = text.replace("{" + field + "}", value)
+    return text
+
+
 def lessons_for(p: Problem) -> list[dict] | None:
-    """A right solution with the synthesis of a wrong one, and the wrong one as a second line, so that the model comes to answer
-    either way about equally often. None if the answer has no number in which to slip."""
+    """A right and a wrong solution, so that the model comes to answer either way about equally
+    often, and the synthesis of the two: examples of coldstart.py. None if the answer has no number
+    in which to slip."""
     slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)  # its last digit
     right, wrong = response(p.answer), response(slip)
     if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct", "wrong"]:
         return None
-    shared = {"question": p.question, "answer": p.answer}
-    return [{"uid": p.uid, **shared, "solution": right, "wrong": wrong, "synthesis": synthesis(slip, p.answer)},
-            {"uid": p.uid + "-slip", **shared, "solution": wrong}]
+    asked = synthesis_request(p.question, wrong, right)
+    return [{"question": p.question, "solution": right}, {"question": p.question, "solution": wrong},
+            {"prompt": asked, "completion": synthesis(slip, p.answer)}]
 
 
 def make(tokenizer_folder: str, problems: str, out: Path) -> None:
@@ -101,7 +110,7 @@ def check(out: Path, names: list[str]) -> None:
             gaps.append((logprobs - torch.tensor(r["sample_logprobs"])).abs())
         gaps, exact = torch.cat(gaps), config["dtype"] == "float32"
         gap = float(gaps.max() if exact else gaps.mean())
-        assert gap < (1e-4 if exact else config["parity_alarm"]), gap
+        assert gap < (1e-4 if exact else PARITY_ALARM), gap
         render = AutoTokenizer.from_pretrained(last).apply_chat_template
         flags = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
         for r in sampled[:32]:

@@ -1,14 +1,14 @@
 """Run folders in, one self-contained HTML page out: what a run did, in the order a researcher asks.
 
-    python report.py out/toy/tapo out/toy/grpo --evals=tapo.json,grpo.json --out=report.html --png=assets
+    python -m tools.report out/toy/tapo out/toy/grpo --evals=tapo.json,grpo.json --out=report.html
 
 Scores first, then the six curves of Fig. 3, the life of the constructed trajectories (how many, how right, how far from
-the policy, role by role), what measure.py found (--measured), where the time went, and twenty trajectories token by token.
+the policy, role by role), what tools.measure found (--measured), where the time went, and twenty trajectories token by token.
 Folders and files whose names differ only in a trailing `_s<digits>` (`_c<digits>`: cold starts) are seeds of one method: a
-mean and one standard deviation. Methods that are rows of the sweep (tables.py) go by their words.
+mean and one standard deviation. Methods that are rows of the sweep (tools.tables) go by their words.
 
 Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and statistics of its own:
-every number was logged by train.py, eval.py or measure.py, and differences are eval.py's paired comparison.
+every number was logged by train.py, eval.py or tools.measure, and differences are tools.compare's.
 """
 import argparse
 import json
@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-import tables
-from eval import compare_runs
-from tables import SHORT, WORDS
+from configurator import run_script
+from tools import tables
+from tools.compare import compare_runs
+from tools.tables import SHORT, WORDS
 
 FIGURE_3 = {  # metric key: title, in the order of the paper's panels
     "train/ots_weight": "OTS weight, mean", "train/loss": "Policy-gradient loss",
@@ -321,7 +322,7 @@ def pass_at(group: list[dict], k: int) -> tuple[float, float, float]:
 
 
 def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
-    """{label: {setting: eval.py's comparison with the first label over the seeds that both have}}; "why" there is none."""
+    """{label: {setting: the paired comparison with the first label over the seeds that both have}}; "why" there is none."""
     seeds = [{re.search(r"(_[sc]\d+)?$", path.stem)[0]: path for path in paths} for paths in evals.values()]
     compared = {}
     for label, theirs in list(zip(evals, seeds, strict=True))[1:]:
@@ -418,8 +419,8 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
     return out + (
         '<p class="note">Small print: the 95 % interval of one evaluation, or the standard deviation over several. Δ: paired by '
         "problem and training seed, over the seeds that both have, with its 95 % interval over these, or over problems if there "
-        "is one. DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that name their error "
-        "and end right. Both over problems solved sometimes but not always.</p>"
+        "is one. DSR: share of right answers reached without reflecting. ERR: share of reflecting answers that end "
+        "right. Both over problems solved sometimes but not always.</p>"
         if out else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
 
 
@@ -441,13 +442,13 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
 
 
 def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
-    """The tables of tables.py, every method's name on its first line only."""
+    """The tables of tools.tables, every method's name on its first line only."""
     out, found = "", {}
     for label, paths in measured.items():
         found[label] = [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths]
         for path, m in zip(paths, found[label], strict=True):
             if not {"shift", "gradient", "constructions"} <= m.keys():
-                raise ValueError(f"{path} is not a result of measure.py")
+                raise ValueError(f"{path} is not a result of tools.measure")
     for make, caption in MEASURED.items():
         rows = []
         for label, seeds in found.items():
@@ -812,7 +813,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of train.py; x_s0, x_s1 are seeds of one method x")
     parser.add_argument("--evals", default="", help="files of eval.py, separated by commas; Δ refers to the first")
-    parser.add_argument("--measured", default="", help="files of measure.py, separated by commas")
+    parser.add_argument("--measured", default="", help="files of tools.measure, separated by commas")
     parser.add_argument("--out", default="report.html", type=Path)
     parser.add_argument("--png", type=Path, help="folder for PNGs of the main figures")
     args = parser.parse_args(argv)
@@ -821,7 +822,7 @@ def main(argv: list[str] | None = None) -> None:
     evals, measured = ([Path(name) for name in names.split(",") if name] for names in (args.evals, args.measured))
     for path in evals + measured:
         if not path.is_file():
-            raise FileNotFoundError(f"--evals, --measured: no file {path}; eval.py and measure.py write one as OUT.json")
+            raise FileNotFoundError(f"--evals, --measured: no file {path}; eval.py and tools.measure write one as OUT.json")
     evals = label_runs(evals)
     compared = differences(evals)
     page = build_page(methods, evals, compared, label_runs(measured))
@@ -833,6 +834,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from configurator import run_script
-
     run_script(main)

@@ -1,10 +1,10 @@
-"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, RESULTS.md out.
+"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, docs/results.md out.
 
-    python tables.py out/ablations                        # all tables, printed
-    python tables.py out/ablations --update=RESULTS.md    # the same, between the marks <!-- table NAME --> of a document
+    python -m tools.tables out/ablations                          # all tables, printed
+    python -m tools.tables out/ablations --update=docs/results.md # between <!-- table NAME --> marks
 
 A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each. Pass@1 is in % on test
-problems; +- is the standard deviation over seeds. Differences are eval.py's paired comparison, seed by seed with the same
+problems; +- is the standard deviation over seeds. Differences are tools.compare's paired comparison, seed by seed with the same
 seeds of the baseline: in points, with the 95 % interval (Student's t) and p (all sign flips) over seeds. What is not there
 is left out: a sweep that is still running has tables, too.
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 import jsonl
-from eval import compare_runs
+from configurator import run_script
+from tools.compare import compare_runs
 
 KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full") for part in (
-    "prefix", "diagnosis", "its first token", "correction"))]  # of tokens, in measure.py
+    "prefix", "diagnosis", "its first token", "correction"))]  # of tokens, in tools.measure
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
@@ -91,7 +92,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def differences(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, dict]:
-    """{setting: eval.py's paired comparison} over the seeds that both have; {} if there are none, or both are the same."""
+    """{setting: the paired comparison} over the seeds that both have; {} if there are none, or both are the same."""
     seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
         return {}
@@ -204,7 +205,7 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 
 def measured(folder: Path) -> dict[str, list[dict]]:
-    """{row: what measure.py wrote of each of its seeds}."""
+    """{row: what tools.measure wrote of each of its seeds}."""
     found: dict[str, list[dict]] = {}
     for path in sorted((folder / "measured").glob("*.json")):
         found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem), []).append(json.loads(path.read_text()))
@@ -303,6 +304,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from configurator import run_script
-
     run_script(main)

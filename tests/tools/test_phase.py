@@ -1,4 +1,4 @@
-"""runs/phase.py: what a long script relies on when it is interrupted."""
+"""tools.phase: what a long script relies on when it is interrupted."""
 import json
 import signal
 import subprocess
@@ -6,11 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-PHASE = Path(__file__).resolve().parents[1] / "runs" / "phase.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(out, name, seconds, code):
-    return subprocess.Popen([sys.executable, PHASE, out, name, str(seconds), sys.executable, "-uc", code],
+    return subprocess.Popen([sys.executable, "-m", "tools.phase", out, name, str(seconds), sys.executable, "-uc", code], cwd=ROOT,
                             stdout=subprocess.PIPE, text=True)
 
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import report
+from tools import report
 
 EVIL = '<script>alert("x")</script> & <b>bold</b>'
 
@@ -137,7 +137,7 @@ def make_eval(path, rate, seed=0, n=120, samples=16):
 
 
 def make_measured(path, shift=0.0):
-    """What measure.py writes on a toy world, cut to a kind of token and an estimator or two."""
+    """What tools.measure writes on a toy world, cut to a kind of token and an estimator or two."""
     sizes = dict(logprob=-0.125 + shift, entropy=0.25, kl=None, ots=1.0, tokens=100)
     gradient = dict(right=0.07, wrong=0.05, constructed=0.01, cosine=-0.2, wrong_advantage=-0.6, constructed_advantage=0.04)
     recovery = dict(responses=40, with_an_error=10, unasked_reflects=0.3, unasked_right_if_reflects=0.4, unasked_right=0.2,
@@ -453,7 +453,7 @@ def test_measurements_outside_a_toy_world_lack_the_errors_and_other_files_are_re
     path.write_text(json.dumps({key: v for key, v in json.loads(path.read_text()).items() if key != "recovery"}))
     assert report.measured_section({"big": [path]}, {}).count("<table>") == 2
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"big_s0\.json is not a result of measure\.py$"):
+    with pytest.raises(ValueError, match=r"big_s0\.json is not a result of tools\.measure$"):
         report.measured_section({"big": [path]}, {})
 
 

@@ -10,10 +10,11 @@ import pytest
 
 import configurator
 import eval as evaluation
-import tables
 import train
+from tools import tables
+from tools.compare import t_interval
 
-ROOT = Path(tables.__file__).parent
+ROOT = Path(tables.__file__).parents[1]
 
 
 def evaluated(path: Path, right: list[int], right_06: list[int] | None = None, n: int = 4) -> None:
@@ -65,7 +66,7 @@ def test_scores_are_means_over_seeds_and_differences_pair_the_seeds_that_both_ha
     assert table["GRPO"][:2] == ["3", f"{np.mean(grpo):.1f} ± {np.std(grpo, ddof=1):.1f}"]
     seeds, t1, t06, pass8, difference, difference_06 = table[tables.ROWS["tapo"]]
     assert (seeds, t1, t06) == ("2", f"{np.mean(tapo):.1f} ± {np.std(tapo, ddof=1):.1f}", "100.0 ± 0.0")
-    low, high = evaluation.t_interval([25, 50])  # seed 2 of GRPO has no partner
+    low, high = t_interval([25, 50])  # seed 2 of GRPO has no partner
     assert difference == f"+37.5 [{low:+.1f}, {high:+.1f}], p 0.500"
     assert difference_06.startswith("+68.8 [")
     assert table["cold start"][:2] == ["1", "12.5"] and table["cold start"][-2:] == ["", ""] == table["GRPO"][-2:]
@@ -156,7 +157,7 @@ def test_measurements_are_means_over_seeds(tmp_path):
 
 
 def test_a_document_is_updated_between_its_marks_and_nowhere_else(sweep, tmp_path):
-    document = tmp_path / "RESULTS.md"
+    document = tmp_path / "results.md"
     document.write_text("Before.\n<!-- table findx rates -->\nold\n<!-- end -->\nAfter <!-- end -->.\n")
     tables.main([str(sweep), f"--update={document}"])
     text = document.read_text()

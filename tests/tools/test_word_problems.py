@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 import data
-import word_problems
 from data import Problem
-from word_problems import Row, prepare, read_asdiv, read_mawps, read_svamp, solution, split_of, without_duplicates
+from tools import prepare as command
+from tools import word_problems
+from tools.word_problems import (
+    Row,
+    prepare,
+    read_asdiv,
+    read_mawps,
+    read_svamp,
+    solution,
+    split_of,
+    without_duplicates,
+)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILES = {"AddSub": "AddSub.json", "MultiArith": "MultiArith.json", "SingleEq": "questions.json", "SVAMP": "SVAMP.json"}
 
 
