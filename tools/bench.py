@@ -1,7 +1,7 @@
 """Speed and memory, as ratios against what you would otherwise use, measured in turn (A B A B) in
 one run.
 
-    python -m tools.bench                                    # all that fits this machine; bench.json
+    python -m tools.bench                                # all that fits this machine; bench.json
     python -m tools.bench --what=rollout --compile=True      # against transformers' generate
     python -m tools.bench --what=step                        # against TRL, if `pip install trl` ran
     python -m tools.bench --what=tapo --init_from=out/toy/coldstart/final  # a TAPO over a GRPO step
@@ -55,7 +55,8 @@ out = "bench.json"
 
 SIZES = {  # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary, tied
     "tiny": (192, 4, 6, 2, 32, 512, 128, True), "small": (1024, 4, 16, 8, 128, 3072, 8192, True),
-    "qwen3_0p6b": (1024, 28, 16, 8, 128, 3072, 151936, True), "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
+    "qwen3_0p6b": (1024, 28, 16, 8, 128, 3072, 151936, True),
+    "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, False)}
 RESULTS: list[dict] = []
 
@@ -308,7 +309,8 @@ def bench_tapo() -> None:
     """Steps of config/toy.py, which needs its cold-started checkpoint: median seconds of TAPO over
     GRPO."""
     if not Path(init_from).is_dir():
-        print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes it")
+        print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes "
+              "it")
         return
 
     def run(*configs: str) -> float:
@@ -478,7 +480,9 @@ def main() -> None:
     config = configure(globals())
     device = pick_device(device)
     torch.set_num_threads(threads)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} of {os.cpu_count()} threads"
+    machine = f"CPU, {threads} of {os.cpu_count()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
     print(f"{machine}; torch {torch.__version__}; {config}")
     benches = {"rollout": bench_rollout, "step": bench_step, "tapo": bench_tapo,
                "update": bench_update, "logprobs": bench_logprobs, "scale": bench_scale,

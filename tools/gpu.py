@@ -1,4 +1,5 @@
-"""The parts of runs/gpu.sh that no script of the project does: a random model of Qwen3-0.6B's shape, and a report after a run.
+"""The parts of runs/gpu.sh that no script of the project does: a random model of Qwen3-0.6B's
+shape, and a report after a run.
 
     python -m tools.gpu make TOKENIZER FOLDER          # random weights, the tokenizer's own words
     python -m tools.gpu NAME [config.py] --key=value   # train.py, then parity and peak memory
@@ -21,7 +22,8 @@ from tools.plan import train_table
 def make(tokenizer_name: str, folder: str) -> None:
     tokenizer = load_tokenizer(tokenizer_name)
     torch.manual_seed(0)
-    model = CausalLM(ModelConfig(eos_token_id=tokenizer.eos_token_id))  # the defaults are Qwen3-0.6B's
+    # the defaults are Qwen3-0.6B's
+    model = CausalLM(ModelConfig(eos_token_id=tokenizer.eos_token_id))
     save_hf(model, tokenizer, folder)
     print(f"{folder}: {num_params(model):,} random parameters, {len(tokenizer):,} tokens")
 
@@ -39,8 +41,9 @@ def report(name: str, argv: list[str]) -> None:
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
     gaps = " ".join(f"{row['train/parity_mean']:.1e}" for row in rows)
     largest = " ".join(f"{row['train/parity_max']:.1e}" for row in rows)
-    print(f"\n{name} on {machine}, {config['dtype']}: |sampler - trainer| mean {gaps} max {largest}; "
-          f"peak memory {peak}, planned {planned} GiB")
+    print(
+        f"\n{name} on {machine}, {config['dtype']}: |sampler - trainer| mean {gaps} max {largest}; "
+        f"peak memory {peak}, planned {planned} GiB")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What the paper's reviewers asked for, measured on one checkpoint: how far constructed trajectories
-are from the policy, role by role; what each group does to the gradient; whether the policy finds its
-own errors, and recovers from them.
+"""What the paper's reviewers asked for, measured on one checkpoint: how far constructed
+trajectories are from the policy, role by role; what each group does to the gradient; whether the
+policy finds its own errors, and recovers from them.
 
     python -m tools.measure config/measure_toy.py --init_from=out/toy/tapo_s0/step_000060
 
 No training: one step's rollouts and constructions are drawn as train.py draws them, then looked at.
 
-shift      of ordinary rollouts, micro-reflective and full trajectories, per role and under the plain
+shift      of ordinary rollouts, micro-reflective and full trajectories, per role, under the plain
            question: mean log-prob, entropy, OTS weight (Eq. 7), and kl, the mean of
            log q(y_t) - log p(y_t) over sampled tokens: an unbiased estimate of KL(q || p), q what
            wrote the token (the policy shown y- and y+), p the policy shown the question alone.
@@ -118,7 +118,8 @@ def written_logprobs(y_ref: Rollout, synthesis: Completion, role: int) -> list[f
     """Log-probs with which the synthesis wrote the tokens of one role; None if as other ids."""
     pairs = zip(y_ref.completion_ids[:-1], y_ref.roles, strict=False)  # without the stop token
     ids = [i for i, of in pairs if of == role]
-    for start in range(len(synthesis.ids) - len(ids), -1, -1):  # the last: the analysis may quote it
+    # the last: the analysis may quote it
+    for start in range(len(synthesis.ids) - len(ids), -1, -1):
         if ids and synthesis.ids[start:start + len(ids)] == ids:
             return synthesis.logprobs[start:start + len(ids)]
     return None
@@ -126,7 +127,8 @@ def written_logprobs(y_ref: Rollout, synthesis: Completion, role: int) -> list[f
 
 def shift(model, ordinary: list[Rollout], built: dict[str, list[Construction]],
           **looking) -> dict[str, dict]:
-    """{"ordinary, right" | "micro, correction" | ...: {tokens, logprob, entropy, ots, kl, kl_tokens}}.
+    """{"ordinary, right" | "micro, correction" | ...: {tokens, logprob, entropy, ots, kl,
+    kl_tokens}}.
 
     Means over tokens. looking: see `look`.
     """
@@ -217,7 +219,8 @@ def reflection_rates(ordinary: list[Rollout], samples_per_prompt: int, exact: bo
     """DSR and ERR of §4.3 by rule; with `exact` also ERR_true, where what is said must be true."""
     reflects = np.array([reflect.reflects(r.text) for r in ordinary])
     shape = -1, samples_per_prompt  # the rollouts of a query stand together
-    correct, reflects = np.array([r.reward > 0 for r in ordinary]).reshape(shape), reflects.reshape(shape)
+    correct, reflects = np.array([r.reward > 0 for r in ordinary]).reshape(shape), reflects.reshape(
+        shape)
     rates = {key: value for key, value in dsr_err(correct, reflects).items()
              if key in ("DSR", "ERR", "mixed_problems")}
     if exact:
@@ -231,7 +234,8 @@ def reflection_rates(ordinary: list[Rollout], samples_per_prompt: int, exact: bo
 def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, marker: str,
              seed: int, **sampling) -> dict[str, float]:
     """From the end of the first error of every response that has one: shares that look again and
-    that end right, left alone and with `marker` forced upon them. sampling: see rollout.generate."""
+    that end right, left alone and with `marker` forced upon them. sampling: see rollout.generate.
+    """
     beginnings = []
     for r in ordinary:
         end = toy.first_error(r.problem.question, r.text)
@@ -242,7 +246,8 @@ def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, m
     marker_ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     for name, forced in (("unasked", []), ("forced", marker_ids)):
         groups = generate(model, [ids + forced for _, ids in beginnings], continuations,
-                          keys=[(seed, CONTINUATION, i) for i in range(len(beginnings))], **sampling)
+                          keys=[(seed, CONTINUATION, i) for i in range(len(beginnings))],
+                          **sampling)
         texts, golds = [], []
         for (r, _), completions in zip(beginnings, groups, strict=True):
             for completion in completions:
@@ -257,7 +262,8 @@ def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, m
 
 
 def counts(constructions: list[Construction], tokenizer, exact: bool) -> dict[str, float]:
-    """What came of the candidates: kept, right, groups with both rewards; with `exact` localised."""
+    """What came of the candidates: kept, right, groups with both rewards; with `exact` localised.
+    """
     built = [c.outcome for c in built_of(constructions)]
     groups: dict[str, set] = {}
     for r in built:
@@ -279,7 +285,8 @@ def main() -> None:
     c = SimpleNamespace(**config)
     for key in ("init_from", "problems"):
         if not getattr(c, key):
-            raise ValueError(f"{key} is not set; pass --{key}=PATH, e.g. with config/measure_toy.py")
+            raise ValueError(
+                f"{key} is not set; pass --{key}=PATH, e.g. with config/measure_toy.py")
     print_config(config, c.out)
     if c.threads:
         torch.set_num_threads(c.threads)

@@ -58,7 +58,8 @@ def reflection(prefix: str, diagnosis: str, correction: str, reward: float = 1.0
 
 def built(y_ref, text: str = "") -> Construction:
     ids = ids_of(text)
-    return Construction(None, [], Completion(ids, [-0.01 * i for i in range(len(ids))], True), y_ref)
+    return Construction(None, [], Completion(ids, [-0.01 * i for i in range(len(ids))], True),
+                        y_ref)
 
 
 MISS, AGAIN = "Try 6: 6*7=42, 42-21=21 low. ", "Wait, 6 is too low. "
@@ -87,7 +88,8 @@ def test_kl_is_what_the_writer_gave_minus_what_the_policy_gives_and_0_for_its_ow
     logprob = measure.look(model, [y_ref], **LOOKING)[0][0]
     for name, role, tag in (("micro, diagnosis", DIAGNOSIS, "<reflection>"),
                             ("micro, correction", CORRECTION, "</reflection>")):
-        first = written.ids.index(ids_of(tag)[0]) + 1  # the reconstruction's words, not the analysis'
+        # the reconstruction's words, not the analysis'
+        first = written.ids.index(ids_of(tag)[0]) + 1
         at = [i for i, of in enumerate(y_ref.roles[:-1]) if of == role]
         gaps = [written.logprobs[first + j] - logprob[i] for j, i in enumerate(at)]
         assert found[name]["kl"] == pytest.approx(np.mean(gaps), abs=1e-5)
@@ -174,7 +176,8 @@ def test_recovery_counts_from_the_end_of_the_first_error(model, monkeypatch):
     def generate(_, prompts, n, **__):
         asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
         after = "6 is too low. "
-        texts = [AGAIN + RIGHT, WRONG + AGAIN] if len(asked) == 1 else [after + RIGHT, after + WRONG]
+        texts = [AGAIN + RIGHT, WRONG + AGAIN] if len(asked) == 1 else [after + RIGHT,
+            after + WRONG]
         completions = [Completion(ids_of(text) + [TOKENIZER.eos_token_id], [0.0], True)
                        for text in texts]
         return [completions for _ in prompts]
