@@ -64,8 +64,8 @@ RESULTS: list[dict] = []
 def report(name: str, value: float, unit: str, **more) -> None:
     """One line of the table, and of the JSON file."""
     RESULTS.append({"name": name, "value": value, "unit": unit} | more)
-    extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key,
-                     value in more.items())
+    extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in more.items())
     print(f"{name:<52}{value:>12,.4g} {unit:<12}{extra}", flush=True)
 
 

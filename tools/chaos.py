@@ -211,19 +211,18 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
         pace[processes] = first, (time.time() - started - first) / (STEPS - 1)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses, kept = ([row[name] for row in rows] for name in ("train/loss", "reflect/kept"))
-        print(f"not interrupted, processes: {processes}; losses:", *(f"{loss:+.5f}"
-            for loss in losses), "; reflections:", *map(int, kept), flush=True)
+        print(f"not interrupted, processes: {processes}; losses:",
+              *(f"{loss:+.5f}" for loss in losses), "; reflections:", *map(int, kept), flush=True)
 
-    kinds = [(processes, kind, background) for processes, kind, background in itertools.product(
-        (1, 2), ("one", "all", "SIGTERM", "full"), (False, True))
-             if (processes, kind) != (1, "one")]
+    every = itertools.product((1, 2), ("one", "all", "SIGTERM", "full"), (False, True))
+    kinds = [way for way in every if way[:2] != (1, "one")]  # with one process that is "all"
     for number, (processes, kind, background) in enumerate(kinds * rounds):
         out = base / "killed"
         shutil.rmtree(out, ignore_errors=True)
         report = trial(base, out, processes, background, kind, rng, pace[processes])
         reports.append(report)
         print(f"{number + 1:2d}/{len(kinds) * rounds}  processes {processes}  {report['saving']}  "
-              f"{kind:7s}  " f"steps done {report['done']}  ended in {report['seconds']:4.1f} s "
+              f"{kind:7s}  steps done {report['done']}  ended in {report['seconds']:4.1f} s "
               f"with {report['status']:4d}  "
               f"resumed from {report['from']}  {'; '.join(report['problems']) or 'the same'}",
               flush=True)

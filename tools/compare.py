@@ -117,7 +117,8 @@ def comparison_table(found: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="paired differences of results",
+    parser = argparse.ArgumentParser(prog="python -m tools.compare",
+                                     description="paired differences of results",
                                      allow_abbrev=False)
     parser.add_argument("results", nargs="+", help="OUT.json files of eval.py, the baseline first; "
                         "+ joins the seeds of one method")

@@ -219,8 +219,8 @@ def reflection_rates(ordinary: list[Rollout], samples_per_prompt: int, exact: bo
     """DSR and ERR of §4.3 by rule; with `exact` also ERR_true, where what is said must be true."""
     reflects = np.array([reflect.reflects(r.text) for r in ordinary])
     shape = -1, samples_per_prompt  # the rollouts of a query stand together
-    correct, reflects = np.array([r.reward > 0 for r in ordinary]).reshape(shape), reflects.reshape(
-        shape)
+    correct = np.array([r.reward > 0 for r in ordinary]).reshape(shape)
+    reflects = reflects.reshape(shape)
     rates = {key: value for key, value in dsr_err(correct, reflects).items()
              if key in ("DSR", "ERR", "mixed_problems")}
     if exact:

@@ -201,8 +201,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         "block": max(forward * reference_model, backward),
         # of the root's gradient, last, when the activations are gone
         "reduction": (c + 4) * root * sharded}
-    update = parts["gradients"] + parts["compute copies"] + max(
-        parts["activations"] + max(parts["head"], parts["block"]), parts["reduction"])
+    passing = parts["activations"] + max(parts["head"], parts["block"])
+    update = parts["gradients"] + parts["compute copies"] + max(passing, parts["reduction"])
     shown = ("gradients", "compute copies", "activations")
     parts["temporaries"] = update - sum(parts[name] for name in shown)
 
@@ -394,8 +394,8 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
     p = memory_plan(**sizes)
 
     def line(total: str, **shown: str) -> str:
-        terms = " + ".join(f"{name.replace('_', ' ')} {p[key] / GIB:.2f}" for name,
-                           key in shown.items() if p[key])
+        terms = " + ".join(f"{name.replace('_', ' ')} {p[key] / GIB:.2f}"
+                           for name, key in shown.items() if p[key])
         return f"  {total:<10} {p[total] / GIB:7.2f}  {terms}"
 
     jobs = [name for name in ("rollouts", "reflections") if name in p]

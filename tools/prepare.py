@@ -166,8 +166,8 @@ def overlapping(train: list[Problem], evaluation: list[Problem], n: int = 8, sha
         for gram in grams:
             for i in holders.get(gram, ()):
                 common[i] = common.get(i, 0) + 1
-        if any(count >= share * min(len(grams), len(evaluation_grams[i])) for i,
-               count in common.items()):
+        if any(count >= share * min(len(grams), len(evaluation_grams[i]))
+               for i, count in common.items()):
             found.add(problem.uid)
     return found
 
@@ -180,7 +180,8 @@ def _ngrams(text: str, n: int) -> set[tuple[str, ...]]:
 
 def main() -> None:
     """Prepare one data set; see the docstring of this file."""
-    parser = argparse.ArgumentParser(description="prepare a problem file", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m tools.prepare", allow_abbrev=False,
+                                     description="prepare a problem file")
     parser.add_argument("name", help=" | ".join([*SOURCES, "word_problems"]))
     parser.add_argument("--from", dest="path", default="",
                         help="local .jsonl, .json or .parquet instead of the hub "

@@ -36,7 +36,7 @@ def synthesis(slip: str, answer: str) -> str:
     """What the perfect policy would write about the response with `slip`."""
     copied = response(slip).partition("\n\n")[0]
     return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is "
-            f"${answer}$.</analysis>\n" f"<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is "
+            f"${answer}$.</analysis>\n<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is "
             f"not right, I slipped in the last step.</reflection>\n"
             f"It should be ${answer}$.\n\nSo the final answer is "
             f"\\boxed{{{answer}}}.</reconstruction>")
@@ -80,8 +80,8 @@ def make(tokenizer_folder: str, problems: str, out: Path) -> None:
         "eos_token_id": stops, "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     found, lessons = [], []
     for p in load_problems(problems):
-        if len(found) < N_PROBLEMS and len(tokenizer(p.question)["input_ids"]) <= MAX_QUESTION and (
-                rows := lessons_for(p)):
+        short = len(tokenizer(p.question)["input_ids"]) <= MAX_QUESTION
+        if len(found) < N_PROBLEMS and short and (rows := lessons_for(p)):
             found.append(p)
             lessons += rows
     save_problems(found, out / "problems.jsonl")

@@ -441,13 +441,12 @@ def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
             f'<circle cx="{X(100 * v)}" cy="8" r="3"><title>{seed[1:]} {signed(v)}</title></circle>'
             for seed, v in zip(d["seeds"], d["by_seed"], strict=True))
         lines += (
-            f'<li '
-            f'style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods, SHORT)}<svg '
-            f'aria-hidden="true">' f'{grid}{dots}<line class="interval" x1="{left}" x2="{right}" '
+            f'<li style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods, SHORT)}<svg '
+            f'aria-hidden="true">{grid}{dots}<line class="interval" x1="{left}" x2="{right}" '
             f'y1="18" y2="18"/>'
             f'<circle class="mean" cx="{mean}" cy="18" r="5.5"/></svg>{delta(d)}</li>')
     return (f'<figure class="panel forest"><h3>{escape(title)}</h3><p class="note">Dots: training '
-            f'seeds. ' f'Below them: their mean and its 95 % interval.</p><ul>{lines}'
+            f'seeds. Below them: their mean and its 95 % interval.</p><ul>{lines}'
             f'<li><i></i><svg aria-hidden="true">{axis}</svg></li></ul></figure>')
 
 
@@ -468,8 +467,9 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
         for label, group in groups.items():
             cells = []
             for value, low, high in (pass_at(group, k) for k in ks):
-                spread = f"± {value - low:.1f}" if len(
-                    group) > 1 else f"{low:.1f}–{high:.1f}".replace("nan–nan", "")
+                spread = f"{low:.1f}–{high:.1f}".replace("nan–nan", "")
+                if len(group) > 1:
+                    spread = f"± {value - low:.1f}"
                 cells.append(f"<b>{value:.1f}</b> <small>{spread}</small>" if math.isfinite(value)
                              else "–")
             d = compared.get(label, {})
@@ -502,8 +502,8 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if not constructing:
         return '<p class="missing">not logged: none of these runs constructs trajectories</p>'
-    panels = [panel(title, method_lines(methods, key, constructing), key) for key,
-              title in REFLECTION.items()]
+    panels = [panel(title, method_lines(methods, key, constructing), key)
+              for key, title in REFLECTION.items()]
     for label, runs in constructing.items():
         of = f", {SHORT.get(label, label)}" if len(constructing) > 1 else ""
         logged = {key for run in runs for row in run.rows for key, v in row.items()
@@ -690,7 +690,7 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
     step, uid, question, gold = (escape(str(rollout[key]))
                                  for key in ("step", "uid", "question", "gold"))
     return (f'<article class="card"><h3>Step {step} <small>{uid}</small></h3><p '
-            f'class="question">{question}</p>' f'<p class="gold">gold answer <b>{gold}</b></p><div '
+            f'class="question">{question}</p><p class="gold">gold answer <b>{gold}</b></p><div '
             f'class="columns">{"".join(columns)}</div></article>')
 
 
@@ -749,8 +749,8 @@ def build_page(methods: dict[str, list[Run]], evals: dict[str, list[Path]],
         "Time": time_section(methods), "Trajectories": trajectories_section(runs),}
     anchor = {name: name.lower().replace(" ", "-") for name in sections}
     nav = "".join(f'<a href="#{anchor[name]}">{name}</a>' for name in sections)
-    body = "".join(f'<section id="{anchor[name]}"><h2>{name}</h2>{html}</section>' for name,
-                   html in sections.items())
+    body = "".join(f'<section id="{anchor[name]}"><h2>{name}</h2>{html}</section>'
+                   for name, html in sections.items())
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items())
                    for i in (0, 1))
     title = escape(" · ".join(SHORT.get(label, label) for label in methods))
@@ -914,8 +914,8 @@ def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[s
                           fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=140)
 
-    dynamics = {key: (title, draw_lines, method_lines(methods, key)) for key,
-                title in FIGURE_3.items()}
+    dynamics = {key: (title, draw_lines, method_lines(methods, key))
+                for key, title in FIGURE_3.items()}
     save("dynamics", (11, 5.4), 2, list(dynamics.values()))
     constructing = {label: runs for label, runs in methods.items() if any(map(reflects, runs))}
     if constructing:
@@ -937,7 +937,8 @@ def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[s
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.report",
+                                     description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="+", type=Path,
                         help="folders of train.py; x_s0, x_s1 are seeds of one method x")
     parser.add_argument("--evals", default="",

@@ -227,7 +227,7 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
                      "right, %", "mixed groups, %", "OTS, first diagnosis token"], body)
 
 
-# --- measure.py -----------------------------------------------------------------------------------
+# --- tools.measure --------------------------------------------------------------------------------
 
 
 def measured(folder: Path) -> dict[str, list[dict]]:
@@ -322,8 +322,8 @@ def all_tables(out: Path) -> dict[str, str]:
         tables[f"{folder.name} rates"] = rates_table(rows)
         tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
         if found:
-            tables |= {f"{folder.name} {name}": markdown(*make(found)) for name,
-                       make in (("shift", shift_table), ("gradient", gradient_table),
+            tables |= {f"{folder.name} {name}": markdown(*make(found))
+                       for name, make in (("shift", shift_table), ("gradient", gradient_table),
                                 ("errors", errors_table))}
     return tables
 
@@ -343,7 +343,8 @@ def update(document: Path, tables: dict[str, str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.tables",
+                                     description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help="folder of runs/ablations.sh")
     parser.add_argument("--update", type=Path, help="document whose marked tables are rewritten")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""bench.py runs and counts what it says. Nothing here is timed: a figure depends on the machine,
+"""tools.bench runs and counts what it says. Nothing here is timed: a figure depends on the machine,
 its arithmetic does not."""
 import itertools
 import json

@@ -38,8 +38,8 @@ def test_intervals_over_seeds_are_students():
 
 
 def result(path, counts, n=8, **setting):
-    per_problem = [{"uid": f"p{i}", "level": "", "n": n, "c": c, "truncated": 0} for i,
-                   c in enumerate(counts)]
+    per_problem = [{"uid": f"p{i}", "level": "", "n": n, "c": c, "truncated": 0}
+                   for i, c in enumerate(counts)]
     setting = {"set": "s", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9,
                "per_problem": per_problem} | setting
     path.write_text(json.dumps({"settings": [setting]}))
@@ -51,8 +51,8 @@ def test_two_results_are_compared_problem_by_problem(tmp_path):
     b = [1, 2, 3, 4, 5, 6, 7, 8, 8, 1]
     (d,) = compare.compare_runs([[result(tmp_path / "a", a)],
                                  [result(tmp_path / "b", list(reversed(b)))]])
-    assert d["baseline_pass@1"] == pytest.approx(38 / 80) and d["other_pass@1"] == pytest.approx(
-        45 / 80)
+    assert d["baseline_pass@1"] == pytest.approx(38 / 80)
+    assert d["other_pass@1"] == pytest.approx(45 / 80)
     paired = (np.array(b)[::-1] - np.array(a)) / 8
     assert d["difference"] == pytest.approx(paired.mean()) and d["p"] == compare.sign_flip_p(paired)
     assert (d["low"], d["high"]) == bootstrap_interval(paired)
@@ -104,8 +104,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 
 def test_the_command_prints_and_saves(tmp_path, monkeypatch, capsys):
-    results = [str(result(tmp_path / name, counts)) for name,
-               counts in (("a", [1, 2]), ("b", [2, 3]))]
+    results = [str(result(tmp_path / name, counts))
+               for name, counts in (("a", [1, 2]), ("b", [2, 3]))]
     monkeypatch.setattr("sys.argv", ["compare", *results, f"--out={tmp_path / 'c.json'}"])
     compare.main()
     printed = capsys.readouterr().out.splitlines()

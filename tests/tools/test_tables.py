@@ -29,8 +29,8 @@ def evaluated(path: Path, right: list[int], right_06: list[int] | None = None, n
             "set": "test", "temperature": temperature, "top_p": top_p, "max_new_tokens": 54,
             "pass@k": rates, "DSR": 0.8, "levels": {}, "ERR": None, "reflect_rate": 0.25,
             "truncated": 0.0, "length": 30.0,
-            "per_problem": [{"uid": f"p{i}", "level": "1", "n": n, "c": c, "truncated": 0} for i,
-                            c in enumerate(counts)]})
+            "per_problem": [{"uid": f"p{i}", "level": "1", "n": n, "c": c, "truncated": 0}
+                            for i, c in enumerate(counts)]})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings}))
 
@@ -143,8 +143,8 @@ def test_difficulty_levels_are_told_apart_where_there_are_several(sweep):
         made = json.loads(path.read_text())
         for setting in made["settings"]:
             here = values if setting["temperature"] == 1 else (0.0, 0.0)
-            setting["levels"] = {str(level): {"pass@k": {"1": {"value": v}}} for level,
-                                 v in zip((2, 3), here, strict=True)}
+            setting["levels"] = {str(level): {"pass@k": {"1": {"value": v}}}
+                                 for level, v in zip((2, 3), here, strict=True)}
         path.write_text(json.dumps(made))
     for name in ("grpo_s2", "tapo_s0", "tapo_s1", "coldstart_c0"):
         (sweep / "findx" / f"{name}.json").unlink()
