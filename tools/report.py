@@ -440,8 +440,9 @@ def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
         dots = "".join(
             f'<circle cx="{X(100 * v)}" cy="8" r="3"><title>{seed[1:]} {signed(v)}</title></circle>'
             for seed, v in zip(d["seeds"], d["by_seed"], strict=True))
+        name = name_of(label, methods, SHORT)
         lines += (
-            f'<li style="--c:var(--{colour_of(label, methods)})">{name_of(label, methods, SHORT)}<svg '
+            f'<li style="--c:var(--{colour_of(label, methods)})">{name}<svg '
             f'aria-hidden="true">{grid}{dots}<line class="interval" x1="{left}" x2="{right}" '
             f'y1="18" y2="18"/>'
             f'<circle class="mean" cx="{mean}" cy="18" r="5.5"/></svg>{delta(d)}</li>')
