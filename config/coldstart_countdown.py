@@ -1,7 +1,7 @@
 # The cold start of the second toy world. Two seeds stopped after 3,000 and 2,600 steps, with 50
 # and 43 % of the held-out problems; nearly all of it is gained after step 1,600. 95 % are then
 # solved by one of eight samples.
-#   python toy.py countdown --levels="('3',)"
+#   python toy.py countdown --levels=3
 #   python coldstart.py config/coldstart_toy.py config/coldstart_countdown.py
 init_from = "data/countdown/model"
 examples = "data/countdown/coldstart.jsonl"

@@ -1,5 +1,5 @@
 # A 175k-parameter model learns the world findx from nothing: one CPU thread, minutes.
-#   python toy.py findx --levels="('1',)" && python coldstart.py config/coldstart_toy.py
+#   python toy.py findx --levels=1 && python coldstart.py config/coldstart_toy.py
 init_from = "data/findx/model"              # random weights, and the toy's tokenizer
 examples = "data/findx/coldstart.jsonl"     # worked examples of both formats, seen once each
 eval_problems = "data/findx/validation.jsonl"

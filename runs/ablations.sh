@@ -90,7 +90,7 @@ settings() {  # of train.py and eval.py in a world
 }
 data() {  # data WORLD FOLDER [FLAGS]: problems, worked examples and a fresh model
   local world=$1 folder=$2 level; shift 2
-  case $world in findx) level="('1',)" ;; countdown) level="('3',)" ;; esac
+  case $world in findx) level=1 ;; countdown) level=3 ;; esac
   [ -f "$folder/model/config.json" ] ||
     python toy.py "$world" --levels="$level" --out="$folder" "$@"
 }

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 source runs/setup.sh
 export OMP_NUM_THREADS=1
 OUT=${OUT:-out/chaos}
-[ -f "$OUT/data/model/config.json" ] || python toy.py findx --levels="('1',)" --out="$OUT/data"
+[ -f "$OUT/data/model/config.json" ] || python toy.py findx --levels=1 --out="$OUT/data"
 # It need not be good: some right, some wrong, some reflections that can be parsed; 700 steps.
 head -n 11200 "$OUT/data/coldstart.jsonl" > "$OUT/data/few.jsonl"
 [ -f "$OUT/model/final/meta.json" ] ||

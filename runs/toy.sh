@@ -27,7 +27,7 @@ evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with to
 }
 
 # level 1: x*a+b and x*a-b with values below 50, what two cores learn in minutes
-[ -f data/findx/model/config.json ] || python toy.py findx --levels="('1',)" --out=data/findx
+[ -f data/findx/model/config.json ] || python toy.py findx --levels=1 --out=data/findx
 
 echo "== cold start: supervised, from a random model (§3.2)"
 python coldstart.py config/coldstart_toy.py --out_dir="$OUT/coldstart" --resume=True
