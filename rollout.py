@@ -29,7 +29,8 @@ ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second c
 LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
 LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all: leaving copies the cache
 CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
-MEMORY_SHARE = 0.8     # of free memory, that max_rows = 0 fills with rows
+MEMORY_SHARE = 0.8     # of free memory, that max_rows = 0 fills with rows ...
+MOST_ROWS = 4096       # ... up to so many: more gain nothing
 
 
 @dataclass
@@ -298,17 +299,23 @@ def prefill(model, prompts: list, head: torch.Tensor | None = None) -> tuple[KVC
     return cache, model(inputs, cache=cache)
 
 
+def row_bytes(config, prompt: int, new: int, size: int) -> float:
+    """About what one row of `prompt` + `new` tokens takes at its peak; size: bytes of a number."""
+    column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    prefilling = prompt * (column + (3 * config.intermediate_size + 8 * config.hidden_size) * size)
+    # growing copies one layer's keys; sampling holds logits, log-probs, their exp and its fp64 sum
+    decoding = 1.1 * (prompt + new) * column + 24 * config.num_tokens
+    return max(prefilling, decoding)
+
+
 def rows_that_fit(model, prompt: int, new: int) -> int:
     """max_rows = 0: rows of `prompt` + `new` tokens that MEMORY_SHARE of free memory holds, >= 1."""
-    config, device, size = model.config, model.head_weight.device, model.compute_dtype.itemsize
+    device = model.head_weight.device
     if device.type == "cuda":  # what the driver has left, and what torch holds without using it
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    prefilling = prompt * (column + (3 * config.intermediate_size + 8 * config.hidden_size) * size)
-    # growing copies one layer's keys; sampling holds logits, log-probs, their exp and its fp64 sum
-    decoding = 1.1 * (prompt + new) * column + 24 * config.num_tokens
-    return max(1, min(4096, int(MEMORY_SHARE * free / max(prefilling, decoding))))
+    row = row_bytes(model.config, prompt, new, model.compute_dtype.itemsize)
+    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))

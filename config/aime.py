@@ -1,9 +1,10 @@
-# torchrun --nproc_per_node=8 train.py config/aime.py --init_from=out/aime/coldstart/final --out_dir=out/aime/tapo
-#   python train.py config/aime.py --plan=True          what it will cost, from config.json alone: 73 of 80 GiB a GPU
-# The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh makes what it needs, in order. Baselines:
-# add --method=grpo or --method=opsd. The paper's own diagnosis: add --diagnosis=ots.
-init_from = "Qwen/Qwen3-8B"    # §4.1. runs/aime.sh passes the cold-started policy: without §3.2 TAPO loses to GRPO
-problems = "data/deepscaler_filtered.jsonl"  # §4.1: accuracy of the cold-started policy within [0.125, 0.875], about 16k
+# The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh makes what it
+# needs, in order. Baselines: --method=grpo or opsd. The paper's own diagnosis: --diagnosis=ots.
+#   torchrun --nproc_per_node=8 train.py config/aime.py --init_from=out/aime/coldstart/final
+#   python -m tools.plan train.py config/aime.py --gpus=8 --gpu_gb=80   # 62 of 80 GiB a GPU
+init_from = "Qwen/Qwen3-8B"    # §4.1. runs/aime.sh passes the cold-started policy (§3.2)
+# §4.1: accuracy of the cold-started policy within [0.125, 0.875], about 16k
+problems = "data/deepscaler_filtered.jsonl"
 out_dir = "out/aime/tapo"
 
 max_steps = 500                # §4.1: one epoch of 16k queries; the ablations of §4.3 end at 200
@@ -17,16 +18,14 @@ w_max = 10.0                   # §4.1, Eq. 7
 lam = 1.0                      # §4.1, Eq. 6
 learning_rate = 1e-6           # §4.1: AdamW, warm-up, cosine
 warmup_steps = 25              # not in the paper, which only says that there is one
-diagnosis = "mask"             # NOT the paper's: it trains the diagnosis under Eq. 7, which is --diagnosis=ots
+diagnosis = "mask"             # NOT the paper's: it trains the diagnosis under Eq. 7 ("ots")
 
-# Not in the paper, chosen by --plan for 8 GPUs of 80 GiB:
+# Not in the paper, chosen by tools.plan for 8 GPUs of 80 GiB:
 max_new_tokens = 8192          # its responses are 2,000 to 5,000 tokens long (§4.3)
-max_synthesis_tokens = 9216    # a reconstruction may be as long as a response; 1,024 for the analysis
-max_rows = 0                   # as many as memory holds: a rollout keeps up to 9k tokens of keys and values, a reflection 27k
+max_synthesis_tokens = 9216    # a reconstruction as long as a response, 1,024 for the analysis
+max_rows = 0                   # as memory holds: a rollout keeps up to 9k tokens, a reflection 27k
 tokens_per_microbatch = 32768
 checkpoint_activations = True  # 16k tokens of activations would be 94 GiB
 dtype = "bfloat16"
-eval_interval = 0              # the contests are measured once, by eval.py, at a step fixed in advance
+eval_interval = 0              # the contests are measured once, by eval.py, at a step fixed before
 save_interval = 50             # 98 GB a checkpoint: fp32 weights and both moments
-plan_gpus = 8
-plan_gpu_gb = 80.0

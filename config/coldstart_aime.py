@@ -1,8 +1,8 @@
-# torchrun --nproc_per_node=8 coldstart.py config/coldstart_aime.py
-# The paper's cold start (§3.2): Qwen3-8B learns to diagnose itself, from its own right and wrong rollouts on DeepScaleR.
+# The paper's cold start (§3.2): Qwen3-8B learns to diagnose itself, from its own right and wrong
+# rollouts on DeepScaleR. One corrective trajectory per query at most.
+#   torchrun --nproc_per_node=8 coldstart.py config/coldstart_aime.py
 init_from = "Qwen/Qwen3-8B"    # §4.1
 problems = "data/deepscaler.jsonl"  # §3.2: about 40k queries
-from_rollouts = True           # §3.2: one corrective trajectory per query at most
 out_dir = "out/aime/coldstart"
 
 n_sft = 30000                  # §3.2: question -> trajectory
@@ -22,5 +22,3 @@ tokens_per_microbatch = 32768
 checkpoint_activations = True
 dtype = "bfloat16"
 eval_interval = 0
-plan_gpus = 8
-plan_gpu_gb = 80.0

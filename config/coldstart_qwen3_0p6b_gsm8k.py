@@ -1,9 +1,9 @@
-# python coldstart.py config/coldstart_qwen3_0p6b_gsm8k.py
-# §3.2 for the run of config/qwen3_0p6b_gsm8k.py: a model this small follows the synthesis prompt rarely, so it is taught
-# on the constructions that came out right. First: python data.py gsm8k_train.
+# §3.2 for the run of config/qwen3_0p6b_gsm8k.py: a model this small follows the synthesis prompt
+# rarely, so it is taught on the constructions that came out right.
+#   python -m tools.prepare gsm8k_train
+#   python coldstart.py config/coldstart_qwen3_0p6b_gsm8k.py
 init_from = "Qwen/Qwen3-0.6B-Base"
 problems = "data/gsm8k_train.jsonl"
-from_rollouts = True
 out_dir = "out/gsm8k/coldstart"
 
 n_sft = 2000                   # the paper's ratio of 2 : 1, at a fifteenth of its size
@@ -14,5 +14,3 @@ max_rows = 24
 tokens_per_microbatch = 4096
 dtype = "bfloat16"
 eval_interval = 0
-plan_gpus = 1
-plan_gpu_gb = 24.0

@@ -1,6 +1,8 @@
-# python eval.py config/filter_deepscaler.py --init_from=out/coldstart
-# §4.1: training queries are those that the cold-start model solves sometimes. Writes data/deepscaler_filtered.jsonl,
-# the accuracy beside each problem; the same command continues after a kill. First: python data.py deepscaler.
+# §4.1: training queries are those that the cold-start model solves sometimes. Writes
+# data/deepscaler_filtered.jsonl, the accuracy beside each problem; the same command continues
+# after a kill.
+#   python -m tools.prepare deepscaler
+#   python eval.py config/filter_deepscaler.py --init_from=out/coldstart/final
 problems = "data/deepscaler.jsonl"
 filter_out = "data/deepscaler_filtered.jsonl"
 filter_low = 0.125             # 1 of 8
@@ -9,8 +11,8 @@ samples = 8                    # K of training: 0 of 8 and 8 of 8 would give no 
 temperatures = (1.0,)          # what training will sample
 top_ps = (1.0,)
 max_new_tokens = 8192
-max_rows = 40                  # of Qwen3-8B on one GPU of 80 GiB: the weights take 15.3, a row of 1,024 + 8,192 tokens with
-                               # 36 layers x 2 x 8 heads x 128 x 2 bytes a token 1.3; peak 67 of 73.6
+# Rows of Qwen3-8B on one GPU of 80 GiB: the weights take 15.3, a row of 1,024 + 8,192 tokens with
+# 36 layers x 2 x 8 heads x 128 x 2 bytes a token 1.3; peak 67 of 73.6.
+max_rows = 40
 dtype = "bfloat16"
-plan_gpu_gb = 80.0
 out = "out/filter_deepscaler"

@@ -7,7 +7,7 @@ out_dir = "out/rehearsal/tapo"
 max_steps = 2
 prompts_per_step = 6
 samples_per_prompt = 8         # the paper's K, and with it its n_pos = 2, n_neg = 4
-temperature = 0.7              # quietens what a model taught so briefly leaves in the tail of 151,669 tokens
+temperature = 0.7              # quietens the tail of 151,669 tokens of so briefly taught a model
 max_new_tokens = 80
 max_synthesis_tokens = 128
 

@@ -1,6 +1,8 @@
 # TAPO. Its knobs are train.py's defaults; what is said here is what the toy world needs.
 #   python train.py config/toy.py config/tapo.py
 method = "tapo"
-ref_advantage = "reward"    # nearly every construction of the toy is right: under Eq. 5 their advantages would all be 0
-loss_norm = "merged"        # a mean over all rollouts: as a loss of their own, three constructions would weigh as much as 256
+# Nearly every construction of the toy is right: under Eq. 5 their advantages would all be 0.
+ref_advantage = "reward"
+# A mean over all rollouts: as a loss of their own, three constructions would weigh as much as 256.
+loss_norm = "merged"
 out_dir = "out/toy/tapo"

@@ -1,8 +1,9 @@
-# The CPU-sized world: two cores, a few minutes. Needs data/findx_*.jsonl and out/toy/coldstart, which runs/toy.sh makes.
+# The CPU-sized world: two cores, a few minutes. Needs data/findx and out/toy/coldstart, which
+# runs/toy.sh makes.
 #   python train.py config/toy.py --method=tapo --out_dir=out/toy/tapo
 init_from = "out/toy/coldstart/final"
-problems = "data/findx_train.jsonl"
-eval_problems = "data/findx_validation.jsonl"
+problems = "data/findx/train.jsonl"
+eval_problems = "data/findx/validation.jsonl"
 instruction = ""            # the toy's questions are equations, its tokenizer has no English
 template = "short"
 out_dir = "out/toy/tapo"
@@ -14,10 +15,10 @@ max_new_tokens = 54         # room for one retry; whatever does not finish is wr
 max_synthesis_tokens = 120
 max_rows = 1024             # all at once: rows of so small a model cost next to nothing
 
-learning_rate = 6e-4        # best of three for GRPO, TAPO and OPSD alike, on validation problems (RESULTS.md)
+learning_rate = 6e-4        # best of three for GRPO, TAPO and OPSD, on validation (docs/results.md)
 warmup_steps = 5
 tokens_per_microbatch = 1024
 eval_interval = 20
 eval_samples = 4
 save_interval = 20
-threads = 1                 # so small a model gains nothing from a second thread; run two methods side by side instead
+threads = 1                 # a second thread gains nothing; run two methods side by side instead

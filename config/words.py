@@ -1,4 +1,5 @@
-# RL on word problems with SmolLM2-135M, what all methods share; needs the cold start of runs/smollm.sh.
+# RL on word problems with SmolLM2-135M, what all methods share; needs the cold start of
+# runs/smollm.sh.
 #   python train.py config/words.py config/tapo.py --out_dir=out/smollm/tapo
 init_from = "out/smollm/coldstart/final"
 problems = "out/smollm/data/filtered.jsonl"

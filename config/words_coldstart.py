@@ -3,11 +3,11 @@
 init_from = "out/smollm/sft/final"
 problems = "out/smollm/data/train.jsonl"
 out_dir = "out/smollm/coldstart"
-from_rollouts = True
-synthesis = "rule"             # 135M parameters do not follow the prompt: 0 of 12 syntheses could be parsed
-template = "short"             # 150 tokens; the long one has 700, for a language model that reads instructions
+synthesis = "rule"             # 135M parameters do not follow the prompt: 0 of 12 could be parsed
+template = "short"             # 150 tokens; the long one, of 700, is for a model that reads it
 
-n_sft = 100                    # few: with as many as n_ift 85 % of the answers reflect afterwards, on right steps too
+# few: with as many as n_ift 85 % of the answers reflect afterwards, on right steps too
+n_sft = 100
 n_ift = 1000                   # the paper's 30,000 and 15,000 in small: what a thousand pairs give
 queries_per_round = 512
 samples_per_prompt = 8         # K of the training that follows

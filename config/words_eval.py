@@ -1,5 +1,5 @@
 # Word problems that nothing was chosen on: SVAMP, and the rest of the test problems.
-#   python eval.py config/words_eval.py --init_from=out/smollm/runs/tapo_s0/step_000060 --out=out/smollm/eval/tapo_s0
+#   python eval.py config/words_eval.py --init_from=out/smollm/coldstart/final --out=out/smollm/eval
 problems = "out/smollm/data/svamp.jsonl,out/smollm/data/rest.jsonl"
 samples = 16
 temperatures = (1.0, 0.6)      # what training samples from, and §4.1's

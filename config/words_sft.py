@@ -1,11 +1,12 @@
-# The start of runs/smollm.sh: a small instruction model learns one-line solutions of word problems (GSM8K's long ones
-# teach it far less: Pass@1 12 % instead of 22).  First: python data.py word_problems
+# The start of runs/smollm.sh: a small instruction model learns one-line solutions of word problems
+# (GSM8K's long ones teach it far less: Pass@1 12 % instead of 22).
+#   python -m tools.prepare word_problems
 #   python coldstart.py config/words_sft.py
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
-problems = "out/smollm/data/solved.jsonl"  # the training problems that have a worked solution, 2,263
+examples = "out/smollm/data/solved.jsonl"  # training problems with a worked solution, 2,263
 out_dir = "out/smollm/sft"
 
-epochs = 2                     # a third makes it surer, not better, and RL needs answers that differ
+epochs = 2                     # a third makes it surer, not better; RL needs answers that differ
 batch_size = 64
 learning_rate = 3e-4           # the usual size for a model this small
 warmup_steps = 10

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The evidence: every number of RESULTS.md, methods x seeds in the toy worlds, two processes side by side. Finished parts are
-# skipped and interrupted ones go on, so the same command continues after a kill. Hours on two cores.
+# The evidence: every number of docs/results.md, methods x seeds in the toy worlds, two processes
+# side by side. Finished parts are skipped and interrupted ones go on, so the same command continues
+# after a kill. Hours on two cores.
 #   bash runs/ablations.sh                        # everything, then the tables and the report
-#   bash runs/ablations.sh 'findx (grpo|tapo) '   # only jobs that match, "WORLD ROW SEED": all seeds of two rows here
+#   bash runs/ablations.sh 'findx (grpo|tapo) '   # only jobs "WORLD ROW SEED" that match
 #   LIST=1 bash runs/ablations.sh                 # the jobs, in order
 # A row is a line of the function `jobs`: to compare an idea of yours, add one.
 set -euo pipefail
@@ -17,9 +18,8 @@ row() {  # row WORLD NAME SEEDS FLAGS: one job a seed
 }
 EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
-rate_of() {  # the best on validation problems, where it is not that of config/toy.py and config/countdown.py
+rate_of() {  # the best on validation problems, where it is not the world's config file's
   case $1-$2 in
-    chain-grpo) echo --learning_rate=1.2e-3 ;;
     countdown-opsd) echo --learning_rate=2.4e-3 ;;
     *-sft) echo --learning_rate=3e-5 ;;
   esac
@@ -30,20 +30,19 @@ jobs() {
   local world method rate seed kl
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
   for method in grpo tapo published opsd; do
-    for rate in 3e-4 6e-4 1.2e-3; do row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET; done
+    for rate in 3e-4 6e-4 1.2e-3; do
+      row findx tune_${method}_$rate "8 9" config/$method.py --learning_rate=$rate $QUIET
+    done
     for rate in 3e-4 6e-4 1.2e-3 2.4e-3; do
       case $method in grpo | tapo) seed="8 9" ;; *) seed=8 ;; esac
       row countdown tune_${method}_$rate "$seed" config/$method.py --learning_rate=$rate $QUIET
     done
   done
-  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET  # its best of the four was the highest
+  # its best of the four was the highest
+  row countdown tune_opsd_4.8e-3 8 config/opsd.py --learning_rate=4.8e-3 $QUIET
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
-  for method in grpo tapo; do
-    for rate in 3e-4 6e-4 1.2e-3; do row chain tune_${method}_$rate 8 config/$method.py --learning_rate=$rate $QUIET; done
-  done
-  row chain tune_grpo_2.4e-3 8 config/grpo.py --learning_rate=2.4e-3 $QUIET
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
     row $world grpo $seed config/grpo.py $kl
@@ -54,11 +53,7 @@ jobs() {
       row $world opsd $seed config/opsd.py $(rate_of $world opsd) $kl
     fi
   done; done
-  for seed in $FOUR; do
-    for method in grpo tapo; do row chain $method $seed config/$method.py $(rate_of chain $method) $QUIET; done
-    SEEDS=$seed tapo chain copy --prefix_mode=copy $(rate_of chain tapo)
-  done
-  for world in findx countdown; do                         # ours: what the published estimator is made of
+  for world in findx countdown; do                         # ours: what the published one is made of
     tapo $world ref_group --ref_advantage=group
     tapo $world separate --loss_norm=separate
   done
@@ -74,12 +69,14 @@ jobs() {
   tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does
   tapo findx diagnosis_train --diagnosis=train
   tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
-  row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET      # as much time as TAPO's 60 steps take
+  row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET  # the time of TAPO's 60
   row countdown grpo_long "$FOUR" config/grpo.py --max_steps=80 $QUIET
-  for method in grpo tapo opsd; do row findx base_$method "$FOUR" config/$method.py $QUIET; done  # Table 1, no cold start
+  for method in grpo tapo opsd; do                         # Table 1, no cold start
+    row findx base_$method "$FOUR" config/$method.py $QUIET
+  done
   tapo findx prefix_masked --train_prefix=False            # ours: what the prefix does, ...
-  tapo findx ref_orig --ref_advantage=orig                 # ... constructions held against the rollouts' mean, ...
-  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False  # ... OTS on the diagnosis and nowhere else
+  tapo findx ref_orig --ref_advantage=orig                 # ... held against the rollouts' mean, ...
+  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False  # ... OTS on it alone
 }
 
 settings() {  # of train.py and eval.py in a world
@@ -87,53 +84,65 @@ settings() {  # of train.py and eval.py in a world
     findx-train) echo config/toy.py ;;
     *-train) echo config/toy.py "config/$1.py" ;;
     findx-eval) echo config/eval_toy.py ;;
-    countdown-eval) echo config/eval_toy.py --world=countdown --levels="('3',)" --max_new_tokens=57 ;;
-    chain-eval) echo config/eval_toy.py --world=chain --levels="()" --n_problems=400 --max_new_tokens=80 ;;
+    countdown-eval)
+      echo config/eval_toy.py --problems=data/countdown/test.jsonl --max_new_tokens=57 ;;
   esac
+}
+data() {  # data WORLD FOLDER [FLAGS]: problems, worked examples and a fresh model
+  local world=$1 folder=$2 level; shift 2
+  case $world in findx) level=1 ;; countdown) level=3 ;; esac
+  [ -f "$folder/model/config.json" ] ||
+    python toy.py "$world" --levels="$level" --out="$folder" "$@"
 }
 logged() {  # logged LOG COMMAND: its output goes to the log, the end of it here if it fails
   local log=$1; shift
   python "$@" >> "$log" 2>&1 || { echo "FAILED: $*"; tail -n 5 "$log"; return 1; }
 }
-start_of() {  # start_of WORLD ROW SEED: kind and number of the start that a run goes on from; seeds 0 and 4 share one, 1 and 5, ...
-  local kind=coldstart starts=4
+# start_of WORLD ROW SEED: kind and number of the start; seeds 0 and 4 share one, 1 and 5, ...
+start_of() {
+  local kind=coldstart
   case $2 in base_*) kind=base ;; esac
-  case $1 in chain) starts=2 ;; esac                       # each takes five minutes
-  echo "$kind $(($3 % starts))"
+  echo "$kind $(($3 % 4))"
 }
-coldstart() {  # coldstart WORLD KIND NUMBER
-  local world=$1 kind=$2 folder=$OUT/$1/$2_c$3 flags=(config/coldstart_toy.py)
+coldstart() {  # coldstart WORLD KIND NUMBER: every one from its own examples and random weights
+  local world=$1 kind=$2 folder=$OUT/$1/$2_c$3 made=$OUT/$1/data_c$3
+  local flags=(config/coldstart_toy.py) kinds=()
   if [ "$world" != findx ]; then flags+=("config/coldstart_$world.py"); fi
-  if [ "$kind" = base ]; then flags+=("--kinds=('direct', 'give_up')"); fi  # solves, never reflects
+  if [ "$kind" = base ]; then  # solves, never reflects
+    made=$OUT/$world/data_base_c$3 kinds=(--kinds=direct,give_up)
+  fi
   mkdir -p "$OUT/$world"
-  logged "$folder.log" coldstart.py "${flags[@]}" --seed="$3" --out_dir="$folder" --resume=True
-  [ -f "$folder.json" ] || logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$folder/final" --out="$folder"
+  data "$world" "$made" --seed="$3" "${kinds[@]}" >> "$folder.log"
+  logged "$folder.log" coldstart.py "${flags[@]}" --init_from="$made/model" \
+    --examples="$made/coldstart.jsonl" --seed="$3" --out_dir="$folder" --resume=True
+  [ -f "$folder.json" ] || logged "$folder.log" eval.py $(settings "$world" eval) \
+    --init_from="$folder/final" --out="$folder"
   echo "$(date +%T) $world $kind $3"
 }
-run() {  # run WORLD ROW SEED FLAGS: train from the cold start of its seed, then measure on the test problems
+# run WORLD ROW SEED FLAGS: train from the cold start of its seed, then evaluate on test problems
+run() {
   local world=$1 name=$2 seed=$3 folder=$OUT/$1/$2_s$3; shift 3
   local kind number
   read -r kind number <<< "$(start_of "$world" "$name" "$seed")"
   [ ! -f "$folder.json" ] || return 0
-  logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" --out_dir="$folder" --resume=True \
-    --init_from="$OUT/$world/${kind}_c$number/final"
+  logged "$folder.log" train.py $(settings "$world" train) "$@" --seed="$seed" \
+    --out_dir="$folder" --resume=True --init_from="$OUT/$world/${kind}_c$number/final"
   case $name in
-    tune_*) cp "$folder/config.json" "$folder.json" ;;  # what decides is in metrics.jsonl; no test problem is touched
-    *) logged "$folder.log" eval.py $(settings "$world" eval) --init_from="$(ls -d "$folder"/step_* | tail -n 1)" --out="$folder" ;;
+    tune_*) cp "$folder/config.json" "$folder.json" ;;  # metrics.jsonl decides, no test problem
+    *) logged "$folder.log" eval.py $(settings "$world" eval) --out="$folder" \
+         --init_from="$(ls -d "$folder"/step_* | tail -n 1)" ;;
   esac
   echo "$(date +%T) $world $name seed $seed: $(grep -c '"step"' "$folder/metrics.jsonl") steps"
 }
 
-measure() {  # measure WORLD RUN: measure.py on its last checkpoint, on validation problems
+measure() {  # measure WORLD RUN: tools.measure on its last checkpoint, on validation problems
   local world=$1 folder=$OUT/$1/$2 out=$OUT/$1/measured/$2.json flags=(config/measure_toy.py) last
   if [ -f "$out" ]; then return; fi
-  case $world in
-    countdown) flags+=(--max_new_tokens=57) ;;
-    chain) flags+=(--max_new_tokens=80 --max_synthesis_tokens=200) ;;
-  esac
+  case $world in countdown) flags+=(--max_new_tokens=57) ;; esac
   last=$folder/final
   [ -d "$last" ] || last=$(ls -d "$folder"/step_* | tail -n 1)
-  logged "$folder.log" measure.py "${flags[@]}" --problems="data/${world}_validation.jsonl" --init_from="$last" --out="$out"
+  logged "$folder.log" -m tools.measure "${flags[@]}" --init_from="$last" --out="$out" \
+    --problems="data/$world/validation.jsonl"
   echo "$(date +%T) $world $2 measured"
 }
 
@@ -146,26 +155,38 @@ if [ -n "${LIST:-}" ]; then jobs; exit; fi
 source runs/setup.sh
 mkdir -p "$OUT"
 jobs | grep -E "${1:-.}" > "$OUT/jobs"
-while read -r world name seed _; do echo "$world $(start_of "$world" "$name" "$seed")"; done < "$OUT/jobs" | awk '!seen[$0]++' |
+for world in $(cut -d " " -f 1 "$OUT/jobs" | sort -u); do data "$world" "data/$world"; done
+while read -r world name seed _; do
+  echo "$world $(start_of "$world" "$name" "$seed")"
+done < "$OUT/jobs" | awk '!seen[$0]++' |
   xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-coldstart
 xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 
-MAIN="grpo tapo copy published opsd"  # what is drawn, besides all rows from the same starts; the tables have the others, too
+MAIN="grpo tapo copy published opsd"  # what is drawn, besides all rows from the same starts
 echo "== measurements, on the first four seeds"
-for world in "$OUT"/*/; do for name in coldstart grpo tapo; do for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
-  [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
-done; done; done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
-
-python tables.py "$OUT" | tee "$OUT/tables.md"
-tar cJf "$OUT.tar.xz" "$OUT"/*/*.json "$OUT"/*/measured "$OUT"/*/*/{config.json,metrics.jsonl}  # what the tables are made from
 for world in "$OUT"/*/; do
-  runs=() evals=()
-  for name in $MAIN; do for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done; done
-  for name in $MAIN coldstart '*'; do
-    for file in "$world"$name"_"[cs]*.json; do
-      [[ ! -f $file || $file == *tune_* || $file == */base* || " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
+  for name in coldstart grpo tapo; do
+    for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
+      [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
     done
   done
-  python report.py "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" --out="${world%/}.html" --png="${world}figures" \
-    --measured="$(ls "$world"measured/*.json | paste -sd,)"
+done | xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-measure
+
+python -m tools.tables "$OUT" | tee "$OUT/tables.md"
+# what the tables are made from
+tar cJf "$OUT.tar.xz" "$OUT"/*/*.json "$OUT"/*/measured "$OUT"/*/*/{config.json,metrics.jsonl}
+for world in "$OUT"/*/; do
+  runs=() evals=()
+  for name in $MAIN; do
+    for folder in "$world$name"_s*/; do [ ! -d "$folder" ] || runs+=("$folder"); done
+  done
+  for name in $MAIN coldstart '*'; do
+    for file in "$world"$name"_"[cs]*.json; do
+      if [[ ! -f $file || $file == *tune_* || $file == */base* ]]; then continue; fi
+      [[ " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
+    done
+  done
+  python -m tools.report "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" \
+    --measured="$(ls "$world"measured/*.json | paste -sd,)" \
+    --out="${world%/}.html" --png="${world}figures"
 done

@@ -1,59 +1,67 @@
 #!/usr/bin/env bash
-# Every phase on real problems with Qwen3's tokenizer, in minutes on two CPU cores: what can be wrong with text, ids, grading or
-# files shows here, before a large run does. The model is tiny and knows a few lessons by heart; its scores mean nothing.
+# Every phase on real problems with Qwen3's tokenizer, in minutes on two CPU cores: what can be
+# wrong with text, ids, grading or files shows here, before a large run does. The model is tiny and
+# knows a few lessons by heart; its scores mean nothing.
 #   TOKENIZER=~/models/Qwen3-8B bash runs/rehearsal.sh
-# TOKENIZER: a folder with Qwen3's tokenizer files. PROBLEMS, GSM8K, AIME24, AIME25, HMMT_FEB25: local copies of the data sets
-# (.jsonl, .json, .parquet); what is not given comes from the hub. Delete OUT (out/rehearsal) to start again.
+# TOKENIZER: a folder with Qwen3's tokenizer files. PROBLEMS, GSM8K, AIME24, AIME25, HMMT_FEB25:
+# local copies of the data sets (.jsonl, .json, .parquet); what is not given comes from the hub.
+# Delete OUT (out/rehearsal) to start again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 : "${TOKENIZER:?set it to a folder with the tokenizer files of a Qwen3 model}"
 OUT=${OUT:-out/rehearsal} DEEPSCALER=${PROBLEMS:-} SECONDS=0
-# glibc: keep the memory of the head's large temporaries instead of mapping it afresh; that alone halves the time
+# glibc: keep the memory of the head's large temporaries, not map it afresh: that halves the time
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 mkdir -p "$OUT"
 say() { echo "== $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) $*"; }
 run() {  # run LOG COMMAND: all of its output to OUT/LOG.log, the lines a person reads to the screen
   local log="$OUT/$1.log"; shift
   python "$@" > "$log" 2>&1 || { tail -n 20 "$log"; return 1; }
-  grep -E "^(step|WARNING|saved|filter:|written|[a-z0-9_]+: [0-9,]+ rows|[0-9,]+ problems ->)" "$log" | cut -c1-200 || true
+  grep -E "^(step|WARNING|saved|filter:|written|[a-z0-9_]+: [0-9,]+ rows|[0-9,]+ problems ->)" \
+    "$log" | cut -c1-200 || true
 }
 
 say "real problems"
-for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # deepscaler last: it is tested for overlap with the others
+for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # the last is tested for overlap
   var=${name^^}
-  [ -f "$OUT/data/$name.jsonl" ] || run "data_$name" data.py $name --out="$OUT/data/$name.jsonl" ${!var:+--from="${!var}"}
+  [ -f "$OUT/data/$name.jsonl" ] || run "data_$name" -m tools.prepare $name \
+    --out="$OUT/data/$name.jsonl" ${!var:+--from="${!var}"}
 done
-python tests/rehearsal.py make "$TOKENIZER" "$OUT/data/deepscaler.jsonl" "$OUT"
+python -m tools.rehearsal make "$TOKENIZER" "$OUT/data/deepscaler.jsonl" "$OUT"
 
 say "an untrained model on GSM8K: two steps that say loudly that they cannot learn"
-run untrained train.py config/rehearsal.py --init_from="$OUT/tiny" --problems="$OUT/data/gsm8k.jsonl" --out_dir="$OUT/untrained" \
-  --prompts_per_step=2 --max_new_tokens=32
+run untrained train.py config/rehearsal.py --init_from="$OUT/tiny" --out_dir="$OUT/untrained" \
+  --problems="$OUT/data/gsm8k.jsonl" --prompts_per_step=2 --max_new_tokens=32
 grep -q "WARNING: this run cannot learn" "$OUT/untrained.log"
 
-say "lessons: both formats of the cold start, from solutions"
-run taught coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/tiny" --problems="$OUT/lessons.jsonl" \
-  --eval_problems="$OUT/problems.jsonl" --out_dir="$OUT/taught"
+say "lessons: both formats of the cold start, from worked examples"
+run taught coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/tiny" \
+  --out_dir="$OUT/taught" --examples="$OUT/lessons.jsonl" --eval_problems="$OUT/problems.jsonl"
 say "the paper's cold start: from its own rollouts (§3.2)"
-run coldstart coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/taught/final" --problems="$OUT/problems.jsonl" \
-  --from_rollouts=True --queries_per_round=4 --epochs=1 --learning_rate=1e-5 --eval_problems= --out_dir="$OUT/coldstart"
+run coldstart coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/taught/final" \
+  --out_dir="$OUT/coldstart" --examples= --problems="$OUT/problems.jsonl" --queries_per_round=4 \
+  --epochs=1 --learning_rate=1e-5 --eval_problems=
 say "difficulty filter (§4.1)"
-run filter eval.py config/filter_deepscaler.py --init_from="$OUT/coldstart/final" --problems="$OUT/problems.jsonl" \
-  --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" --temperatures="(0.7,)" --max_new_tokens=80 --dtype=float32
+run filter eval.py config/filter_deepscaler.py --init_from="$OUT/coldstart/final" \
+  --problems="$OUT/problems.jsonl" --filter_out="$OUT/filtered.jsonl" --out="$OUT/filter" \
+  --temperatures="(0.7,)" --max_new_tokens=80 --dtype=float32
 
 for method in tapo grpo opsd; do
   say "$method"
-  run $method train.py config/rehearsal.py --method=$method --init_from="$OUT/coldstart/final" --problems="$OUT/filtered.jsonl" \
-    --out_dir="$OUT/$method" --max_steps=$([ $method = tapo ] && echo 2 || echo 1)
+  run $method train.py config/rehearsal.py --method=$method --init_from="$OUT/coldstart/final" \
+    --problems="$OUT/filtered.jsonl" --out_dir="$OUT/$method" \
+    --max_steps=$([ $method = tapo ] && echo 2 || echo 1)
 done
 
 say "evaluation: five sets in one run"
-run eval eval.py config/eval_aime.py --init_from="$OUT/tapo/step_000002" --out="$OUT/eval" --n_problems=2 --samples=5 \
-  --problems="$OUT/problems.jsonl,$OUT/data/gsm8k.jsonl,$OUT/data/aime24.jsonl,$OUT/data/aime25.jsonl,$OUT/data/hmmt_feb25.jsonl" \
-  --max_new_tokens=64 --dtype=float32
+sets=$OUT/problems.jsonl
+for name in gsm8k aime24 aime25 hmmt_feb25; do sets+=,$OUT/data/$name.jsonl; done
+run eval eval.py config/eval_aime.py --init_from="$OUT/tapo/step_000002" --out="$OUT/eval" \
+  --n_problems=2 --samples=5 --problems="$sets" --max_new_tokens=64 --dtype=float32
 grep -A5 "pass@1" "$OUT/eval.log"
-python report.py "$OUT"/{tapo,grpo,opsd} --evals="$OUT/eval.json" --out="$OUT/report.html"
+python -m tools.report "$OUT"/{tapo,grpo,opsd} --evals="$OUT/eval.json" --out="$OUT/report.html"
 
 say "what is on disk, judged by transformers"
-python tests/rehearsal.py check "$OUT" tapo grpo opsd untrained
+python -m tools.rehearsal check "$OUT" tapo grpo opsd untrained
 say "done"

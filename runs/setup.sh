@@ -1,13 +1,15 @@
-# Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made once. VENV=none takes the
-# `python` on the PATH as it is, e.g. on a machine without network that has the packages.
+# Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made
+# once. VENV=none takes the `python` on the PATH as it is, e.g. on a machine without network that
+# has the packages.
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 [ "${VENV:-}" != none ] || return 0
 if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
   echo "== installing into .venv (once)"
   "${PYTHON:-python3}" -m venv .venv
-  # torch alone first, so that a build chosen by the user's pip settings (CPU or CUDA) is not replaced by another package's wish
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  install=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  # torch alone first: a build chosen by the user's pip settings is not replaced by another's wish
+  "${install[@]}" "$(grep '^torch==' requirements.txt)"
+  "${install[@]}" -r requirements.txt
   touch .venv/ready
 fi
 source .venv/bin/activate

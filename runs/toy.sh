@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
-# The whole method at a size two CPU cores can carry: a small model learns to reason from nothing (cold start), then goes on
-# with GRPO, TAPO and OPSD from the same start; tables and out/toy/report.html at the end. Finished parts are skipped, an
-# interrupted one is resumed. SEEDS=5 repeats the three methods with five seeds.
+# The whole method at a size two CPU cores can carry: a small model learns to reason from nothing
+# (cold start), then goes on with GRPO, TAPO and OPSD from the same start; tables and
+# out/toy/report.html at the end. Finished parts are skipped, an interrupted one is resumed. SEEDS=5
+# repeats the three methods with five seeds, STEPS=4 only tries them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
-SEEDS=${SEEDS:-1} OUT=${OUT:-out/toy}
+SEEDS=${SEEDS:-1} OUT=${OUT:-out/toy} STEPS=${STEPS:-60}
+last=step_$(printf %06d "$STEPS")
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT/eval" "$OUT/logs"
 
 train() {  # train NAME SEED: one run, its lines on the console marked with its name
-  [ ! -f "$OUT/$1_s$2/step_000060/meta.json" ] || return 0
-  python train.py config/toy.py "config/$1.py" --seed="$2" --out_dir="$OUT/$1_s$2" --init_from="$OUT/coldstart/final" --resume=True 2>&1 |
-    tee -a "$OUT/logs/$1_s$2.log" | { grep --line-buffered -E "^(step|WARNING|error|Traceback)" || true; } | sed -u "s/^/[$1 s$2] /"
+  [ ! -f "$OUT/$1_s$2/$last/meta.json" ] || return 0
+  python train.py config/toy.py "config/$1.py" --seed="$2" --out_dir="$OUT/$1_s$2" \
+    --init_from="$OUT/coldstart/final" --max_steps="$STEPS" --resume=True 2>&1 |
+    tee -a "$OUT/logs/$1_s$2.log" |
+    { grep --line-buffered -E "^(step|WARNING|error|Traceback)" || true; } | sed -u "s/^/[$1 s$2] /"
 }
 evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with top-p 0.9
   local log="$OUT/logs/eval_$1.log"
-  [ -f "$OUT/eval/$1.json" ] || python eval.py config/eval_toy.py --init_from="$2" --out="$OUT/eval/$1" > "$log" 2>&1 ||
+  [ -f "$OUT/eval/$1.json" ] ||
+    python eval.py config/eval_toy.py --init_from="$2" --out="$OUT/eval/$1" > "$log" 2>&1 ||
     { tail -n 20 "$log"; return 1; }
   echo "== evaluated $1"
 }
+
+# level 1: x*a+b and x*a-b with values below 50, what two cores learn in minutes
+[ -f data/findx/model/config.json ] || python toy.py findx --levels=1 --out=data/findx
 
 echo "== cold start: supervised, from a random model (§3.2)"
 python coldstart.py config/coldstart_toy.py --out_dir="$OUT/coldstart" --resume=True
@@ -32,14 +40,15 @@ for ((seed = 0; seed < SEEDS; seed++)); do
   train grpo $seed
   train opsd $seed & opsd=$!
   wait $tapo
-  evaluate grpo_s$seed "$OUT/grpo_s$seed/step_000060"
-  evaluate tapo_s$seed "$OUT/tapo_s$seed/step_000060"
+  evaluate grpo_s$seed "$OUT/grpo_s$seed/$last"
+  evaluate tapo_s$seed "$OUT/tapo_s$seed/$last"
   wait $opsd
-  evaluate opsd_s$seed "$OUT/opsd_s$seed/step_000060" & waiting=$!
+  evaluate opsd_s$seed "$OUT/opsd_s$seed/$last" & waiting=$!
 done
 wait $waiting
 
 list() { for ((s = 0; s < SEEDS; s++)); do echo "$OUT/eval/$1_s$s.json"; done | paste -sd+; }
 for log in "$OUT"/logs/eval_*.log; do grep -A 3 "95 % intervals over problems" "$log"; done
-python eval.py --compare="$(list grpo),$(list tapo),$(list opsd)"
-python report.py "$OUT"/{tapo,grpo,opsd}_s* --evals="$(ls "$OUT"/eval/*.json | grep -v samples | paste -sd,)" --out="$OUT/report.html"
+python -m tools.compare "$(list grpo)" "$(list tapo)" "$(list opsd)"
+python -m tools.report "$OUT"/{tapo,grpo,opsd}_s* --out="$OUT/report.html" \
+  --evals="$(ls "$OUT"/eval/*.json | grep -v samples | paste -sd,)"

@@ -1,14 +1,17 @@
-"""Speed and memory, as ratios against what you would otherwise use, measured in turn (A B A B) in one run.
+"""Speed and memory, as ratios against what you would otherwise use, measured in turn (A B A B) in
+one run.
 
-    python bench.py                                                  # everything that fits this machine, a table, bench.json
-    python bench.py --what=rollout --compile=True                    # against transformers' generate
-    python bench.py --what=step                                      # against TRL, where `pip install trl` was done
-    python bench.py --what=tapo --init_from=out/toy/coldstart/final  # a TAPO step over a GRPO step, on config/toy.py
-    python bench.py --what=rollout,update --size=qwen3_0p6b --dtype=bfloat16 --rows=256     # on a GPU
+    python -m tools.bench                                # all that fits this machine; bench.json
+    python -m tools.bench --what=rollout --compile=True      # against transformers' generate
+    python -m tools.bench --what=step                        # against TRL, if `pip install trl` ran
+    python -m tools.bench --what=tapo --init_from=out/toy/coldstart/final  # a TAPO over a GRPO step
+    python -m tools.bench --what=rollout,update --size=qwen3_0p6b --dtype=bfloat16 --rows=256  # GPU
 
-Medians; the ratio is the median of the ratios of neighbours, since machines are noisy. Only useful tokens count: up to a
-row's stop. `limit` is what the machine's own matrix products and copies, measured in the same run, would allow.
+Medians; the ratio is the median of the ratios of neighbours, since machines are noisy. Only useful
+tokens count: up to a row's stop. `limit` is what the machine's own matrix products and copies,
+measured in the same run, would allow.
 """
+import functools
 import json
 import multiprocessing
 import os
@@ -18,9 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,31 +30,33 @@ import jsonl
 import reward
 import rollout
 import toy
-import train
 from advantage import advantages
-from configurator import configure, run_script
+from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
 from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, save_hf
 from parallel import pick_device, precision
-from plan import cache_bytes, memory_plan
-from rollout import PREFIX, Rollout, generate
+from rollout import PREFIX, ROLLOUT, Rollout, generate, sample_rollouts
+from tools.plan import cache_bytes, memory_plan
+from train import loss_of
+from update import set_loss_scales, update
 
 what = "limits,rollout,step,tapo,update,logprobs,scale,memory,grading"
 size = "tiny"                  # of SIZES
-dtype = "float32"              # 'float32' | 'bfloat16'
-device = "auto"
-threads = 1                    # CPU threads
-rows = 64                      # that decode together: 8 samples of rows / 8 prompts
-prompt_length = 32
-max_new_tokens = 128
-repeats = 5                    # pairs of measurements
+dtype: one_of("float32", "bfloat16") = "float32"
+device: one_of("auto", "cpu", "cuda") = "auto"
+threads: at_least(1) = 1       # CPU threads
+rows: at_least(8) = 64         # that decode together: 8 samples of rows / 8 prompts
+prompt_length: at_least(1) = 32
+max_new_tokens: at_least(1) = 128
+repeats: at_least(1) = 5       # pairs of measurements
 compile = False                # the policy's blocks through torch.compile, too
 init_from = "out/toy/coldstart/final"  # of 'tapo'; runs/toy.sh makes it
 out = "bench.json"
 
 SIZES = {  # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary, tied
     "tiny": (192, 4, 6, 2, 32, 512, 128, True), "small": (1024, 4, 16, 8, 128, 3072, 8192, True),
-    "qwen3_0p6b": (1024, 28, 16, 8, 128, 3072, 151936, True), "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
+    "qwen3_0p6b": (1024, 28, 16, 8, 128, 3072, 151936, True),
+    "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, False)}
 RESULTS: list[dict] = []
 
@@ -61,7 +64,8 @@ RESULTS: list[dict] = []
 def report(name: str, value: float, unit: str, **more) -> None:
     """One line of the table, and of the JSON file."""
     RESULTS.append({"name": name, "value": value, "unit": unit} | more)
-    extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in more.items())
+    extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in more.items())
     print(f"{name:<52}{value:>12,.4g} {unit:<12}{extra}", flush=True)
 
 
@@ -77,7 +81,8 @@ def seconds(f) -> float:
 
 
 def in_turn(**fs) -> dict[str, list[float]]:
-    """What each function returns (a rate or a time), `repeats` times, in turn; a first round warms up and is dropped."""
+    """What each function returns (a rate or a time), `repeats` times, in turn; a first round warms
+    up and is dropped."""
     rounds = [{name: f() for name, f in fs.items()} for _ in range(repeats + 1)][1:]
     return {name: [r[name] for r in rounds] for name in fs}
 
@@ -88,33 +93,44 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 def model_of(name: str, **changes) -> CausalLM:
     """Random weights, fp32, on the device."""
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-            "vocab_size", "tie_word_embeddings")
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings")
     torch.manual_seed(0)
     with torch.device(device):
-        model = CausalLM(ModelConfig(**dict(zip(keys, SIZES[name], strict=True)) | {"eos_token_id": 2} | changes))
+        model = CausalLM(ModelConfig(**dict(zip(keys, SIZES[name], strict=True)) |
+                                     {"eos_token_id": 2} | changes))
     if compile:
         model.compile_blocks()
     return model
 
 
-def knobs(**changes) -> SimpleNamespace:
-    """train.py's own, with changes."""
-    settings = {key: value for key, value in vars(train).items() if key[0] != "_" and type(value) in (str, int, float, bool)}
-    return SimpleNamespace(**settings | {"method": "grpo", "log_kl": False, "dtype": dtype, "samples_per_prompt": 8,
-                                         "max_rows": rows, "instruction": ""} | changes)
+def grpo_update(model, optimizer, rollouts: list[Rollout], tokens_per_microbatch: int) -> None:
+    """One GRPO update of train.py, without the KL's second forward pass."""
+    set_loss_scales(rollouts, lam=1.0, loss_agg="sequence", loss_norm="separate")
+    loss_fn = functools.partial(
+        loss_of, model=model, ref_model=None, method="grpo", temperature=1.0, clip_eps=0.2,
+        weighting="ots", w_min=0.01, w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd",
+        opsd_beta=0.5, opsd_clip=0.0, on_policy=True)
+    update(model, optimizer, rollouts, loss_fn, grad_clip=1.0, device=device,
+           tokens_per_microbatch=tokens_per_microbatch, autocast=autocast_of())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def autocast_of():
+    return precision(device, dtype=dtype, replicas=1, offload=False)[1]
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def limits() -> dict[str, float]:
-    """Copy bandwidth in bytes/s (read + write) and matrix products in flop/s, of this machine, now."""
+    """Copy bandwidth in bytes/s (read + write) and matrix products in flop/s, of this machine, now.
+    """
     big, n = (2**30, 8192) if device == "cuda" else (2**26, 1024)
     source = torch.ones(big, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    times = in_turn(copy=lambda: seconds(lambda: target.copy_(source)), gemm=lambda: seconds(lambda: a @ a))
+    times = in_turn(copy=lambda: seconds(lambda: target.copy_(source)),
+                    gemm=lambda: seconds(lambda: a @ a))
     found = {"bytes": 2 * big / min(times["copy"]), "flops": 2 * n**3 / min(times["gemm"])}
     report("limit: copies", found["bytes"] / 1e9, "GB/s")
     report(f"limit: matrix products, {dtype}", found["flops"] / 1e9, "Gflop/s")
@@ -122,29 +138,36 @@ def limits() -> dict[str, float]:
 
 
 def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> float:
-    """Tokens/s at most: at a step every weight is multiplied with each row and read once, and all keys and values are read."""
+    """Tokens/s at most: at a step every weight is multiplied with each row and read once, and all
+    keys and values are read."""
     weights = flops_per_token(model.config, 0) / 6  # those that are multiplied
-    step_bytes = weights * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context, dtype)
-    return rows / max(flops_per_token(model.config, context) / 3 * rows / limit["flops"], step_bytes / limit["bytes"])
+    step_bytes = weights * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context,
+        dtype)
+    return rows / max(flops_per_token(model.config, context) / 3 * rows / limit["flops"],
+                      step_bytes / limit["bytes"])
 
 
 def bench_rollout(limit: dict[str, float]) -> None:
-    """Sampling against transformers' generate on the same weights and prompts: fixed lengths, and rows that end by
-    themselves (one token in 64 is a stop token; random weights draw all of them alike)."""
+    """Sampling against transformers' generate on the same weights and prompts: fixed lengths, and
+    rows that end by themselves (one token in 64 is a stop token; random weights draw all of them
+    alike)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = model_of(size).to(getattr(torch, dtype))
     with torch.device(device):
-        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_hf()), dtype=getattr(torch, dtype)).eval()
+        peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_hf()),
+            dtype=getattr(torch, dtype)).eval()
     peer.load_state_dict(model.state_dict(), strict=not model.config.tie_word_embeddings)
     V = model.config.vocab_size
-    prompts = torch.randint(4, V, (rows // 8, prompt_length), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(4, V, (rows // 8, prompt_length),
+                            generator=torch.Generator().manual_seed(0))
     keys = [(0, 0, 0, i) for i in range(len(prompts))]
     inputs = prompts.repeat_interleave(8, dim=0).to(device)
 
     def ours(stop_ids) -> float:
         start = time.perf_counter()
-        groups = generate(model, prompts.tolist(), 8, max_new_tokens=max_new_tokens, stop_ids=stop_ids, keys=keys, max_rows=rows)
+        groups = generate(model, prompts.tolist(), 8, max_new_tokens=max_new_tokens,
+                          stop_ids=stop_ids, keys=keys, max_rows=rows)
         return sum(len(c.ids) for group in groups for c in group) / (time.perf_counter() - start)
 
     def kernel_by_kernel(stop_ids) -> float:
@@ -158,53 +181,60 @@ def bench_rollout(limit: dict[str, float]) -> None:
     def theirs(stop_ids) -> float:
         start = time.perf_counter()
         ids = peer.generate(
-            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=list(stop_ids) or None)[:, prompt_length:].cpu()
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=0,
+            eos_token_id=list(stop_ids) or None)[:, prompt_length:].cpu()
         elapsed = time.perf_counter() - start
         is_stop = torch.isin(ids, torch.tensor(stop_ids, dtype=torch.long))
-        return float(torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1, ids.shape[1]).sum()) / elapsed
+        return float(torch.where(is_stop.any(1), is_stop.int().argmax(1) + 1,
+                                 ids.shape[1]).sum()) / elapsed
 
     best = decoding_limit(model, rows, prompt_length + max_new_tokens // 2, limit)
     for lengths, stop_ids in (("fixed", ()), ("ragged", tuple(range(2, 2 + V // 64)))):
-        samplers = {"ours": ours, "transformers": theirs} | ({"without_graphs": kernel_by_kernel} if device == "cuda" else {})
-        rates = in_turn(**{name: partial(f, stop_ids) for name, f in samplers.items()})
+        samplers = {"ours": ours, "transformers": theirs} | ({"without_graphs": kernel_by_kernel}
+            if device == "cuda" else {})
+        rates = in_turn(**{name: functools.partial(f, stop_ids) for name, f in samplers.items()})
         median = {name: statistics.median(values) for name, values in rates.items()}
         value = median.pop("ours")
-        report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value, "tokens/s", **median,
-               ratio=ratio(rates["ours"], rates["transformers"]),
+        report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value,
+               "tokens/s", **median, ratio=ratio(rates["ours"], rates["transformers"]),
                **({"limit": best, "share": value / best} if lengths == "fixed" else {}))
 
 
-def step_of(model, optimizer, tokenizer, problems: list[Problem], stop_ids, c) -> dict:
-    """One GRPO step through train.py's own phases -> seconds of each, and its 'rollouts'. Rewards are replaced by coin flips:
-    a model of random weights is never right, and without a right answer there would be nothing to update."""
-    queries = list(enumerate(problems))
-    encode_prompts(tokenizer, problems, c.instruction)
-    autocast = precision(c, 1, device)[1]
+def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_microbatch: int,
+            **sampling) -> dict:
+    """One GRPO step through the core's own phases -> seconds of each, and its 'rollouts'.
+
+    Rewards are replaced by coin flips: a model of random weights is never right, and without a
+    right answer there would be nothing to update.
+    """
+    encode_prompts(tokenizer, problems, "")
     clock = [time.perf_counter()]
-    with autocast:
-        rollouts = train.sample_rollouts(model, tokenizer, queries, stop_ids, c, 0)
+    with autocast_of():
+        rollouts = sample_rollouts(model, tokenizer, list(enumerate(problems)), 8,
+                                   key=(0, ROLLOUT, 0), **sampling)
     clock.append(time.perf_counter())
-    train.score(rollouts, dict(queries))
+    reward.score(rollouts)
     clock.append(time.perf_counter())
     coin = np.random.default_rng(0)
     for r in rollouts:
         r.reward = float(coin.random() < 0.5)
-    values = advantages(torch.tensor([r.reward for r in rollouts]), [r.query for r in rollouts], [r.group for r in rollouts],
-                        [False] * len(rollouts))
+    values = advantages(torch.tensor([r.reward for r in rollouts]), [r.query for r in rollouts],
+                        [r.group for r in rollouts], [False] * len(rollouts))
     for r, value in zip(rollouts, values.tolist(), strict=True):
         r.advantage = value
-    train.update(model, None, optimizer, rollouts, None, c, 0, 1, device, autocast)
+    grpo_update(model, optimizer, rollouts, tokens_per_microbatch)
     clock.append(time.perf_counter())
     generated, graded, updated = (b - a for a, b in zip(clock, clock[1:], strict=False))
-    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0], "rollouts": rollouts}
+    return {"generate": generated, "grade": graded, "update": updated, "all": clock[-1] - clock[0],
+            "rollouts": rollouts}
 
 
 def bench_step(limit: dict[str, float]) -> None:
-    """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: at a length that is fixed, and
-    where every token ends a row with probability 1 / vocabulary. limit: about the seconds of its matrix products alone."""
+    """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: at a
+    length that is fixed, and where every token ends a row with probability 1 / vocabulary. limit:
+    about the seconds of its matrix products alone."""
     tokenizer = toy.make_tokenizer()
-    c = knobs(max_new_tokens=max_new_tokens, tokens_per_microbatch=4096)
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 18)]
     for lengths, stop_ids in (("fixed", ()), ("ragged", (tokenizer.eos_token_id,))):
         model = model_of(size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
@@ -212,23 +242,30 @@ def bench_step(limit: dict[str, float]) -> None:
         phases = []
 
         def ours(stop_ids=stop_ids, model=model, optimizer=optimizer, phases=phases) -> float:
-            phases.append(step_of(model, optimizer, tokenizer, problems, stop_ids, c))
+            phases.append(step_of(model, optimizer, tokenizer, problems, stop_ids=stop_ids,
+                                  tokens_per_microbatch=4096, max_new_tokens=max_new_tokens,
+                                  max_rows=rows))
             return phases[-1]["all"]
 
         with tempfile.TemporaryDirectory() as folder:
             save_hf(model, tokenizer, folder)
             try:
-                theirs = trl_step(folder, tokenizer, [render_prompt(tokenizer, p.question, "") for p in problems], not stop_ids)
+                theirs = trl_step(folder, tokenizer,
+                                  [render_prompt(tokenizer, p.question, "") for p in problems],
+                                  not stop_ids)
             except ImportError as e:
                 print(f"TRL is not measured ({e}); pip install trl==1.16.0")
                 theirs = None
             times = in_turn(ours=ours, **({"theirs": theirs} if theirs else {}))
-        parts = {name: statistics.median(p[name] for p in phases[1:]) for name in ("generate", "grade", "update")}
-        peer = {"trl": statistics.median(times["theirs"]), "ratio": ratio(times["theirs"], times["ours"])} if theirs else {}
+        parts = {name: statistics.median(p[name] for p in phases[1:])
+                 for name in ("generate", "grade", "update")}
+        peer = {"trl": statistics.median(times["theirs"]),
+                "ratio": ratio(times["theirs"], times["ours"])} if theirs else {}
         sizes = [(len(r.prompt_ids), len(r.completion_ids)) for r in phases[-1]["rollouts"]]
-        flops = sum(flops_per_token(model.config, p + n) * (p + n * 4 / 3) for p, n in sizes)  # sampling is one forward more
-        report(f"GRPO step {size} {dtype} 8 x 8 x {max_new_tokens}, {lengths}", statistics.median(times["ours"]), "s",
-               **peer, **parts, limit=flops / limit["flops"])
+        # sampling is one forward more
+        flops = sum(flops_per_token(model.config, p + n) * (p + n * 4 / 3) for p, n in sizes)
+        report(f"GRPO step {size} {dtype} 8 x 8 x {max_new_tokens}, {lengths}",
+               statistics.median(times["ours"]), "s", **peer, **parts, limit=flops / limit["flops"])
 
 
 def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
@@ -251,13 +288,17 @@ def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
 
     def run() -> float:
         arguments = GRPOConfig(
-            output_dir=folder + "/trl", max_steps=2, per_device_train_batch_size=64, num_generations=8, beta=0.0,
-            learning_rate=1e-6, max_completion_length=max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, report_to="none",
-            save_strategy="no", use_cpu=device == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False,
-            disable_tqdm=True, generation_kwargs={"min_new_tokens": max_new_tokens} if fixed else {})
+            output_dir=folder + "/trl", max_steps=2, per_device_train_batch_size=64,
+            num_generations=8, beta=0.0, learning_rate=1e-6, max_completion_length=max_new_tokens,
+            temperature=1.0, top_k=0, top_p=1.0, report_to="none", save_strategy="no",
+            use_cpu=device == "cpu", bf16=dtype == "bfloat16", gradient_checkpointing=False,
+            disable_tqdm=True, generation_kwargs={"min_new_tokens": max_new_tokens} if fixed
+            else {})
         trainer = GRPOTrainer(
-            model=folder, reward_funcs=coin, args=arguments, processing_class=tokenizer, callbacks=[Clock()],
-            train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(prompt)} for prompt in prompts] * 4))
+            model=folder, reward_funcs=coin, args=arguments, processing_class=tokenizer,
+            callbacks=[Clock()],
+            train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(prompt)}
+            for prompt in prompts] * 4))
         trainer.train()
         return Clock.times[-1]
 
@@ -265,18 +306,22 @@ def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
 
 
 def bench_tapo() -> None:
-    """Steps of config/toy.py, which needs its cold-started checkpoint: median seconds of TAPO over GRPO."""
+    """Steps of config/toy.py, which needs its cold-started checkpoint: median seconds of TAPO over
+    GRPO."""
     if not Path(init_from).is_dir():
-        print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes it")
+        print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes "
+              "it")
         return
 
     def run(*configs: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "train.py", "config/toy.py", *configs, f"--init_from={init_from}", "--max_steps=8",
-                            "--eval_problems=", f"--out_dir={folder}/run", f"--threads={threads}", f"--device={device}"],
-                           check=True, stdout=subprocess.DEVNULL)
+            subprocess.run([sys.executable, "train.py", "config/toy.py", *configs,
+                            f"--init_from={init_from}", "--max_steps=8", "--eval_problems=",
+                            f"--out_dir={folder}/run", f"--threads={threads}",
+                            f"--device={device}"], check=True, stdout=subprocess.DEVNULL)
             metrics = jsonl.read(f"{folder}/run/metrics.jsonl")
-        times = {k: statistics.median(m[k] for m in metrics[1:]) for k in metrics[0] if k.startswith("time/")}
+        times = {k: statistics.median(m[k] for m in metrics[1:]) for k in metrics[0]
+                 if k.startswith("time/")}
         phases.setdefault(configs[0], []).append(times)
         return times["time/step"]
 
@@ -284,48 +329,48 @@ def bench_tapo() -> None:
     times = in_turn(tapo=lambda: run("config/tapo.py"), grpo=lambda: run("config/grpo.py"))
     parts = {k.removeprefix("time/"): statistics.median(p[k] for p in phases["config/tapo.py"])
              for k in ("time/generate", "time/reflect", "time/update")}
-    report("TAPO step on config/toy.py", statistics.median(times["tapo"]), "s", grpo=statistics.median(times["grpo"]),
-           ratio=ratio(times["tapo"], times["grpo"]), **parts)
+    report("TAPO step on config/toy.py", statistics.median(times["tapo"]), "s",
+           grpo=statistics.median(times["grpo"]), ratio=ratio(times["tapo"], times["grpo"]),
+           **parts)
 
 
 def bench_update(limit: dict[str, float]) -> None:
-    """Forward and backward of rows x (prompt + completion) tokens of ragged length; the share of the machine's matrix
-    products that real tokens got (6 N + attention: MFU)."""
-    c = knobs(tokens_per_microbatch=16384 if device == "cuda" else 4096)
+    """Forward and backward of rows x (prompt + completion) tokens of ragged length; the share of
+    the machine's matrix products that real tokens got (6 N + attention: MFU)."""
     model = model_of(size)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), np.random.default_rng(0)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6,
+                                       fused=True), np.random.default_rng(0)
 
     def row(i: int) -> Rollout:
         length = prompt_length + int(rng.integers(max_new_tokens // 8, max_new_tokens + 1))
         ids = rng.integers(4, model.config.vocab_size, length).tolist()
         prompt, completion = ids[:prompt_length], ids[prompt_length:]
-        return Rollout(f"p{i}", str(i // 8), prompt, completion, [PREFIX] * len(completion), True, "", query=i // 8,
-                       sample_logprobs=[-1.0] * len(completion), advantage=1.0 if i % 2 else -1.0)
+        return Rollout(None, str(i // 8), prompt, completion, [PREFIX] * len(completion), True, "",
+                       query=i // 8, sample_logprobs=[-1.0] * len(completion),
+                       advantage=1.0 if i % 2 else -1.0)
 
     batch = [row(i) for i in range(rows)]
-    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in batch]
-    autocast = precision(c, 1, device)[1]
-
-    def update() -> None:
-        train.update(model, None, optimizer, batch, None, c, 0, 1, device, autocast)
-
-    times = in_turn(ours=lambda: seconds(update))["ours"]
+    lengths = [len(r) for r in batch]
+    tokens = 16384 if device == "cuda" else 4096
+    times = in_turn(ours=lambda: seconds(
+        lambda: grpo_update(model, optimizer, batch, tokens)))["ours"]
     flops = sum(flops_per_token(model.config, n) * n for n in lengths)
     median = statistics.median(times)
-    report(f"update {size} {dtype} {rows} rows, ragged" + ", compiled" * compile, sum(lengths) / median, "tokens/s",
-           seconds=median, mfu=flops / median / limit["flops"])
+    report(f"update {size} {dtype} {rows} rows, ragged" + ", compiled" * compile,
+           sum(lengths) / median, "tokens/s", seconds=median, mfu=flops / median / limit["flops"])
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most: on the GPU, else altogether (Linux). Not getrusage's ru_maxrss, which a child
-    inherits: a peak below the parent's would be missed."""
+    """Bytes that this process has held at most: on the GPU, else altogether (Linux). Not
+    getrusage's ru_maxrss, which a child inherits: a peak below the parent's would be missed."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def head_in_child(naive: bool) -> tuple[float, float]:
-    """(seconds, peak GiB above the start) of log-probs + entropy with gradients, V 151,936, d 1,024, T 2,048, in this process."""
+    """(seconds, peak GiB above the start) of log-probs + entropy with gradients, V 151,936, d
+    1,024, T 2,048, in this process."""
     torch.set_num_threads(threads)
     V, d, T = 151936, 1024, 2048
     base = peak_memory()
@@ -336,7 +381,8 @@ def head_in_child(naive: bool) -> tuple[float, float]:
     def run():
         if naive:
             logp = (hidden @ weight.T).log_softmax(-1)
-            logprobs, entropy = logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+            logprobs, entropy = logp.gather(-1, targets[..., None])[...,
+                0], -(logp.exp() * logp).sum(-1)
         else:
             logprobs, entropy = TokenLogprobs.apply(hidden, weight, targets, 1.0, V, torch.float32)
         (logprobs.sum() + 0.01 * entropy.sum()).backward()
@@ -347,7 +393,8 @@ def head_in_child(naive: bool) -> tuple[float, float]:
 
 def in_child(f, *args):
     """f(*args) in a process of its own, so that its peak memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1, initializer=configure_child, initargs=(device, dtype, threads)) as pool:
+    with multiprocessing.get_context("spawn").Pool(1, initializer=configure_child,
+            initargs=(device, dtype, threads)) as pool:
         return pool.apply(f, args)
 
 
@@ -357,12 +404,14 @@ def configure_child(*knobs) -> None:
 
 
 def bench_logprobs(limit: dict[str, float]) -> None:
-    """The output head against log_softmax as one would write it; each in a fresh process, once, in fp32. limit: of the three
-    products that have to be done."""
+    """The output head against log_softmax as one would write it; each in a fresh process, once, in
+    fp32. limit: of the three products that have to be done."""
     ours, peak = in_child(head_in_child, False)
     theirs, naive_peak = in_child(head_in_child, True)
-    report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs, ratio=ours / theirs,
-           **({"limit": 3 * 2 * 151936 * 1024 * 2048 / limit["flops"]} if dtype == "float32" else {}))
+    report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs,
+           ratio=ours / theirs,
+           **({"limit": 3 * 2 * 151936 * 1024 * 2048 / limit["flops"]} if dtype == "float32"
+              else {}))
     report("... peak memory", peak, "GiB", naive=naive_peak)
 
 
@@ -373,47 +422,55 @@ def bench_scale(limit: dict[str, float]) -> None:
     def rate(rows: int, prompt: int, new: int) -> float:
         prompts = torch.randint(4, model.config.vocab_size, (rows // 8, prompt)).tolist()
         keys = [(0, 0, 0, i) for i in range(len(prompts))]
-        elapsed = seconds(lambda: generate(model, prompts, 8, max_new_tokens=new, stop_ids=(), keys=keys, max_rows=rows))
+        elapsed = seconds(lambda: generate(model, prompts, 8, max_new_tokens=new, stop_ids=(),
+                                           keys=keys, max_rows=rows))
         return rows * new / elapsed
 
     rate(8, 32, 16)
-    for n, prompt, new in [(8, 32, 64), (32, 32, 64), (128, 32, 64), (512, 32, 64), (64, 32, 256), (64, 32, 1024), (64, 32, 2048),
-                           (64, 256, 64), (64, 1024, 64)]:
+    for n, prompt, new in [(8, 32, 64), (32, 32, 64), (128, 32, 64), (512, 32, 64), (64, 32, 256),
+                           (64, 32, 1024), (64, 32, 2048), (64, 256, 64), (64, 1024, 64)]:
         value = rate(n, prompt, new)
-        report(f"scale {size} {dtype}: {n} rows, prompt {prompt}, completion {new}", value, "tokens/s",
-               share=value / decoding_limit(model, n, prompt + new // 2, limit))
+        report(f"scale {size} {dtype}: {n} rows, prompt {prompt}, completion {new}", value,
+               "tokens/s", share=value / decoding_limit(model, n, prompt + new // 2, limit))
 
 
 def step_in_child() -> tuple[float, float]:
-    """(peak GiB above the start, as --plan predicts) of two steps of sampling and updating `small`, 16 rows at once."""
+    """(peak GiB above the start, as tools.plan predicts) of two steps of `small`, 16 rows at once.
+    """
     torch.set_num_threads(threads)
     base = peak_memory()
     tokenizer, model = toy.make_tokenizer(), model_of("small")
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 12)]
     longest = max(len(render_prompt(tokenizer, p.question, "")) for p in problems)
-    sizes = {"max_rows": 16, "max_new_tokens": 64, "tokens_per_microbatch": 16 * (longest + 64), "samples_per_prompt": 8}
-    c, optimizer = knobs(**sizes), torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    sizes = {"max_rows": 16, "max_new_tokens": 64, "tokens_per_microbatch": 16 * (longest + 64)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     for _ in range(2):
-        step_of(model, optimizer, tokenizer, problems, (), c)
+        step_of(model, optimizer, tokenizer, problems, stop_ids=(), **sizes)
     measured = (peak_memory() - base) / 2**30
-    predicted = memory_plan(model.config, **sizes, longest_prompt=longest, dtype=dtype, reference_model=False, device=device)
+    predicted = memory_plan(model.config, **sizes, samples_per_prompt=8, longest_prompt=longest,
+                            dtype=dtype, reference_model=False, device=device)
     return measured, predicted["peak"] / 2**30
 
 
 def bench_memory() -> None:
-    """Peak memory of a small run against what --plan says of it, in a fresh process."""
+    """Peak memory of a small run against what tools.plan says of it, in a fresh process."""
     measured, predicted = in_child(step_in_child)
-    report(f"memory of two steps, small {dtype}", measured, "GiB", plan=predicted, ratio=measured / predicted)
+    report(f"memory of two steps, small {dtype}", measured, "GiB", plan=predicted,
+           ratio=measured / predicted)
 
 
 def bench_grading() -> None:
-    """Answers a second, by kind, all in one call as train.py makes it."""
-    kinds = {"integers, right and wrong": [(f"The answer is \\boxed{{{i}}}.", str(i + i % 2)) for i in range(1000)],
-             "fractions, as text": [(f"so \\boxed{{\\frac{{{i}}}{{7}}}}", f"\\dfrac{{{i}}}{{7}}") for i in range(1000)],
-             "surds, as text": [(f"so \\boxed{{{i}\\sqrt{{3}}}}", f"{i}\\sqrt3") for i in range(1000)]}
+    """Answers a second, by kind, all in one call as training makes it."""
+    kinds = {"integers, right and wrong": [(f"The answer is \\boxed{{{i}}}.", str(i + i % 2))
+                                           for i in range(1000)],
+             "fractions, as text": [(f"so \\boxed{{\\frac{{{i}}}{{7}}}}", f"\\dfrac{{{i}}}{{7}}")
+                                    for i in range(1000)],
+             "surds, as text": [(f"so \\boxed{{{i}\\sqrt{{3}}}}", f"{i}\\sqrt3")
+                                for i in range(1000)]}
     for kind, pairs in kinds.items():
         texts, golds = ([x for x, _ in pairs] * 20, [y for _, y in pairs] * 20)
-        times = in_turn(ours=lambda texts=texts, golds=golds: seconds(lambda: reward.grade_many(texts, golds)))["ours"]
+        times = in_turn(ours=lambda texts=texts,
+                        golds=golds: seconds(lambda: reward.grade_many(texts, golds)))["ours"]
         report(f"grading: {kind}", len(texts) / statistics.median(times), "answers/s")
 
 
@@ -423,10 +480,13 @@ def main() -> None:
     config = configure(globals())
     device = pick_device(device)
     torch.set_num_threads(threads)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} of {os.cpu_count()} threads"
+    machine = f"CPU, {threads} of {os.cpu_count()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
     print(f"{machine}; torch {torch.__version__}; {config}")
-    benches = {"rollout": bench_rollout, "step": bench_step, "tapo": bench_tapo, "update": bench_update,
-               "logprobs": bench_logprobs, "scale": bench_scale, "memory": bench_memory, "grading": bench_grading}
+    benches = {"rollout": bench_rollout, "step": bench_step, "tapo": bench_tapo,
+               "update": bench_update, "logprobs": bench_logprobs, "scale": bench_scale,
+               "memory": bench_memory, "grading": bench_grading}
     names = what.split(",")
     for name in names:
         if name not in {"limits", *benches}:

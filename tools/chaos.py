@@ -1,12 +1,15 @@
-"""The driver of runs/chaos.sh: kill training at random moments, resume it, compare it with the run that nobody interrupted.
+"""The driver of runs/chaos.sh: kill training at random moments, resume it, compare it with the run
+that nobody interrupted.
 
-    python tests/chaos.py OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data are there already
+    python -m tools.chaos OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data are there already
 
-Every kind of interruption once a round, on one process and on two, saving in the foreground and in the background:
+Every kind of interruption once a round, on one process and on two, saving in the foreground and in
+the background:
     one       kill -9 of one rank             SIGTERM   preemption, sent to torchrun
-    all       kill -9 of torchrun and ranks   full      no file may grow any more from then on, as on a full disk
-A run has passed if it ended within a minute, left no half-written file that counts, and, resumed, has the metrics, rollouts and
-weights of the uninterrupted run, bit for bit. The exit status is the number of runs that have not.
+    all       kill -9 of torchrun and ranks   full      no file may grow any more, as on a full disk
+A run has passed if it ended within a minute, left no half-written file that counts, and, resumed,
+has the metrics, rollouts and weights of the uninterrupted run, bit for bit. The exit status is the
+number of runs that have not.
 """
 import filecmp
 import itertools
@@ -23,16 +26,16 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from safetensors import safe_open
 
-from safetensors import safe_open  # noqa: E402
-
-from checkpoint import checkpoints, read_meta  # noqa: E402
+from checkpoint import checkpoints, read_meta
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, PATIENCE = 6, 60  # seconds
-KNOBS = {"max_steps": STEPS, "prompts_per_step": 8, "samples_per_prompt": 8, "n_pos": 1, "n_neg": 1, "m_max": 2,
-         "learning_rate": 3e-3, "warmup_steps": 2, "kl_coef": 0.1,  # without it every loss is 0, as the ratio is 1
+KNOBS = {"max_steps": STEPS, "prompts_per_step": 8, "samples_per_prompt": 8, "n_pos": 1,
+"n_neg": 1, "m_max": 2,
+         "learning_rate": 3e-3, "warmup_steps": 2,
+         "kl_coef": 0.1,  # without it every loss is 0, as the ratio is 1
          "save_interval": 2, "eval_problems": "", "timeout_minutes": 1.0}
 
 
@@ -40,12 +43,16 @@ class Run:
     """A training process, or torchrun with its ranks."""
 
     def __init__(self, out: Path, base: Path, processes: int, launcher: list[str] = (), **knobs):
-        knobs = KNOBS | {"out_dir": out, "init_from": base / "model/final", "problems": base / "data/findx_train.jsonl"} | knobs
+        knobs = KNOBS | {"out_dir": out, "init_from": base / "model/final",
+                         "problems": base / "data/train.jsonl"} | knobs
         if processes > 1:
-            launcher = launcher or ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *launcher, "train.py", "config/toy.py", *(f"--{key}={value}" for key, value in knobs.items())]
+            launcher = launcher or ["-m", "torch.distributed.run", "--standalone",
+                                    f"--nproc_per_node={processes}"]
+        command = [sys.executable, *launcher, "train.py",
+                   "config/toy.py", *(f"--{key}={value}" for key, value in knobs.items())]
         self.out, self.processes, self.lines = out, processes, []
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, text=True)
         # a pipe, not a file: the full disk must not end the run through its console
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
         self.reader.start()
@@ -72,7 +79,8 @@ class Run:
 
 def children(pid: int) -> list[int]:
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child)
+                for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except FileNotFoundError:
         return []
 
@@ -101,14 +109,17 @@ def interrupt(run: Run, kind: str, rng: random.Random) -> None:
             kill(pid, signal.SIGKILL)
     elif kind == "SIGTERM":
         kill(run.process.pid, signal.SIGTERM)
-    else:  # a limit between nothing and the largest file of a checkpoint: now the log fails, now the weights
+    # a limit between nothing and the largest file of a checkpoint: now the log fails, now the
+    # weights
+    else:
         limit = rng.randrange(400_000)
         for pid in ranks:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def torn_files(out: Path) -> list[str]:
-    """What an interrupted run must not leave: a checkpoint or a file of rollouts that counts and cannot be read."""
+    """What an interrupted run must not leave: a checkpoint or a file of rollouts that counts and
+    cannot be read."""
     found = []
     for path in [*checkpoints(out), *(out / "rollouts").glob("step_*.jsonl")]:
         try:
@@ -124,19 +135,27 @@ def torn_files(out: Path) -> list[str]:
 
 
 def differences(whole: Path, out: Path, exact: bool = True) -> list[str]:
-    """What of the resumed run is not as in the uninterrupted one. exact: bit for bit, else losses within 1e-5."""
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, out)]
+    """What of the resumed run is not as in the uninterrupted one. exact: bit for bit, else losses
+    within 1e-5."""
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            for run in (whole, out)]
     if not exact:
-        return [f"loss of step {a['step']}" for a, b in zip(*logs, strict=True) if abs(a["train/loss"] - b["train/loss"]) > 1e-5]
-    ours, theirs = ([{key: v for key, v in row.items() if not key.startswith("time/")} for row in log] for log in logs)
-    files = [f"rollouts/step_{step:06d}.jsonl" for step in range(1, STEPS + 1)] + [f"step_{STEPS:06d}/model.safetensors"]
+        return [f"loss of step {a['step']}" for a, b in zip(*logs, strict=True)
+                if abs(a["train/loss"] - b["train/loss"]) > 1e-5]
+    ours, theirs = ([{key: v for key, v in row.items() if not key.startswith("time/")}
+                     for row in log] for log in logs)
+    files = [f"rollouts/step_{step:06d}.jsonl" for step in range(1, STEPS + 1)] + [
+        f"step_{STEPS:06d}/model.safetensors"]
     found = [] if ours == theirs else ["metrics"]
-    found += [file for file in files if not (out / file).is_file() or not filecmp.cmp(whole / file, out / file, shallow=False)]
+    found += [file for file in files if not (out / file).is_file()
+              or not filecmp.cmp(whole / file, out / file, shallow=False)]
     return found + [f"{path.name} left over" for path in out.glob(".*")]
 
 
-def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rng: random.Random, pace: tuple) -> dict:
-    """One interrupted and resumed run. pace: seconds until the first step is done, and of a step."""
+def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rng: random.Random,
+          pace: tuple) -> dict:
+    """One interrupted and resumed run. pace: seconds until the first step is done, and of a step.
+    """
     run = Run(out, base, processes, async_save=background)
     after = rng.randrange(STEPS - 1)  # so many steps are done, and the next is under way
     while run.rows() < after and run.process.poll() is None:
@@ -150,8 +169,9 @@ def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rn
     time.sleep(1)
     problems += [f"process {pid} is still there" for pid in ranks if runs_still(pid)]
     done, found = run.rows(), checkpoints(out)
-    report = {"processes": processes, "saving": "background" if background else "foreground", "kind": kind, "done": done,
-              "seconds": seconds, "status": run.process.returncode, "from": read_meta(found[-1])["step"] if found else 0}
+    report = {"processes": processes, "saving": "background" if background else "foreground",
+              "kind": kind, "done": done, "seconds": seconds, "status": run.process.returncode,
+              "from": read_meta(found[-1])["step"] if found else 0}
     if run.process.returncode == 0:
         problems.append("was not interrupted")
     resumed = Run(out, base, processes, async_save=background, resume=True)
@@ -168,8 +188,8 @@ def two_nodes(base: Path, out: Path) -> list[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=chaos",
-                f"--rdzv_endpoint=127.0.0.1:{port}"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                "--rdzv_backend=c10d", "--rdzv_id=chaos", f"--rdzv_endpoint=127.0.0.1:{port}"]
     nodes = [Run(out, base, 2, launcher, replicas=2) for _ in range(2)]
     for node in nodes:
         node.end(5 * PATIENCE)
@@ -191,35 +211,42 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
         pace[processes] = first, (time.time() - started - first) / (STEPS - 1)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses, kept = ([row[name] for row in rows] for name in ("train/loss", "reflect/kept"))
-        print(f"not interrupted, processes: {processes}; losses:", *(f"{loss:+.5f}" for loss in losses), "; reflections:",
-              *map(int, kept), flush=True)
+        print(f"not interrupted, processes: {processes}; losses:",
+              *(f"{loss:+.5f}" for loss in losses), "; reflections:", *map(int, kept), flush=True)
 
-    kinds = [(processes, kind, background) for processes, kind, background in itertools.product(
-        (1, 2), ("one", "all", "SIGTERM", "full"), (False, True)) if (processes, kind) != (1, "one")]
+    every = itertools.product((1, 2), ("one", "all", "SIGTERM", "full"), (False, True))
+    kinds = [way for way in every if way[:2] != (1, "one")]  # with one process that is "all"
     for number, (processes, kind, background) in enumerate(kinds * rounds):
         out = base / "killed"
         shutil.rmtree(out, ignore_errors=True)
         report = trial(base, out, processes, background, kind, rng, pace[processes])
         reports.append(report)
-        print(f"{number + 1:2d}/{len(kinds) * rounds}  processes {processes}  {report['saving']}  {kind:7s}  "
-              f"steps done {report['done']}  ended in {report['seconds']:4.1f} s with {report['status']:4d}  "
-              f"resumed from {report['from']}  {'; '.join(report['problems']) or 'the same'}", flush=True)
+        print(f"{number + 1:2d}/{len(kinds) * rounds}  processes {processes}  {report['saving']}  "
+              f"{kind:7s}  steps done {report['done']}  ended in {report['seconds']:4.1f} s "
+              f"with {report['status']:4d}  "
+              f"resumed from {report['from']}  {'; '.join(report['problems']) or 'the same'}",
+              flush=True)
         if report["problems"]:
             print(report["said"])
     shutil.rmtree(base / "nodes", ignore_errors=True)
     nodes = two_nodes(base, base / "nodes")
 
-    print("\n| processes | saving | interruption | steps done | ended after, s | resumed from step | as uninterrupted |")
+    print("\n| processes | saving | interruption | steps done | ended after, s | resumed from step "
+          "| as uninterrupted |")
     print("|---|---|---|---|---|---|---|")
     for processes, kind, background in kinds:
         saving = "background" if background else "foreground"
-        of = [r for r in reports if (r["processes"], r["kind"], r["saving"]) == (processes, kind, saving)]
-        name = {"one": "kill -9 of one", "all": "kill -9 of all", "SIGTERM": "SIGTERM", "full": "disk full"}[kind]
+        of = [r for r in reports if (r["processes"], r["kind"], r["saving"]) == (processes, kind,
+            saving)]
+        name = {"one": "kill -9 of one", "all": "kill -9 of all", "SIGTERM": "SIGTERM",
+                "full": "disk full"}[kind]
         print(f"| {processes} | {saving} | {name} | {', '.join(str(r['done']) for r in of)} | "
-              f"{', '.join(format(r['seconds'], '.1f') for r in of)} | {', '.join(str(r['from']) for r in of)} | "
+              f"{', '.join(format(r['seconds'], '.1f') for r in of)} | "
+              f"{', '.join(str(r['from']) for r in of)} | "
               f"{sum(not r['problems'] for r in of)} of {len(of)} |")
     failed = sum(bool(r["problems"]) for r in reports)
-    print(f"\n{len(reports) - failed} of {len(reports)} interrupted runs end as the uninterrupted one, bit for bit; two nodes: "
+    print(f"\n{len(reports) - failed} of {len(reports)} interrupted runs end as the uninterrupted "
+          "one, bit for bit; two nodes: "
           f"{'; '.join(nodes) or 'the same losses'}; {(time.time() - began) / 60:.0f} min")
     return failed + bool(nodes)
 

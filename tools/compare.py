@@ -1,7 +1,7 @@
 """Paired comparison of eval.py's results, problem by problem.
 
     python -m tools.compare base.json tapo.json                                # the baseline first
-    python -m tools.compare grpo_s0.json+grpo_s1.json tapo_s0.json+tapo_s1.json  # and seed by seed
+    python -m tools.compare grpo_s0.json+grpo_s1.json tapo_s0.json+tapo_s1.json  # seed by seed
     python -m tools.compare base.json tapo.json --out=comparison.json
 """
 import argparse
@@ -16,13 +16,16 @@ from eval import bootstrap_interval, percent, table, write_json
 
 
 def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
-    """Two-sided p that paired differences (P,) have mean 0: how often random signs give a sum as large in size.
+    """Two-sided p that paired differences (P,) have mean 0: how often random signs give a sum as
+    large in size.
 
-    All 2^P sign patterns for up to 16 differences (those of 0 have no sign), else `draws` random ones and the observed.
+    All 2^P sign patterns for up to 16 differences (those of 0 have no sign), else `draws` random
+    ones and the observed.
     """
     d = np.asarray(differences, float)
     d = d[d != 0]
-    observed = abs(d.sum()) * (1 - 1e-9)  # equal sums must count as equal in whatever order they were added
+    # equal sums must count as equal in whatever order they were added
+    observed = abs(d.sum()) * (1 - 1e-9)
     if len(d) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
         return float((abs(signs @ d) >= observed).mean())
@@ -35,8 +38,10 @@ def t_interval(values) -> tuple[float, float]:
     """95 % interval of the mean of a few seeds, two at least, under Student's t."""
     values = np.asarray(values, float)
     df = len(values) - 1
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2  # the 97.5 % quantile; its expansion
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+             2.160, 2.145, 2.131)
+    # the 97.5 % quantile; its expansion
+    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2
     half = t * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
@@ -53,54 +58,68 @@ def read_result(path: Path) -> dict[tuple, dict]:
 
 
 def compare_runs(groups: list[list[Path]]) -> list[dict]:
-    """Every group of results against the first, per problem set and setting. A group holds one file per training seed.
+    """Every group of results against the first, per problem set and setting. A group holds one file
+    per training seed.
 
-    difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is over problems
-    (bootstrap) for one seed and over seeds (Student's t) for more: only the latter holds the luck of training.
-    p: sign flips of the differences by problem for one seed and by seed for more, in line with the interval.
+    difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is
+    over problems (bootstrap) for one seed and over seeds (Student's t) for more: only the latter
+    holds the luck of training. p: sign flips of the differences by problem for one seed and by seed
+    for more, in line with the interval.
     """
     if len(groups) < 2 or len({len(group) for group in groups}) > 1:
-        raise ValueError("compare needs two or more results, or groups of equally many seeds (paired in order); "
-                         f"got {len(groups)} group(s) of {', '.join(str(len(group)) for group in groups)}")
+        raise ValueError(
+            "compare needs two or more results, or groups of equally many seeds (paired in order); "
+            f"got {len(groups)} group(s) of {', '.join(str(len(group)) for group in groups)}")
     loaded, found = [[read_result(path) for path in group] for group in groups], []
-    shared = [key for key in loaded[0][0] if all(key in result for group in loaded for result in group)]
+    shared = [key for key in loaded[0][0]
+              if all(key in result for group in loaded for result in group)]
     if not shared:
-        raise ValueError("these results share no problem set measured at one temperature, top-p and max_new_tokens")
+        raise ValueError("these results share no problem set measured at one temperature, top-p "
+                         "and max_new_tokens")
     for key in shared:
-        accuracy = [[{p["uid"]: p["c"] / p["n"] for p in result[key]["per_problem"]} for result in group]
-                    for group in loaded]
+        accuracy = [[{p["uid"]: p["c"] / p["n"] for p in result[key]["per_problem"]}
+                     for result in group] for group in loaded]
         uids = sorted(accuracy[0][0])
         for path, rates in zip(sum(groups, []), sum(accuracy, []), strict=True):
             if sorted(rates) != uids:
-                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) were not measured "
-                                 f"on the same problems of {key[0]}, only {len(rates.keys() & set(uids))} are shared")
-        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group] for group in accuracy])  # (G, seeds, P)
+                raise ValueError(f"{path} ({len(rates)} problems) and {groups[0][0]} ({len(uids)}) "
+                                 "were not measured "
+                                 f"on the same problems of {key[0]}, only "
+                                 f"{len(rates.keys() & set(uids))} are shared")
+        # (G, seeds, P)
+        accuracy = np.array([[[rates[uid] for uid in uids] for rates in group]
+                             for group in accuracy])
         for group, theirs in zip(groups[1:], accuracy[1:], strict=True):
             by_seed, by_problem = (theirs - accuracy[0]).mean(1), (theirs - accuracy[0]).mean(0)
             low, high = t_interval(by_seed) if len(by_seed) > 1 else bootstrap_interval(by_problem)
-            found.append(dict(zip(("set", "temperature", "top_p", "max_new_tokens"), key, strict=True)) | {
-                "problems": len(uids), "baseline": "+".join(map(str, groups[0])), "other": "+".join(map(str, group)),
-                "baseline_pass@1": float(accuracy[0].mean()), "other_pass@1": float(theirs.mean()),
-                "difference": float(by_seed.mean()), "low": low, "high": high,
-                "p": sign_flip_p(by_seed if len(by_seed) > 1 else by_problem),
-                "by_seed": by_seed.tolist()})
+            found.append(
+                dict(zip(("set", "temperature", "top_p", "max_new_tokens"), key, strict=True)) |
+                {"problems": len(uids), "baseline": "+".join(map(str, groups[0])),
+                 "other": "+".join(map(str, group)), "baseline_pass@1": float(accuracy[0].mean()),
+                 "other_pass@1": float(theirs.mean()), "difference": float(by_seed.mean()),
+                 "low": low, "high": high,
+                 "p": sign_flip_p(by_seed if len(by_seed) > 1 else by_problem),
+                 "by_seed": by_seed.tolist()})
     return found
 
 
 def comparison_table(found: list[dict]) -> str:
     """One line per comparison; pass@1 in %, differences in points."""
-    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1", "difference",
-             "95 %", "p"]]
+    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1",
+             "difference", "95 %", "p"]]
     for d in found:
         points = [100 * d[key] for key in ("difference", "low", "high")]
-        rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}", str(d["problems"]),
-                     str(len(d["by_seed"])), percent(d["baseline_pass@1"]), percent(d["other_pass@1"]),
-                     f"{points[0]:+.1f}", f"[{points[1]:+.1f}, {points[2]:+.1f}]", f"{d['p']:.4f}"])
+        rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}",
+                     str(d["problems"]), str(len(d["by_seed"])), percent(d["baseline_pass@1"]),
+                     percent(d["other_pass@1"]), f"{points[0]:+.1f}",
+                     f"[{points[1]:+.1f}, {points[2]:+.1f}]", f"{d['p']:.4f}"])
     return f"baseline: {found[0]['baseline']}\n{table(rows)}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="paired differences of results", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m tools.compare",
+                                     description="paired differences of results",
+                                     allow_abbrev=False)
     parser.add_argument("results", nargs="+", help="OUT.json files of eval.py, the baseline first; "
                         "+ joins the seeds of one method")
     parser.add_argument("--out", default="", help="also write the comparison as json")

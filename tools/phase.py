@@ -1,10 +1,12 @@
-"""One phase of a longer script: skipped once it is done, stopped at its limit, its seconds and memory kept.
+"""One phase of a longer script: skipped once it is done, stopped at its limit, its seconds and
+memory kept.
 
-    python runs/phase.py OUT NAME SECONDS command ...
+    python -m tools.phase OUT NAME SECONDS command ...
 
-OUT/phases.jsonl gets a line a try (phase, status, seconds, peak memory of the host), OUT/logs/NAME.log the output; lines
-that a person waits for are shown at once. At the limit the command is asked to stop (SIGTERM: a training run saves) and
-killed 30 s later; the status is then 124. A phase whose last line has status 0 is not run again: delete OUT to start anew.
+OUT/phases.jsonl gets a line a try (phase, status, seconds, peak memory of the host),
+OUT/logs/NAME.log the output; lines that a person waits for are shown at once. At the limit the
+command is asked to stop (SIGTERM: a training run saves) and killed 30 s later; the status is then
+124. A phase whose last line has status 0 is not run again: delete OUT to start anew.
 """
 import json
 import os
@@ -17,20 +19,23 @@ import threading
 import time
 from pathlib import Path
 
-SHOWN = re.compile(r"^(step .*(held-out|/\d+ \|)|WARNING|error|Traceback|saved|filter:|\d[\d,]* (problems|examples))")
+SHOWN = re.compile(r"^(step .*(held-out|/\d+ \|)|WARNING|error|Traceback|saved|filter:|\d[\d,]* "
+                   r"(problems|examples))")
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 
 
 def main(out: Path, name: str, limit: float, command: list[str]) -> int:
     record, log = out / "phases.jsonl", out / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    tries = [json.loads(line) for line in record.read_text().split("\n") if line] if record.exists() else []
+    tries = [json.loads(line) for line in record.read_text().split("\n")
+             if line] if record.exists() else []
     if [t["status"] for t in tries if t["phase"] == name][-1:] == [0]:
         return 0
     start = time.perf_counter()
     with open(log, "w") as kept:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True)  # a group of its own, to be stopped as one
+        # a group of its own, to be stopped as one
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, start_new_session=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda n, _: os.killpg(process.pid, n))
         timers = [threading.Timer(seconds, os.killpg, (process.pid, number))
@@ -52,7 +57,8 @@ def main(out: Path, name: str, limit: float, command: list[str]) -> int:
     with open(record, "a") as lines:
         lines.write(json.dumps({"phase": name, "status": status, "seconds": round(seconds, 1),
                                 "host_gib": round(peak, 2)}) + "\n")
-    print(f"== {name}: {'done' if status == 0 else f'status {status}'} after {seconds:.0f} s, {peak:.1f} GiB", flush=True)
+    print(f"== {name}: {'done' if status == 0 else f'status {status}'} after {seconds:.0f} s, "
+          f"{peak:.1f} GiB", flush=True)
     if status:
         print("\n".join(log.read_text().split("\n")[-8:]), flush=True)
     return status

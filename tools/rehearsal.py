@@ -1,52 +1,69 @@
-"""The parts of runs/rehearsal.sh that no script of the project does: a tiny Qwen3 with lessons for it, and checks at the end.
+"""The parts of runs/rehearsal.sh that no script of the project does: a tiny Qwen3 with lessons for
+it, and checks at the end.
 
-    python tests/rehearsal.py make TOKENIZER PROBLEMS OUT    # OUT/tiny, a random model; OUT/lessons.jsonl, OUT/problems.jsonl
-    python tests/rehearsal.py check OUT RUN [RUN ...]        # what the runs OUT/RUN left on disk, judged by transformers
+    python -m tools.rehearsal make TOKENIZER PROBLEMS OUT  # OUT/{tiny,lessons.jsonl,problems.jsonl}
+    python -m tools.rehearsal check OUT RUN [RUN ...]      # what OUT/RUN left, by transformers
 
-TOKENIZER is a folder with Qwen3's tokenizer files. The lessons' wording is made up here around the known answer; what is real
-is the text of the questions, the answers' LaTeX, the tokenizer and the chat template. They teach form, no mathematics.
+TOKENIZER is a folder with Qwen3's tokenizer files. The lessons' wording is made up here around the
+known answer; what is real is the text of the questions, the answers' LaTeX, the tokenizer and the
+chat template. They teach form, no mathematics.
 """
 import json
 import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 
-import torch  # noqa: E402
-
-import jsonl  # noqa: E402
-import reward  # noqa: E402
-from checkpoint import checkpoints  # noqa: E402
-from data import Problem, load_problems, load_tokenizer, save_problems  # noqa: E402
-from model import CausalLM, ModelConfig, load_hf, save_hf  # noqa: E402
+import jsonl
+import reflect
+import reward
+from checkpoint import checkpoints
+from data import Problem, load_problems, load_tokenizer, save_problems
+from metrics import PARITY_ALARM
+from model import CausalLM, ModelConfig, load_hf, save_hf
 
 N_PROBLEMS = 24
 MAX_QUESTION = 24  # tokens
 
 
 def response(answer: str) -> str:
-    return f"Let us go through it step by step.\nThe value comes to ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}."
+    return (f"Let us go through it step by step.\nThe value comes to ${answer}$.\n\n"
+            f"So the final answer is \\boxed{{{answer}}}.")
 
 
 def synthesis(slip: str, answer: str) -> str:
     """What the perfect policy would write about the response with `slip`."""
     copied = response(slip).partition("\n\n")[0]
-    return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is ${answer}$.</analysis>\n"
-            f"<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is not right, I slipped in the last step.</reflection>\n"
-            f"It should be ${answer}$.\n\nSo the final answer is \\boxed{{{answer}}}.</reconstruction>")
+    return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is "
+            f"${answer}$.</analysis>\n<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is "
+            f"not right, I slipped in the last step.</reflection>\n"
+            f"It should be ${answer}$.\n\nSo the final answer is "
+            f"\\boxed{{{answer}}}.</reconstruction>")
+
+
+def synthesis_request(question: str, wrong: str, right: str) -> str:
+    """The user's turn of the synthesis prompt, as reflect.synthesis_prompt renders it."""
+    text = reflect.TEMPLATES["long"]["micro"]
+    for field, value in (("question", question), ("wrong", wrong), ("right", right)):
+        text = text.replace("{" + field + "}", value)
+    return text
 
 
 def lessons_for(p: Problem) -> list[dict] | None:
-    """A right solution with the synthesis of a wrong one, and the wrong one as a second line, so that the model comes to answer
-    either way about equally often. None if the answer has no number in which to slip."""
-    slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)  # its last digit
+    """A right and a wrong solution, so that the model comes to answer either way about equally
+    often, and the synthesis of the two: examples of coldstart.py. None if the answer has no number
+    in which to slip."""
+    # its last digit
+    slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)
     right, wrong = response(p.answer), response(slip)
-    if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct", "wrong"]:
+    if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct",
+            "wrong"]:
         return None
-    shared = {"question": p.question, "answer": p.answer}
-    return [{"uid": p.uid, **shared, "solution": right, "wrong": wrong, "synthesis": synthesis(slip, p.answer)},
-            {"uid": p.uid + "-slip", **shared, "solution": wrong}]
+    asked = synthesis_request(p.question, wrong, right)
+    return [{"question": p.question, "solution": right},
+            {"question": p.question, "solution": wrong},
+            {"prompt": asked, "completion": synthesis(slip, p.answer)}]
 
 
 def make(tokenizer_folder: str, problems: str, out: Path) -> None:
@@ -54,19 +71,23 @@ def make(tokenizer_folder: str, problems: str, out: Path) -> None:
     torch.manual_seed(0)
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     model = CausalLM(ModelConfig(  # Qwen3's shape in small, with its whole vocabulary
-        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
         eos_token_id=tokenizer.eos_token_id))
-    # as Qwen3 ships it: a second stop id, and sampling defaults that neither training nor evaluation may pick up
+    # as Qwen3 ships it: a second stop id, and sampling defaults that neither training nor
+    # evaluation may pick up
     save_hf(model, tokenizer, out / "tiny", generation_config={
         "eos_token_id": stops, "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     found, lessons = [], []
     for p in load_problems(problems):
-        if len(found) < N_PROBLEMS and len(tokenizer(p.question)["input_ids"]) <= MAX_QUESTION and (rows := lessons_for(p)):
+        short = len(tokenizer(p.question)["input_ids"]) <= MAX_QUESTION
+        if len(found) < N_PROBLEMS and short and (rows := lessons_for(p)):
             found.append(p)
             lessons += rows
     save_problems(found, out / "problems.jsonl")
     jsonl.write(out / "lessons.jsonl", lessons)
-    print(f"{out}: a model of {len(tokenizer):,} tokens, {len(found)} problems, {len(lessons)} lessons")
+    print(f"{out}: a model of {len(tokenizer):,} tokens, {len(found)} problems, {len(lessons)} "
+          "lessons")
 
 
 @torch.no_grad()
@@ -86,32 +107,40 @@ def check(out: Path, names: list[str]) -> None:
             assert tokenizer.decode(r["prompt_ids"]) == r["prompt"] and max(ids) < len(tokenizer)
             settled = reward.normalise(r["answer"] or "") == reward.normalise(r["gold"])
             assert settled <= (r["reward"] == 1.0) or not r["finished"], r["uid"]
-            if r["is_reflection"]:  # its preserved prefix is that of one of the group's own wrong responses, id by id
+            # its preserved prefix is that of one of the group's own wrong responses, id by id
+            if r["is_reflection"]:
                 n = r["roles"].count(0)
                 assert any(s["completion_ids"][:n - 1] == ids[:n - 1] for s in sampled
                            if s["query"] == r["query"] and not s["reward"]), r["uid"]
 
-        theirs = AutoModelForCausalLM.from_pretrained(config["init_from"], dtype=torch.float32).eval()
+        theirs = AutoModelForCausalLM.from_pretrained(config["init_from"],
+            dtype=torch.float32).eval()
         gaps = []
-        for r in [r for r in sampled if r["step"] == 1][:8]:  # the first step was sampled from init_from
+        # the first step was sampled from init_from
+        for r in [r for r in sampled if r["step"] == 1][:8]:
             n = len(r["completion_ids"])
-            logits = theirs(torch.tensor([r["prompt_ids"] + r["completion_ids"]])).logits[0, -n - 1:-1, :len(tokenizer)]
+            logits = theirs(torch.tensor([r["prompt_ids"] + r["completion_ids"]])).logits[0,
+                -n - 1:-1, :len(tokenizer)]
             logprobs = (logits.double() / config["temperature"]).log_softmax(-1)
             logprobs = logprobs.gather(1, torch.tensor(r["completion_ids"])[:, None])[:, 0]
             gaps.append((logprobs - torch.tensor(r["sample_logprobs"])).abs())
         gaps, exact = torch.cat(gaps), config["dtype"] == "float32"
         gap = float(gaps.max() if exact else gaps.mean())
-        assert gap < (1e-4 if exact else config["parity_alarm"]), gap
+        assert gap < (1e-4 if exact else PARITY_ALARM), gap
         render = AutoTokenizer.from_pretrained(last).apply_chat_template
         flags = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
         for r in sampled[:32]:
-            assert r["prompt_ids"] == render([{"role": "user", "content": r["question"] + config["instruction"]}], **flags)
+            assert r["prompt_ids"] == render(
+                [{"role": "user", "content": r["question"] + config["instruction"]}], **flags)
 
-        theirs, ours = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval(), load_hf(last).eval()
+        theirs, ours = AutoModelForCausalLM.from_pretrained(last,
+            dtype=torch.float32).eval(), load_hf(last).eval()
         ids = torch.tensor([rows[0]["prompt_ids"] + rows[0]["completion_ids"]])
-        difference = float((theirs(ids).logits[0] - ours(ids)[0] @ ours.output_weight.T).abs().max())
+        difference = float((theirs(ids).logits[0] - ours(ids)[0] @
+                            ours.output_weight.T).abs().max())
         assert difference < 1e-4, difference
-        print(f"{run}: {len(rows)} rollouts read as sampled ({len(rows) - len(sampled)} constructions); prompts are those of "
+        print(f"{run}: {len(rows)} rollouts read as sampled ({len(rows) - len(sampled)} "
+              "constructions); prompts are those of "
               f"transformers, log-probs within {gap:.1e}{'' if exact else ' on average'}, "
               f"logits of {last.name} within {difference:.1e}")
 

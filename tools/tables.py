@@ -1,12 +1,14 @@
-"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, RESULTS.md out.
+"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, docs/results.md out.
 
-    python tables.py out/ablations                        # all tables, printed
-    python tables.py out/ablations --update=RESULTS.md    # the same, between the marks <!-- table NAME --> of a document
+    python -m tools.tables out/ablations                          # all tables, printed
+    python -m tools.tables out/ablations --update=docs/results.md # between <!-- table NAME -->
+    marks
 
-A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each. Pass@1 is in % on test
-problems; +- is the standard deviation over seeds. Differences are eval.py's paired comparison, seed by seed with the same
-seeds of the baseline: in points, with the 95 % interval (Student's t) and p (all sign flips) over seeds. What is not there
-is left out: a sweep that is still running has tables, too.
+A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each.
+Pass@1 is in % on test problems; +- is the standard deviation over seeds. Differences are
+tools.compare's paired comparison, seed by seed with the same seeds of the baseline: in points, with
+the 95 % interval (Student's t) and p (all sign flips) over seeds. What is not there is left out: a
+sweep that is still running has tables, too.
 """
 import argparse
 import json
@@ -17,26 +19,33 @@ from pathlib import Path
 import numpy as np
 
 import jsonl
-from eval import compare_runs
+from configurator import run_script
+from tools.compare import compare_runs
 
-KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full") for part in (
-    "prefix", "diagnosis", "its first token", "correction"))]  # of tokens, in measure.py
+# of tokens, in tools.measure
+KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full")
+    for part in ("prefix", "diagnosis", "its first token", "correction"))]
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
     "coldstart": "cold start", "grpo": "GRPO", "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
     "copy": "control: y_ref is a copy of y+",
-    "grpo_long": "GRPO, as much time as TAPO", "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
+    "grpo_long": "GRPO, as much time as TAPO",
+    "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
     "full": "full reconstruction", "sft": "SFT on y_ref",
-    "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives", "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
+    "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives",
+    "wo_ots": "w/o OTS", "wo_dae": "w/o DAE",
     "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "n_pos, n_neg, m_max = 2, 2, 4",
     "zpd_153": "n_pos, n_neg, m_max = 1, 5, 3",
-    "diagnosis_ots": "diagnosis trained under OTS", "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",
+    "diagnosis_ots": "diagnosis trained under OTS",
+    "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",
     "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
-    "ref_group": "constructions against each other (Eq. 5)", "ref_orig": "constructions against the rollouts",
+    "ref_group": "constructions against each other (Eq. 5)",
+    "ref_orig": "constructions against the rollouts",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
-    "base": "start that never reflects", "base_grpo": "GRPO without cold start", "base_tapo": "TAPO without cold start",
+    "base": "start that never reflects", "base_grpo": "GRPO without cold start",
+    "base_tapo": "TAPO without cold start",
     "base_opsd": "OPSD without cold start"}
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
@@ -48,19 +57,20 @@ TABLES = {  # name: (rows, what the differences refer to)
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
     "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
-    "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots", "wo_ots", "prefix_masked",
-             "ref_group", "ref_orig", "separate", "tapo"], TAPO),
+    "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots",
+             "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
 STARTS = ("coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
-# Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and TAPO beside it. Table 3 ends at
-# step 200. Single runs of an 8B model.
+# Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and
+# TAPO beside it. Table 3 ends at step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
 PAPER = {
     "grpo": ((52.92, 46.88, 28.75), TAPO_500), "opsd": ((57.71, 43.33, 24.17), TAPO_500),
     "sft": ((30.62, 20.21, 12.29), TAPO_200), "full": ((42.29, 33.75, 18.75), TAPO_200),
-    "wo_dae_ots_neg": ((52.71, 41.46, 20.83), TAPO_500), "wo_ots_neg": ((49.17, 36.67, 21.67), TAPO_500),
-    "wo_ots": ((57.29, 45.83, 21.46), TAPO_500), "zpd_222": ((51.88, 37.92, 22.08), TAPO_500),
-    "zpd_224": ((57.92, 40.21, 24.17), TAPO_500), "zpd_153": ((57.08, 48.96, 30.42), TAPO_500)}
+    "wo_dae_ots_neg": ((52.71, 41.46, 20.83), TAPO_500),
+    "wo_ots_neg": ((49.17, 36.67, 21.67), TAPO_500), "wo_ots": ((57.29, 45.83, 21.46), TAPO_500),
+    "zpd_222": ((51.88, 37.92, 22.08), TAPO_500), "zpd_224": ((57.92, 40.21, 24.17), TAPO_500),
+    "zpd_153": ((57.08, 48.96, 30.42), TAPO_500)}
 
 
 def find_rows(folder: Path) -> dict[str, dict[int, Path]]:
@@ -79,11 +89,13 @@ def setting_of(path: Path, setting: tuple) -> dict:
 
 
 def show(values, digits: int = 1) -> str:
-    """Mean +- standard deviation over seeds; without the latter for one, without anything for none."""
+    """Mean +- standard deviation over seeds; without the latter for one, without anything for none.
+    """
     values = [v for v in values if v is not None and math.isfinite(v)]
     if not values:
         return "-"
-    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
+    return f"{np.mean(values):.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}"
+        if len(values) > 1 else "")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -91,7 +103,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def differences(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, dict]:
-    """{setting: eval.py's paired comparison} over the seeds that both have; {} if there are none, or both are the same."""
+    """{setting: the paired comparison} over the seeds that both have; {} if there are none, or both
+    are the same."""
     seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
         return {}
@@ -117,21 +130,27 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
         difference = differences(rows[name], rows.get(baseline, {})) if name not in STARTS else {}
         compared = [points(difference.get(s)) for s in (T1, T06)] if baseline else []
         body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
-    return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6", "Pass@8, T 1",
-                     *([f"to {SHORT[baseline]}, T 1", f"to {SHORT[baseline]}, T 0.6"] if baseline else [])], body)
+    return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6",
+                     "Pass@8, T 1", *([f"to {SHORT[baseline]}, T 1", f"to {SHORT[baseline]}, T 0.6"]
+                                      if baseline else [])], body)
 
 
 def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
-    """Each row that the paper has, too, against TAPO: the paper's difference (mean of its three contests) beside ours, resolved
-    where the 95 % interval over seeds leaves 0 out. "" where there is none."""
+    """Each row that the paper has, too, against TAPO: the paper's difference (mean of its three
+    contests) beside ours, resolved where the 95 % interval over seeds leaves 0 out. "" where there
+    is none."""
     body = []
-    for name in (name for name in PAPER if len(rows.get(name, {}).keys() & rows.get(TAPO, {}).keys()) > 1):
+    for name in (name for name in PAPER
+                 if len(rows.get(name, {}).keys() & rows.get(TAPO, {}).keys()) > 1):
         published = [a - b for a, b in zip(*PAPER[name], strict=True)]
         ours, cells = differences(rows[name], rows[TAPO]), []
         for d in (ours[T1], ours[T06]):
             same = d["difference"] * np.mean(published) > 0
-            cells += [points(d), "unresolved" if d["low"] <= 0 <= d["high"] else "same sign" if same else "opposite"]
-        body.append([ROWS[name], f"{np.mean(published):+.1f} ({', '.join(f'{p:+.1f}' for p in published)})", *cells])
+            cells += [points(d), "unresolved" if d["low"] <= 0 <= d["high"] else "same sign" if same
+                      else "opposite"]
+        body.append(
+            [ROWS[name], f"{np.mean(published):+.1f} ({', '.join(f'{p:+.1f}' for p in published)})",
+             *cells])
     head = ["to TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""]
     return markdown(head, body) if body else ""
 
@@ -143,17 +162,19 @@ def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
         found = [setting_of(p, T1) for p in rows[name].values()]
         values = [[100 * s[key] if s[key] is not None else None for s in found]
                   for key in ("DSR", "ERR", "reflect_rate", "truncated")]
-        body.append([ROWS.get(name, name), str(len(found)), *map(show, values), show([s["length"] for s in found])])
+        body.append([ROWS.get(name, name), str(len(found)), *map(show, values),
+                     show([s["length"] for s in found])])
     return markdown(["", "seeds", "DSR", "ERR", "reflects", "truncated", "length, tokens"], body)
 
 
 def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
     """Pass@1 at T 1 by difficulty, where a world has several levels; "" where it has not."""
-    found = {name: [setting_of(p, T1)["levels"] for p in rows[name].values()] for name in names if name in rows}
+    found = {name: [setting_of(p, T1)["levels"] for p in rows[name].values()] for name in names
+             if name in rows}
     levels = sorted({level for seeds in found.values() for of_seed in seeds for level in of_seed})
     return markdown(["Pass@1, T 1", *(f"level {level}" for level in levels)], [
-        [ROWS[name], *(show([100 * of_seed[level]["pass@k"]["1"]["value"] for of_seed in seeds]) for level in levels)]
-        for name, seeds in found.items()]) if levels else ""
+        [ROWS[name], *(show([100 * of_seed[level]["pass@k"]["1"]["value"] for of_seed in seeds])
+                       for level in levels)] for name, seeds in found.items()]) if levels else ""
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -168,19 +189,22 @@ def logs_kl(path: Path) -> bool:
 
 
 def rates_table(rows: dict[str, dict[int, Path]]) -> str:
-    """Which learning rate was best on validation problems: held-out Pass@1 at the end, seeds that count nowhere else."""
+    """Which learning rate was best on validation problems: held-out Pass@1 at the end, seeds that
+    count nowhere else."""
     found: dict[str, dict[str, str]] = {}
     for name, paths in rows.items():
         if named := re.fullmatch(r"tune_(\w+)_([\d.e-]+)", name):
             ends = [100 * read_metrics(p)[-1]["eval/pass1"] for p in paths.values()]
-            found.setdefault(named[1], {})[named[2]] = f"{np.mean(ends):.1f} ({', '.join(f'{e:.1f}' for e in ends)})"
+            each = ", ".join(f"{end:.1f}" for end in ends)
+            found.setdefault(named[1], {})[named[2]] = f"{np.mean(ends):.1f} ({each})"
     rates = sorted({rate for row in found.values() for rate in row}, key=float)
-    return markdown(["validation Pass@1, T 1", *rates], [[m, *(row.get(r, "") for r in rates)] for m, row in found.items()])
+    return markdown(["validation Pass@1, T 1", *rates],
+                    [[m, *(row.get(r, "") for r in rates)] for m, row in found.items()])
 
 
 def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Seconds of a step, by phase, two processes side by side, medians over training of the seeds that log no KL where there
-    are any; and what came of the constructions, means over training."""
+    """Seconds of a step, by phase, two processes side by side, medians over training of the seeds
+    that log no KL where there are any; and what came of the constructions, means over training."""
     body = []
     for name in (name for name in names if name in rows and name not in STARTS):
         paths = rows[name].values()
@@ -192,67 +216,89 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
             per_run = [[row[key] for row in log if key in row] for log in logs]
             return [average(values) for values in per_run if values]
 
-        phases = [show(mean(f"time/{key}", quiet, np.median), 2) for key in ("step", "generate", "reflect", "update")]
-        life = [show([100 * v for v in mean(f"reflect/{key}")]) for key in ("correct", "mixed_groups")]
-        body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")), show(mean("reflect/kept")), *life,
+        phases = [show(mean(f"time/{key}", quiet, np.median), 2)
+                  for key in ("step", "generate", "reflect", "update")]
+        life = [show([100 * v for v in mean(f"reflect/{key}")])
+                for key in ("correct", "mixed_groups")]
+        body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")),
+                     show(mean("reflect/kept")), *life,
                      show(mean("reflect/ots_first_diagnosis"), 2)])
-    return markdown(["", "seconds a step", "generate", "reflect", "update", "candidates", "kept", "right, %", "mixed groups, %",
-                     "OTS, first diagnosis token"], body)
+    return markdown(["", "seconds a step", "generate", "reflect", "update", "candidates", "kept",
+                     "right, %", "mixed groups, %", "OTS, first diagnosis token"], body)
 
 
-# --- measure.py ------------------------------------------------------------------------------------------------------
+# --- tools.measure --------------------------------------------------------------------------------
 
 
 def measured(folder: Path) -> dict[str, list[dict]]:
-    """{row: what measure.py wrote of each of its seeds}."""
+    """{row: what tools.measure wrote of each of its seeds}."""
     found: dict[str, list[dict]] = {}
     for path in sorted((folder / "measured").glob("*.json")):
-        found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem), []).append(json.loads(path.read_text()))
+        found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem),
+                         []).append(json.loads(path.read_text()))
     return dict(sorted(found.items(), key=lambda item: [*ROWS, item[0]].index(item[0])))
 
 
 def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: per method and kind of token, how far it is from the policy; log-probs and KL in nats."""
+    """Head and rows: per method and kind of token, how far it is from the policy; log-probs and KL
+    in nats."""
     body = []
     for name, seeds in found.items():
-        for kind in sorted({kind for m in seeds for kind in m["shift"]}, key=lambda kind: [*KINDS, kind].index(kind)):
+        for kind in sorted({kind for m in seeds for kind in m["shift"]},
+                           key=lambda kind: [*KINDS, kind].index(kind)):
             some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
-            if sum(s["tokens"] for s in some) < 100:  # the rare tagged reflection of a full reconstruction: says nothing
+            # the rare tagged reflection of a full reconstruction: says nothing
+            if sum(s["tokens"] for s in some) < 100:
                 continue
-            body.append([ROWS.get(name, name), kind,
-                         *(show([s[key] for s in some], 2) for key in ("logprob", "entropy", "kl", "ots"))])
+            body.append(
+                [ROWS.get(name, name),
+                 kind, *(show([s[key] for s in some], 2)
+                         for key in ("logprob", "entropy", "kl", "ots"))])
     return ["", "tokens", "log-prob", "entropy", "KL(writer, policy)", "OTS weight"], body
 
 
 def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: per method and estimator, gradient norms of the parts of one step, mean advantages."""
+    """Head and rows: per method and estimator, gradient norms of the parts of one step, mean
+    advantages."""
     body = []
     for name, seeds in found.items():
         for estimator in seeds[0]["gradient"]:
             some = [m["gradient"][estimator] for m in seeds]
-            body.append([ROWS.get(name, name), estimator,
-                         *(show([1000 * s[key] for s in some]) for key in ("right", "wrong", "constructed")),
-                         *(show([s[key] for s in some], 2) for key in ("cosine", "wrong_advantage", "constructed_advantage"))])
-    return ["", "constructions", "right, 1e-3", "wrong, 1e-3", "constructed, 1e-3", "cosine to rollouts", "A of wrong",
-            "A of constructed"], body
+            body.append(
+                [ROWS.get(name, name),
+                 estimator, *(show([1000 * s[key] for s in some])
+                              for key in ("right", "wrong", "constructed")),
+                 *(show([s[key] for s in some], 2)
+                   for key in ("cosine", "wrong_advantage", "constructed_advantage"))])
+    return ["", "constructions", "right, 1e-3", "wrong, 1e-3", "constructed, 1e-3",
+            "cosine to rollouts", "A of wrong", "A of constructed"], body
 
 
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: per method, in %, what becomes of a response after its own error, and of constructions."""
-    body = []
+    """Head and rows: per method, in %, what becomes of a response after its own error, and of
+    constructions."""
+    body, truth = [], {"ERR": "ERR, by rule", "ERR_true": "ERR, by truth"}
+    if not all(key in m for key in truth for seeds in found.values() for m in seeds):
+        truth = {}  # measured before these were
     for name, seeds in found.items():
-        columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"] for m in seeds]]
-        for key in ("unasked_reflects", "unasked_right_if_reflects", "unasked_right", "forced_right"):
-            columns.append([100 * m["recovery"][key] for m in seeds if m["recovery"][key] is not None])
-        for part, whole in (("kept", "candidates"), ("right", "kept"), ("localised", "kept"), ("mixed_groups", "groups")):
+        columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"]
+                    for m in seeds]]
+        for key in ("unasked_reflects", "unasked_right_if_reflects", "unasked_right",
+                    "forced_right"):
+            columns.append([100 * m["recovery"][key] for m in seeds if m["recovery"][key]
+                            is not None])
+        for part, whole in (("kept", "candidates"), ("right", "kept"), ("localised", "kept"),
+                            ("mixed_groups", "groups")):
             life = [m["constructions"]["micro"] for m in seeds]
             columns.append([100 * row[part] / row[whole] for row in life if row[whole]])
+        columns += [[100 * m[key] for m in seeds if m[key] is not None] for key in truth]
         body.append([ROWS.get(name, name), str(len(seeds)), *map(show, columns)])
-    return ["%", "seeds", "responses with an error", "looks again", "right if so", "right, unasked", "right, forced",
-            "constructions kept", "right", "localised", "mixed groups"], body
+    return ["%", "seeds", "responses with an error", "looks again", "right if so", "right, unasked",
+            "right, forced", "constructions kept", "right", "localised", "mixed groups",
+            *truth.values()], body
 
 
-# --- the document ----------------------------------------------------------------------------------------------------
+# --- the document ---------------------------------------------------------------------------------
 
 
 def all_tables(out: Path) -> dict[str, str]:
@@ -260,10 +306,14 @@ def all_tables(out: Path) -> dict[str, str]:
     tables = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         rows, found = find_rows(folder), measured(folder)
-        new = [name for name in rows if name not in ROWS and not name.startswith("tune_")]  # a fork's own
-        for name, (names, baseline) in (TABLES | ({"new": ([GRPO, TAPO, *new], TAPO)} if new else {})).items():
+        # a fork's own
+        new = [name for name in rows if name not in ROWS and not name.startswith("tune_")]
+        for name, (names, baseline) in (TABLES |
+                                        ({"new": ([GRPO, TAPO, *new], TAPO)} if new
+                                         else {})).items():
             if any(n in rows for n in names if n not in (*STARTS, TAPO, GRPO)) or name == "1":
-                table = habits_table(rows, names) if name == "2" else scores_table(rows, names, baseline)
+                table = habits_table(rows, names) if name == "2" else scores_table(rows, names,
+                    baseline)
                 tables[f"{folder.name} {name}"] = table
         if verdicts := verdicts_table(rows):
             tables[f"{folder.name} verdicts"] = verdicts
@@ -273,23 +323,28 @@ def all_tables(out: Path) -> dict[str, str]:
         tables[f"{folder.name} time"] = time_table(rows, list(ROWS))
         if found:
             tables |= {f"{folder.name} {name}": markdown(*make(found))
-                       for name, make in (("shift", shift_table), ("gradient", gradient_table), ("errors", errors_table))}
+                       for name, make in (("shift", shift_table), ("gradient", gradient_table),
+                                ("errors", errors_table))}
     return tables
 
 
 def update(document: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between <!-- table NAME --> and <!-- end -->; an unknown name is an error."""
+    """Replace what stands between <!-- table NAME --> and <!-- end -->; an unknown name is an
+    error."""
     def new(match: re.Match) -> str:
         if match[1] not in tables:
-            raise ValueError(f"{document}: there is no table {match[1]!r}; known are {', '.join(tables)}")
+            raise ValueError(
+                f"{document}: there is no table {match[1]!r}; known are {', '.join(tables)}")
         return f"<!-- table {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
 
-    text = re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", new, document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"<!-- table ([\w ]+) -->.*?<!-- end -->", new,
+                  document.read_text(encoding="utf-8"), flags=re.DOTALL)
     document.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.tables",
+                                     description=__doc__.split("\n\n")[0])
     parser.add_argument("out", type=Path, help="folder of runs/ablations.sh")
     parser.add_argument("--update", type=Path, help="document whose marked tables are rewritten")
     args = parser.parse_args(argv)
@@ -303,6 +358,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from configurator import run_script
-
     run_script(main)

@@ -1,4 +1,5 @@
-"""bench.py runs and counts what it says. Nothing here is timed: a figure depends on the machine, its arithmetic does not."""
+"""tools.bench runs and counts what it says. Nothing here is timed: a figure depends on the machine,
+its arithmetic does not."""
 import itertools
 import json
 from types import SimpleNamespace
@@ -6,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
+from tools import bench
 
 
 @pytest.fixture
 def small(monkeypatch):
     """A few tokens of the smallest model."""
-    knobs = {"rows": 32, "prompt_length": 4, "max_new_tokens": 16, "repeats": 1, "device": "cpu", "RESULTS": []}
+    knobs = {"rows": 32, "prompt_length": 4, "max_new_tokens": 16, "repeats": 1, "device": "cpu",
+             "RESULTS": []}
     for name, value in knobs.items():
         monkeypatch.setattr(bench, name, value)
     return bench.RESULTS
@@ -20,7 +22,8 @@ def small(monkeypatch):
 
 def test_useful_tokens_alone_are_counted_for_both(small, monkeypatch):
     """Guards: padding behind a stop that counts as tokens, for the peer or for us."""
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=itertools.count().__next__))  # a run takes one second
+    # a run takes one second
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     bench.bench_rollout({"flops": 1e9, "bytes": 1e9})
     fixed, ragged = bench.RESULTS
     assert fixed["value"] == fixed["transformers"] == 32 * 16
@@ -39,7 +42,8 @@ def test_every_figure_is_written_with_the_machine_it_was_measured_on(small, tmp_
 
 
 def test_the_peak_of_a_child_is_its_own(small):
-    """Bug: ru_maxrss survives fork and exec, so that after a large measurement a small one seemed to need next to nothing."""
+    """Bug: ru_maxrss survives fork and exec, so that after a large measurement a small one seemed
+    to need next to nothing."""
     before = bench.peak_memory()
     torch.ones(2**28)  # 1 GiB
     assert bench.peak_memory() > before + 2**29
