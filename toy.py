@@ -2,17 +2,21 @@ r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mist
 
 findx: guess and check. A bad guess shows in its evidence, so a second look can pay.
     x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}
-chain: chained arithmetic, one labelled step a line. A slip cannot be noticed without redoing the step.
-    (46+21-13)*4=?   Step 1: 46+21=67\nStep 2: 67-13=55\nWait, 67-13 is 54, not 55.\nStep 3: 54*4=...
 countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and several routes lead there.
     5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok. Answer: \boxed{19}
     The answer is the only value in the range that the numbers can make: why so, see the section countdown below.
 
-The cold start (coldstart.py) draws its examples here: a fallible author who gives up after most failed checks (the
-habit that RL has to unlearn), and synthesis answers (§3.2, §3.3) whose analysis audits every statement. `audit` and
-`construction` are exact for any text, the model's own included: they are the ground truth of localisation.
+    python toy.py findx --levels=1 --out=data/findx
+
+writes train.jsonl, validation.jsonl and test.jsonl (problems), coldstart.jsonl (worked examples of both
+formats of §3.2, for coldstart.py) and model/ (a fresh small Qwen3 with the world's tokenizer). The
+author of the examples is fallible and gives up after most failed checks, the habit that RL has to
+unlearn; the syntheses' analysis audits every statement. `audit` and `construction` are exact for any
+text, the model's own included: they are the ground truth of localisation.
+
 Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too slowly).
 """
+import argparse
 import ast
 import itertools
 import operator
@@ -21,20 +25,24 @@ import zlib
 from dataclasses import dataclass, field
 from functools import lru_cache
 from os.path import commonprefix
+from pathlib import Path
 
 import numpy as np
 
-from data import Problem
+import jsonl
+from configurator import run_script
+from data import Problem, save_problems
 from reflect import TEMPLATES
 
-WORLDS, SPLITS = ("findx", "chain", "countdown"), ("train", "validation", "test")
+WORLDS = {"findx": 0, "countdown": 2}  # number in the noise key of its problems
+SPLITS = ("train", "validation", "test")
+LEVELS = {"findx": ("1", "2", "3"), "countdown": ("3", "4")}
 LARGEST_X, LARGEST_VALUE = 15, 99
 
 # What the author of the cold-start set writes: share of each kind of example. The first three are ordinary solutions.
 # give_up / (give_up + reflective) is how seldom the author looks again after a mistake, well above one half on purpose.
 SHARES = {
     "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
-    "chain": {"direct": 0.35, "reflective": 0.10, "give_up": 0.15, "micro": 0.30, "full": 0.05, "solve": 0.05},
     "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
 }
 
@@ -44,34 +52,25 @@ SHARES = {
 
 def make_problems(world: str, split: str, n: int, seed: int = 0,
                   levels: tuple[str, ...] | None = None) -> list[Problem]:
-    """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all (not of chain).
+    """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all.
 
     The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits are disjoint whatever
-    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); chain 2..5, the
-    number of operations; countdown 3 and 4, how many numbers are given.
+    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); countdown 3
+    and 4, how many numbers are given.
     """
     if world not in WORLDS or split not in SPLITS:
-        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {WORLDS} and {SPLITS}")
-    rng = np.random.default_rng((seed, WORLDS.index(world), SPLITS.index(split)))
+        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {tuple(WORLDS)} and {SPLITS}")
+    rng = np.random.default_rng((seed, WORLDS[world], SPLITS.index(split)))
 
     def wanted(p: Problem) -> bool:
         return split_of(p.question) == split and (levels is None or p.level in levels)
 
-    if world != "chain":
-        everything = _all_findx() if world == "findx" else [
-            p for size in (3, 4) if levels is None or str(size) in levels for p in _all_countdown(size)]
-        pool = [p for p in everything if wanted(p)]
-        if n > len(pool):
-            raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
-        return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
-    if n < 1 or (levels is not None and not set(levels) <= set("2345")):
-        raise ValueError(f"chain: n = {n}, levels = {levels}; n must be positive and levels be of '2', '3', '4', '5'")
-    found: dict[str, Problem] = {}
-    while len(found) < n:
-        problem = _random_chain(rng, int(rng.choice([int(level) for level in levels or "2345"])))
-        if wanted(problem):
-            found.setdefault(problem.uid, problem)
-    return list(found.values())
+    everything = _all_findx() if world == "findx" else [
+        p for size in (3, 4) if levels is None or str(size) in levels for p in _all_countdown(size)]
+    pool = [p for p in everything if wanted(p)]
+    if n > len(pool):
+        raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
+    return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
 
 
 def split_of(question: str) -> str:
@@ -93,20 +92,6 @@ def _all_findx() -> list[Problem]:
                     level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
                     problems.append(Problem(f"findx:{left}={v[-1]}", f"{left}={v[-1]}", str(x), level))
     return problems
-
-
-def _random_chain(rng: np.random.Generator, operations: int) -> Problem:
-    """`operations` random operations one after the other, brackets where * follows + or -; every value within 0..99."""
-    value = int(rng.integers(2, 60))
-    text, additive = str(value), False
-    for _ in range(operations):
-        spans = {"+": (1, LARGEST_VALUE - value), "-": (1, value), "*": (2, min(9, LARGEST_VALUE // max(value, 11)))}
-        sign = str(rng.choice([s for s, (low, high) in spans.items() if low <= high]))
-        operand = int(rng.integers(spans[sign][0], spans[sign][1] + 1))
-        text = f"({text})" if sign == "*" and additive else text
-        text, additive = f"{text}{sign}{operand}", sign != "*"
-        value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[sign](value, operand)
-    return Problem(f"chain:{text}=?", f"{text}=?", str(value), str(operations))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -162,8 +147,6 @@ def answer_of(question: str) -> int:
     if is_countdown(question):
         low, high = range_of(question)
         return next(value for value in reachable(numbers_of(question)) if low <= value <= high)
-    if not is_findx(question):
-        return calculate(question)[-1][1]
     return next(x for x in range(1, LARGEST_X + 1) if calculate(question, x)[-1][1] == target_of(question))
 
 
@@ -182,7 +165,7 @@ def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, l
     What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be
     learnt; the mistake itself must not be, or the model learns to make it: its spans are left out of the loss.
     """
-    wrote = _findx_pieces if is_findx(question) else _countdown_pieces if is_countdown(question) else _chain_pieces
+    wrote = _findx_pieces if is_findx(question) else _countdown_pieces
     text, no_loss = "", []
     for piece, learn in wrote(rng, question, kind):
         if not learn:
@@ -201,20 +184,6 @@ def _findx_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tu
     if kind == "give_up":
         return [*failed, ("Answer: \\boxed{", True), (str(guess), False), ("}", True)]
     return [*failed, (f"Wait, {guess} is too {'low' if guess < answer else 'high'}. ", True), *right]
-
-
-def _chain_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
-    where, written = (None, None) if kind == "direct" else random_slip(rng, question)
-    lines = calculate(question, slips={where: written} if kind == "give_up" else {})
-    pieces = []
-    for i, (operation, value, true) in enumerate(lines):
-        if i != where:
-            pieces.append((f"Step {i + 1}: {operation}={value}\n", True))
-            continue
-        pieces += [(f"Step {i + 1}: {operation}=", True), (str(written), False), ("\n", True)]
-        if kind == "reflective":
-            pieces.append((f"Wait, {operation} is {true}, not {written}.\n", True))
-    return [*pieces, (boxed(lines[-1][1]), True)]
 
 
 def boxed(answer: int) -> str:
@@ -256,8 +225,6 @@ def wrong_solution(rng: np.random.Generator, question: str) -> str:
     """A finished solution with a wrong answer, as a policy might write it: the y- of a planted synthesis example."""
     if is_countdown(question):
         return _wrong_countdown(rng, question)
-    if not is_findx(question):
-        return solution(rng, question, "give_up")[0]
     guess, draw = wrong_guess(rng, question), rng.random()
     if draw < 0.5:                                     # an honest check, and then its answer all the same
         return trial(question, guess) + boxed(guess)
@@ -281,11 +248,11 @@ class Judgement:
     """One statement of a solution, compared with the truth. After the first wrong one nothing more is judged."""
     end: int            # character index behind the statement and its delimiter: a preserved prefix may stop here
     ok: bool
-    audit: str          # 'Step 3: 3 vs 2 wrong. ': label, written, true, judgement; '' where the text has no such form
-    reflection: str     # 'Wait, 15-13 is 2, not 3.\n': the truth about this statement
+    audit: str          # '3 vs 2 wrong. ': written, true, judgement; '' where the text has no such form
+    reflection: str     # 'Wait, 3 is wrong. ': the truth about this statement
 
 
-STATEMENT = re.compile(r"(Step \d+: )?([^=,\n]*)=(\d+)(, |\n| low\. | high\. | ok\. )")
+STATEMENT = re.compile(r"([^=,\n]*)=(\d+)(, |\n| low\. | high\. | ok\. )")
 CONCLUSION = re.compile(r"Answer: \\boxed\{(\d+)\}")
 DELIMITER = re.compile(r", |\. |\n|\}")
 
@@ -297,50 +264,48 @@ def malformed(text: str, position: int) -> list[Judgement]:
 
 
 def audit(question: str, text: str) -> list[Judgement]:
-    """Judge a solution statement by statement up to its first error; an unfinished text is judged as far as it goes.
+    """Judge a solution statement by statement up to its first error; an unfinished text as far as it goes.
 
-    In findx and countdown an honest check that fails is an error too, of the guess: it is judged after its evidence,
-    result against target. Text that is no statement at all is an error that ends at its next delimiter.
+    An honest check that fails is an error too, of the guess: it is judged after its evidence, result
+    against target. Text that is no statement at all is an error that ends at its next delimiter.
     """
-    if is_countdown(question):
-        return _audit_countdown(question, text)
-    judged: list[Judgement] = []
-    findx, position, guess = is_findx(question), 0, None
+    return (_audit_countdown if is_countdown(question) else _audit_findx)(question, text)
 
-    def judge(ok: bool, label: str, written: int, true: int, reflection: str) -> bool:
-        judged.append(Judgement(position, ok, f"{label}{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
+
+def _audit_findx(question: str, text: str) -> list[Judgement]:
+    judged: list[Judgement] = []
+    start = re.match(r"Try (\d+): ", text)
+    if not start:
+        return malformed(text, 0)
+    position, guess = start.end(), int(start[1])
+
+    def judge(ok: bool, written: int, true: int, reflection: str) -> bool:
+        audit = f"{written} vs {true} {'ok' if ok else 'wrong'}. "
+        judged.append(Judgement(position, ok, audit, reflection))
         return ok
 
-    if findx:
-        start = re.match(r"Try (\d+): ", text)
-        if not start:
-            return judged + malformed(text, position)
-        position, guess = start.end(), int(start[1])
     carried: dict[int, int] = {}
     for i in range(len(calculate(question, guess))):
         operation, _, true = calculate(question, guess, carried)[i]
-        label = "" if findx else f"Step {i + 1}: "
         statement = STATEMENT.match(text, position)
-        if not statement or (statement[1] or "") != label:
+        if not statement:
             return judged + malformed(text, position)
-        position, written = statement.end(), int(statement[3])
-        instead = f", not {written}" if written != true else ""
-        # findx names the wrong number only: a check, its diagnosis and a second try have to fit into 54 tokens
-        if not judge(statement[2] == operation and written == true, label, written, true,
-                     f"Wait, {written} is wrong. " if findx else f"Wait, {operation} is {true}{instead}.\n"):
+        position, written = statement.end(), int(statement[2])
+        # only the wrong number is named: a check, its diagnosis and a second try fit into 54 tokens
+        if not judge(statement[1] == operation and written == true, written, true,
+                     f"Wait, {written} is wrong. "):
             return judged
         carried[i] = written
-    if findx:
-        word = "right" if guess == answer_of(question) else "too low" if guess < answer_of(question) else "too high"
-        target, said = target_of(question), statement[4]
-        if not judge(said == verdict(written, target, target) == " ok. ", "", written, target, f"Wait, {guess} is {word}. "):
-            return judged
+    answer, target, said = answer_of(question), target_of(question), statement[3]
+    word = "right" if guess == answer else "too low" if guess < answer else "too high"
+    if not judge(said == verdict(written, target, target) == " ok. ", written, target,
+                 f"Wait, {guess} is {word}. "):
+        return judged
     conclusion = CONCLUSION.match(text, position)
     if not conclusion:
         return judged + malformed(text, position)
-    position, final, true = conclusion.end(), int(conclusion[1]), guess if findx else written
-    judge(final == true, "", final, true,
-          f"Wait, {guess} is right. " if findx else f"Wait, {operation} is {true}, not {final}.\n")
+    position, final = conclusion.end(), int(conclusion[1])
+    judge(final == guess, final, guess, f"Wait, {guess} is right. ")
     return judged
 
 
@@ -376,12 +341,9 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
         correction = boxed(answer)
     elif is_findx(question):
         correction = trial(question, answer) + boxed(answer)
-    elif is_countdown(question):  # the route that keeps most of what was tried
+    else:  # the route that keeps most of what was tried
         tries = [attempt(question, route) for route in routes(numbers_of(question), answer)]
         correction = max(tries, key=lambda text: len(commonprefix([text, wrong]))) + boxed(answer)
-    else:
-        lines = list(enumerate(calculate(question)))[len(judged):]
-        correction = "".join(f"Step {i + 1}: {operation}={true}\n" for i, (operation, _, true) in lines) + boxed(answer)
     return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
 
 
@@ -606,6 +568,11 @@ class Example:
     completion: str                # without the stop token
     no_loss: list[tuple[int, int]] = field(default_factory=list)  # (start, end) character spans of the completion
 
+    def to_row(self) -> dict:
+        """A line of coldstart.py's examples."""
+        row = {"prompt": self.prompt, "completion": self.completion}
+        return row | ({"no_loss": self.no_loss} if self.no_loss else {})
+
 
 def sft_example(rng: np.random.Generator, question: str, kind: str) -> Example:
     """SFT format: question -> solution, kind one of direct, reflective, give_up."""
@@ -642,8 +609,8 @@ def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-WORDS = ("Try ", "Step ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
-         " is too high. ", " is right. ", " is wrong. ", " is ", ", not ", ". ", ".\n", " vs ", "Answer: ", "\\boxed{")
+WORDS = ("Try ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
+         " is too high. ", " is right. ", " is wrong. ", " is ", ", not ", ". ", " vs ", "Answer: ", "\\boxed{")
 TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>", "</reflection>",
         "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>", "<solve>")
 CHARACTERS = "0123456789+-*=()x?}.,: \n"
@@ -655,7 +622,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer():
-    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 62 ids in all.
+    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 60 ids in all.
 
     Longest match first; any other character becomes the unknown id, which data.render_prompt refuses.
     """
@@ -672,3 +639,78 @@ def make_tokenizer():
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
         additional_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+EXAMPLES = 10  # noise stream of the worked examples, apart from rollout.py's
+N_EXAMPLES = {"findx": 48_000, "countdown": 96_000}  # seen once each, 16 a step
+
+
+def worked_examples(world: str, questions: list[str], n: int, seed: int, kinds=()) -> list[Example]:
+    """n examples for coldstart.py, their kinds in the shares of SHARES; kinds: only these of them."""
+    shares = {kind: share for kind, share in SHARES[world].items() if not kinds or kind in kinds}
+    shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
+    found: list[Example] = []
+    for block in range(-(-n // 16)):
+        rng = np.random.default_rng((seed, EXAMPLES, block))
+        drawn = [questions[i] for i in rng.integers(len(questions), size=16)]
+        found += [example(rng, question, shares) for question in drawn]
+    return found[:n]
+
+
+def make_model(folder: Path, seed: int) -> None:
+    """A fresh Qwen3 of 177 thousand parameters with the tokenizer, as a Hugging Face folder."""
+    import torch  # takes seconds
+
+    from model import CausalLM, ModelConfig, save_hf
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    model = CausalLM(ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
+        rope_theta=10000.0, eos_token_id=tokenizer.eos_token_id))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.mul_(4)  # std 0.08: the usual 0.02 is meant for widths of 1000
+    save_hf(model, tokenizer, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="write a toy world's files", allow_abbrev=False)
+    parser.add_argument("world", help=" | ".join(WORLDS))
+    parser.add_argument("--out", default="", help="folder, default data/WORLD")
+    parser.add_argument("--levels", default="", help="difficulty levels, separated by commas; "
+                        "default all: findx 1,2,3, countdown 3,4")
+    parser.add_argument("--kinds", default="", help="kinds of worked examples, separated by commas; "
+                        "default all: " + ", ".join(SHARES["findx"]))
+    parser.add_argument("--examples", type=int, default=0, help="worked examples, default "
+                        + ", ".join(f"{n:,} ({world})" for world, n in N_EXAMPLES.items()))
+    parser.add_argument("--seed", type=int, default=0, help="of the examples and the model")
+    args = parser.parse_args()
+    if args.world not in WORLDS:
+        raise ValueError(f"world = {args.world!r} must be one of {', '.join(WORLDS)}")
+    levels, kinds = (tuple(filter(None, text.split(","))) for text in (args.levels, args.kinds))
+    for name, given, known in (("levels", levels, LEVELS[args.world]),
+                               ("kinds", kinds, tuple(SHARES[args.world]))):
+        if set(given) - set(known):
+            raise ValueError(f"--{name}={','.join(given)}: use some of {', '.join(known)}")
+    out = Path(args.out or f"data/{args.world}")
+    for split in SPLITS:
+        problems = make_problems(args.world, split, 0, levels=levels or None)
+        save_problems(problems, out / f"{split}.jsonl")
+        print(f"{out / split}.jsonl: {len(problems):,} problems")
+        if split == "train":
+            questions = [p.question for p in problems]
+    n = args.examples or N_EXAMPLES[args.world]
+    examples = worked_examples(args.world, questions, n, args.seed, kinds)
+    jsonl.write(out / "coldstart.jsonl", [e.to_row() for e in examples])
+    print(f"{out / 'coldstart.jsonl'}: {n:,} worked examples")
+    make_model(out / "model", args.seed)
+    print(f"{out / 'model'}: a fresh model")
+
+
+if __name__ == "__main__":
+    run_script(main)

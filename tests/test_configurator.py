@@ -15,9 +15,9 @@ import pytest
 import coldstart
 import configurator
 import eval as evaluation
-import measure
 import train
 from configurator import configure, diff_configs, print_config, run_script, save_config
+from tools import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,10 +38,10 @@ def file(tmp_path, text, name="diff.py"):
 
 
 @pytest.mark.parametrize("script, bad", [
-    ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 beta1=1.5 warmup_steps=-3 min_lr=5 "
+    ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 warmup_steps=-3 weighting='none' "
               "max_synthesis_tokens=-4 opsd_beta=1.5 w_max=0 temperature=nan dtype='fp8' samples_per_prompt=1"),
-    ("coldstart", "epochs=0 n_sft=-1 stop_at_pass1=1.2 synthesis='llm' world='chess' grad_clip=-1"),
-    ("eval", "samples=0 filter_low=-1 device='tpu' max_rows=-1"), ("measure", "continuations=0 w_min=-1")])
+    ("coldstart", "epochs=0 n_sft=-1 stop_at_pass1=1.2 synthesis='llm' beta2=1.5 grad_clip=-1"),
+    ("eval", "samples=0 filter_low=-1 device='tpu' max_rows=-1"), ("tools.measure", "continuations=0 w_min=-1")])
 def test_a_value_outside_its_knobs_range_is_refused_in_one_line(script, bad):
     """Bug: grad_clip = 0 is accepted, and nothing ever moves."""
     module = importlib.import_module(script)
@@ -306,9 +306,12 @@ print(lam, clip, config)
     assert (bad.returncode, bad.stderr) == (1, "error: --clip: expected float | None (default None), got 'x'\n")
 
 
-def test_the_config_is_printed_aligned(capsys):
-    print_config({"lam": 1.0, "max_steps": 3})
-    assert capsys.readouterr().out == "lam       = 1.0\nmax_steps = 3\n"
+def test_what_differs_from_the_defaults_is_printed(capsys):
+    config = configure(knobs(lam=1.0, max_steps=3, seed=0), ["--lam=2", "--max_steps=4"])
+    print_config(config, "out/run")
+    assert capsys.readouterr().out.splitlines() == [
+        f"2 of {len(config)} knobs differ from their defaults; all of them: out/run",
+        "  lam       = 2.0  (1.0)", "  max_steps = 4  (3)"]
 
 
 def test_the_config_is_saved_with_tuples_as_lists(tmp_path):

@@ -1,9 +1,7 @@
 """Statistics against brute force, and eval.py end to end on a tiny model or with scripted completions."""
 import itertools
 import json
-import math
 import threading
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,47 +43,22 @@ def test_the_bootstrap_matches_all_possible_resamples():
     assert low == high == 0.5
 
 
-def test_sign_flips_match_all_patterns_and_their_sampled_version_agrees():
-    rng = np.random.default_rng(0)
-    for d in (rng.normal(0.3, 1, 9), np.array([0.1, 0.2, 0.3, 0, 0, -0.1]), np.full(5, 0.125), rng.normal(0.5, 1, 16)):
-        patterns = np.array(list(itertools.product((1, -1), repeat=len(d))))
-        exact = np.mean(abs(patterns @ d) >= abs(d.sum()) - 1e-12)
-        assert evaluation.sign_flip_p(d) == pytest.approx(exact)
-        assert evaluation.sign_flip_p(-d) == pytest.approx(exact)
-    assert evaluation.sign_flip_p(np.full(5, 0.1)) == 2 / 32
-    assert evaluation.sign_flip_p([0, 0, 0]) == 1
-    many = np.repeat(0.5, 20) * ([1] * 15 + [-1] * 5)  # 15 against 5: twice the binomial tail
-    tail = 2 * sum(math.comb(20, i) for i in range(6)) / 2 ** 20
-    assert evaluation.sign_flip_p(many) == pytest.approx(tail, abs=0.005)
-    assert 0 < evaluation.sign_flip_p(np.ones(100)) < 1e-4  # never 0
-
-
-def test_intervals_over_seeds_are_students():
-    low, high = evaluation.t_interval([1, 2, 3])
-    assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    for df, t in ((1, 12.706), (15, 2.131), (16, 2.120), (20, 2.086), (30, 2.042), (120, 1.980)):
-        values = np.tile([-1.0, 1.0], df + 1)[:df + 1]
-        low, high = evaluation.t_interval(values)
-        assert (high - low) / 2 / (values.std(ddof=1) / math.sqrt(df + 1)) == pytest.approx(t, abs=2e-3)
-
-
 def test_dsr_and_err_count_only_problems_of_mixed_outcome():
     #            mixed                       all right, all wrong: both left out
     correct = [[1, 1, 1, 0, 0, 0], [1] * 6, [0] * 6]
     reflects = [[0, 1, 1, 1, 1, 0], [1] * 6, [1] * 6]
-    located = [[0, 0, 1, 1, 0, 0], [1] * 6, [1] * 6]
-    result = evaluation.dsr_err(correct, reflects, located)
+    result = evaluation.dsr_err(correct, reflects)
     assert result["mixed_problems"] == 1
     assert result["DSR"] == pytest.approx(1 / 3)  # of three right responses one never reflects
-    assert result["ERR"] == pytest.approx(1 / 4)  # of four that reflect, one located the error and ends right
-    nothing = evaluation.dsr_err([[1, 1], [0, 0]], [[1, 1], [0, 1]], [[1, 1], [0, 0]])
+    assert result["ERR"] == pytest.approx(2 / 4)  # of four that reflect, two end right
+    nothing = evaluation.dsr_err([[1, 1], [0, 0]], [[1, 1], [0, 1]])
     assert nothing["DSR"] is None and nothing["ERR"] is None and nothing["ERR_interval"] is None
-    silent = evaluation.dsr_err([[1, 0]], [[0, 0]], [[0, 0]])
+    silent = evaluation.dsr_err([[1, 0]], [[0, 0]])
     assert silent["DSR"] == 1 and silent["ERR"] is None
 
 
 def row(grade, reflects=False, tokens=10):
-    return {"grade": grade, "reflects": reflects, "located": reflects, "tokens": tokens}
+    return {"grade": grade, "reflects": reflects, "tokens": tokens}
 
 
 def test_a_summary_keeps_every_way_to_fail_apart_and_scores_per_level():
@@ -102,21 +75,6 @@ def test_a_summary_keeps_every_way_to_fail_apart_and_scores_per_level():
     assert evaluation.summarise(rows, {"a": "", "b": ""}, (1,))["levels"] == {}
 
 
-def test_toy_reflections_count_only_on_the_true_first_error():
-    flags = evaluation.reflection_flags
-    question, answer = "x*7-21=35", r"Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}"
-    failed = "Try 6: 6*7=42, 42-21=21 low. "
-    assert flags(question, failed + "Wait, 6 is too low. " + answer, True) == (True, True)
-    assert flags(question, failed + "Wait, 6 is too high. " + answer, True) == (True, False)  # named wrongly
-    assert flags(question, answer + " Wait, 8 is right. ", True) == (True, False)  # nothing was wrong
-    assert flags(question, failed + "Try 8: Wait, 6 is too low. " + answer, True) == (True, False)  # not on the error
-    bent = failed.replace("21=21 low", "21=35 ok")  # the error is the bent evidence, not the guess
-    assert flags(question, bent + "Wait, 6 is too low. " + answer, True) == (True, False)
-    assert flags(question, answer, True) == (False, False)
-    assert flags("any", "So 3. Wait, that is wrong. It is 4.", False) == (True, True)
-    assert flags("any", "So 3.", False) == (False, False)
-
-
 # --- the script
 
 @pytest.fixture(scope="module")
@@ -129,13 +87,14 @@ def folder(tmp_path_factory):
                          eos_token_id=tokenizer.eos_token_id)
     path = tmp_path_factory.mktemp("model")
     save_hf(CausalLM(config), tokenizer, path)
+    save_problems(toy.make_problems("findx", "test", 20), path / "findx_test.jsonl")
     return str(path)
 
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """run(**knobs) runs the script with these knobs and returns OUT.json."""
-    defaults = {"init_from": folder, "world": "findx", "n_problems": 6, "instruction": "", "samples": 4,
+    defaults = {"init_from": folder, "problems": f"{folder}/findx_test.jsonl", "n_problems": 6, "instruction": "", "samples": 4,
                 "max_rows": 8, "temperatures": (1.0,), "top_ps": (1.0,), "max_new_tokens": 12,
                 "device": "cpu", "out": str(tmp_path / "e")}
 
@@ -196,7 +155,7 @@ def test_a_run_on_a_real_model_samples_grades_and_saves_everything(run, tmp_path
 def test_truncated_responses_are_wrong_even_when_their_box_is_right(run, tmp_path, monkeypatch):
     script(monkeypatch, {"0+0=?": [RIGHT, RIGHT + "...", WRONG, "1"], "1+0=?": [RIGHT], "2+0=?": [WRONG]})
     path = write_problems(tmp_path / "set.jsonl", answers=("1", "1", "1"), levels=("a", "a", "b"))
-    s = run(world="", n_problems=0, problems=path, pass_k=(1, 2))["settings"][0]
+    s = run(n_problems=0, problems=path, pass_k=(1, 2))["settings"][0]
     assert {p["uid"]: p["c"] for p in s["per_problem"]} == {"p0": 1, "p1": 4, "p2": 0}
     assert s["pass@k"]["1"]["value"] == pytest.approx((0.25 + 1 + 0) / 3)
     assert s["pass@k"]["2"]["value"] == pytest.approx((0.5 + 1 + 0) / 3)
@@ -230,7 +189,7 @@ def test_a_killed_run_continues_to_the_same_result(run, tmp_path, monkeypatch):
 
 def test_stored_samples_are_used_only_where_they_answer_the_same_problem(run, tmp_path, monkeypatch):
     calls = script(monkeypatch, {f"{i}+0=?": [RIGHT] for i in range(3)})
-    path, knobs = tmp_path / "set.jsonl", {"world": "", "n_problems": 0, "max_rows": 4}
+    path, knobs = tmp_path / "set.jsonl", {"n_problems": 0, "max_rows": 4}
     run(problems=write_problems(path), **knobs)
     assert len(calls) == 3
     run(problems=write_problems(path, answers=("1", "5", "3")), **knobs)
@@ -261,10 +220,10 @@ def test_samples_of_another_checkpoint_are_refused(run, folder, tmp_path):
 
 def test_noise_depends_on_the_problem_and_not_on_its_company(run, tmp_path, monkeypatch):
     calls = script(monkeypatch, {f"{i}+0=?": [RIGHT] for i in range(3)})
-    knobs = {"world": "", "problems": write_problems(tmp_path / "set.jsonl")}
+    knobs = {"problems": write_problems(tmp_path / "set.jsonl")}
     run(**knobs, n_problems=0)
     save_problems([Problem("p2", "2+0=?", "3")], tmp_path / "last.jsonl")
-    run(world="", problems=str(tmp_path / "last.jsonl"), resume=False, temperatures=(0.6,), top_ps=(0.9,))
+    run(problems=str(tmp_path / "last.jsonl"), resume=False, temperatures=(0.6,), top_ps=(0.9,))
     keys = [key for call in calls for key in call["keys"]]
     assert len(set(keys[:3])) == 3 and keys[3:] == [keys[2]]
     assert (calls[-1]["temperature"], calls[-1]["top_p"], calls[-1]["max_new_tokens"]) == (0.6, 0.9, 12)
@@ -272,8 +231,7 @@ def test_noise_depends_on_the_problem_and_not_on_its_company(run, tmp_path, monk
 
 @pytest.mark.parametrize("knobs, words", [
     ({"init_from": ""}, "init_from is not set"),
-    ({"problems": "a.jsonl"}, "exactly one of them"),
-    ({"world": ""}, "exactly one of them"),
+    ({"problems": ""}, "problems is not set"),
     ({"pass_k": (1, 5)}, r"every k must be in 1..samples = 4"),
     ({"pass_k": (0,)}, r"every k must be in 1..samples = 4"),
     ({"pass_k": ()}, r"every k must be in 1..samples = 4"),
@@ -299,14 +257,14 @@ def test_problem_files_that_collide_are_refused(run, tmp_path):
     for other, words in ((write_problems(tmp_path / "two.jsonl"), "uid 'p0' is in one and in two"),
                          (write_problems(tmp_path / "b" / "one.jsonl"), "two problem files are called one")):
         with pytest.raises(ValueError, match=words):
-            run(world="", problems=f"{one},{other}")
+            run(problems=f"{one},{other}")
 
 
 def test_several_problem_files_are_scored_apart(run, tmp_path, monkeypatch):
     script(monkeypatch, {"0+0=?": [RIGHT], "1+0=?": [WRONG], "7-6=?": [RIGHT, WRONG]})
     save_problems([Problem("q", "7-6=?", "1")], tmp_path / "two.jsonl")
     one = write_problems(tmp_path / "one.jsonl", ("1", "1"), ("", ""))
-    s = run(world="", problems=f"{one},{tmp_path}/two.jsonl", n_problems=0)["settings"]
+    s = run(problems=f"{one},{tmp_path}/two.jsonl", n_problems=0)["settings"]
     assert [(x["set"], len(x["per_problem"]), x["pass@k"]["1"]["value"]) for x in s] == [
         ("one", 2, 0.5), ("two", 1, 0.5)]
 
@@ -315,13 +273,13 @@ def test_the_difficulty_filter_keeps_the_bounds_and_writes_accuracies(run, tmp_p
     shares = {0: 0, 1: 1, 2: 4, 3: 7, 4: 8}  # right ones of 8
     script(monkeypatch, {f"{i}+0=?": [RIGHT] * c + [WRONG] * (8 - c) for i, c in shares.items()})
     path = write_problems(tmp_path / "set.jsonl", ["1"] * 5, ["L"] * 5)
-    run(world="", n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "kept.jsonl"))
+    run(n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "kept.jsonl"))
     kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert [(r["uid"], r["accuracy"]) for r in kept] == [("p1", 0.125), ("p2", 0.5), ("p3", 0.875)]
     assert [p.uid for p in load_problems(tmp_path / "kept.jsonl")] == ["p1", "p2", "p3"] and kept[0]["level"] == "L"
     assert "3 of 5 problems; 1 were too hard, 1 too easy" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no problem's accuracy is within.*the mean is 0.50; take harder"):
-        run(world="", n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "k.jsonl"), filter_low=0.6,
+        run(n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "k.jsonl"), filter_low=0.6,
             filter_high=0.7)
 
 
@@ -382,11 +340,11 @@ def judge(monkeypatch):
 
 def judged_run(run, tmp_path, monkeypatch, **knobs):
     """Two mixed problems whose responses reflect, and one that is always right and not worth asking about."""
-    wait = "Step 1: 0+0=9\nWait, {} is 1, not 9.\n"
+    wait = "Try 1: 0+0=9, Wait, {} is 1, not 9. "
     script(monkeypatch, {"0+0=?": [wait.format(7) + RIGHT, wait.format(8) + RIGHT, wait.format(7) + WRONG, RIGHT],
                          "1+0=?": [wait.format(6) + RIGHT, WRONG], "2+0=?": [wait.format(7) + RIGHT]})
     path = write_problems(tmp_path / "set.jsonl", ("1", "1", "1"))
-    return run(world="", n_problems=0, problems=path, **knobs)["settings"][0]
+    return run(n_problems=0, problems=path, **knobs)["settings"][0]
 
 
 def test_a_judge_decides_which_reflections_are_real(run, tmp_path, monkeypatch, judge):
@@ -420,75 +378,6 @@ def test_an_absent_judge_is_a_warning(run, tmp_path, monkeypatch, capsys):
     assert "WARNING: the judge at" in capsys.readouterr().out
 
 
-# --- comparison
-
-def result(path, counts, n=8, **setting):
-    per_problem = [{"uid": f"p{i}", "level": "", "n": n, "c": c, "truncated": 0} for i, c in enumerate(counts)]
-    setting = {"set": "s", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9, "per_problem": per_problem} | setting
-    path.write_text(json.dumps({"settings": [setting]}))
-    return path
-
-
-def test_two_results_are_compared_problem_by_problem(tmp_path):
-    a = [0, 1, 2, 3, 4, 5, 6, 7, 8, 2]
-    b = [1, 2, 3, 4, 5, 6, 7, 8, 8, 1]
-    (d,) = evaluation.compare_runs([[result(tmp_path / "a", a)], [result(tmp_path / "b", list(reversed(b)))]])
-    assert d["baseline_pass@1"] == pytest.approx(38 / 80) and d["other_pass@1"] == pytest.approx(45 / 80)
-    paired = (np.array(b)[::-1] - np.array(a)) / 8
-    assert d["difference"] == pytest.approx(paired.mean()) and d["p"] == evaluation.sign_flip_p(paired)
-    assert (d["low"], d["high"]) == evaluation.bootstrap_interval(paired)
-    (d,) = evaluation.compare_runs([[result(tmp_path / "a", a)], [result(tmp_path / "b", b)]])
-    assert d["low"] > 0 and d["p"] < 0.05  # the same totals, but paired: each problem gained one
-
-
-def test_problems_are_paired_by_uid_and_not_by_place(tmp_path):
-    a = result(tmp_path / "a", [0, 8, 4])
-    content = json.loads(a.read_text())
-    content["settings"][0]["per_problem"].reverse()
-    (tmp_path / "b").write_text(json.dumps(content))
-    for pair in ([[a], [tmp_path / "b"]], [[tmp_path / "b"], [a]]):
-        (d,) = evaluation.compare_runs(pair)
-        assert d["difference"] == d["low"] == d["high"] == 0 and d["p"] == 1
-
-
-def test_groups_of_seeds_are_paired_seed_by_seed(tmp_path):
-    base = [result(tmp_path / f"a{s}", [s, s, 1 + s]) for s in range(3)]
-    other = [result(tmp_path / f"b{s}", [s + 1 - 3 * (s == 2), s + 2, 2 + s + 2 * (s == 2)]) for s in range(3)]
-    third = [result(tmp_path / f"c{s}", [s, s, 1 + s]) for s in range(3)]
-    d, same = evaluation.compare_runs([base, other, third])
-    assert d["by_seed"] == pytest.approx([4 / 24, 4 / 24, 3 / 24]) and d["difference"] == pytest.approx(11 / 72)
-    assert (d["low"], d["high"]) == pytest.approx(evaluation.t_interval([4 / 24, 4 / 24, 3 / 24]))
-    assert d["p"] == evaluation.sign_flip_p([4 / 24, 4 / 24, 3 / 24]) == 2 / 8  # over seeds, as the interval
-    assert same["difference"] == 0 and same["baseline"] == "+".join(map(str, base))
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    a, b = result(tmp_path / "a", [1, 2]), result(tmp_path / "b", [1, 2, 3])
-    with pytest.raises(ValueError, match=r"b \(3 problems\) and .*a \(2\) were not measured on the same problems"):
-        evaluation.compare_runs([[a], [b]])
-    with pytest.raises(ValueError, match="two or more"):
-        evaluation.compare_runs([[a]])
-    with pytest.raises(ValueError, match="equally many seeds"):
-        evaluation.compare_runs([[a], [a, a]])
-    with pytest.raises(ValueError, match="share no problem set"):
-        evaluation.compare_runs([[a], [result(tmp_path / "c", [1, 2], max_new_tokens=10)]])
-    with pytest.raises(FileNotFoundError, match="no result at"):
-        evaluation.compare_runs([[a], [tmp_path / "none"]])
-    for content in ("{}", "[1]", "not json"):
-        (tmp_path / "d").write_text(content)
-        with pytest.raises(ValueError, match="is not a result of eval.py"):
-            evaluation.compare_runs([[a], [tmp_path / "d"]])
-
-
-def test_the_comparison_command_prints_and_saves(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "compare", f"{result(tmp_path / 'a', [1, 2])},{result(tmp_path / 'b', [2, 3])}")
-    monkeypatch.setattr(evaluation, "compare_out", str(tmp_path / "c.json"))
-    evaluation.main()
-    printed = capsys.readouterr().out.splitlines()
-    assert "+12.5" in printed[-1] and len({len(line) for line in printed[1:]}) == 1  # columns are aligned
-    assert json.loads((tmp_path / "c.json").read_text())[0]["difference"] == 0.125
-
-
 def test_tables_are_aligned_and_show_levels_and_missing_values():
     rows = {"a": [row("correct"), row("wrong")], "b": [row("truncated"), row("wrong")]}
     s = evaluation.summarise(rows, {"a": "1", "b": "2"}, (1, 2))
@@ -504,4 +393,3 @@ def test_tables_are_aligned_and_show_levels_and_missing_values():
 def test_the_shipped_configs_are_valid(name):
     c = SimpleNamespace(**configure(dict(vars(evaluation)), [f"config/{name}.py", "--init_from=x"]))
     evaluation.check_config(c)
-    assert Counter(bool(v) for v in (c.world, c.problems)) == {True: 1, False: 1}

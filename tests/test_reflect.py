@@ -10,8 +10,8 @@ import pytest
 
 import reflect
 from data import Problem, load_tokenizer, render_prompt
-from metrics import means
-from reflect import Synthesis, build_reflection, parse_synthesis, select_candidates, split_at_divergence
+from metrics import means, reflect_sums
+from reflect import Synthesis, build_reflection, parse_synthesis, select_pairs, split_at_divergence
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -80,10 +80,13 @@ def decode(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+PROBLEM = Problem("p", "Q", "1")
+
+
 def rollout(tokenizer, text, finished=True, ids=None, **fields):
     ids = encode(tokenizer, text) if ids is None else ids
     ids = ids + [tokenizer.eos_token_id] * finished
-    fields = {"uid": "p", "group": "p", "query": 7, "prompt_ids": [1, 2], "roles": [PREFIX] * len(ids)} | fields
+    fields = {"problem": PROBLEM, "group": "p", "query": 7, "prompt_ids": [1, 2], "roles": [PREFIX] * len(ids)} | fields
     return Rollout(**fields, completion_ids=ids, finished=finished, text=text)
 
 
@@ -101,7 +104,7 @@ def build(tokenizer, wrong, body, *, written=None, prefix_mode="micro", max_new_
     """y_ref or the drop reason. wrong: Rollout or text; body: of the reconstruction; written: the whole answer."""
     wrong = rollout(tokenizer, wrong) if isinstance(wrong, str) else wrong
     synthesis = completion(tokenizer, answer(body) if written is None else written, finished)
-    return build_reflection(tokenizer, wrong, synthesis, prefix_mode=prefix_mode, stop_id=tokenizer.eos_token_id,
+    return build_reflection(tokenizer, wrong, synthesis, prefix_mode=prefix_mode,
                             max_new_tokens=max_new_tokens, decoupled=decoupled)
 
 
@@ -133,7 +136,7 @@ def test_y_ref_reads_as_prefix_diagnosis_correction_and_ends_with_the_stop_token
     assert y.text == decode(tokenizer, y.completion_ids[:-1])
     assert y.completion_ids[-1] == tokenizer.eos_token_id and y.roles[-1] == CORRECTION and y.finished
     assert len(y.roles) == len(y.completion_ids)
-    assert (y.uid, y.query, y.group, y.prompt_ids, y.is_reflection) == ("p", 7, "p_reflected", [1, 2], True)
+    assert (y.problem.uid, y.query, y.group, y.prompt_ids, y.is_reflection) == ("p", 7, "p_reflected", [1, 2], True)
     assert y.sample_logprobs is None  # those of the synthesis are of another density, that of its own prompt
     assert build(tokenizer, WRONG, BODY, decoupled=False).group == "p"
 
@@ -282,7 +285,7 @@ def test_leading_whitespace_of_y_minus_survives_a_copy_without_it():
 def test_toy_world_constructions_are_built_exactly():
     toy, tokenizer = pytest.importorskip("toy"), tokenizer_of("toy")
     rng = np.random.default_rng(0)
-    for world in ("findx", "chain"):
+    for world in ("findx", "countdown"):
         for problem in toy.make_problems(world, "train", 40):
             wrong = toy.wrong_solution(rng, problem.question)
             analysis, prefix, reflection, correction = toy.construction(problem.question, wrong)
@@ -461,10 +464,8 @@ def test_copy_mode_takes_the_ids_of_the_right_response():
     y = reflect.copy_correct(wrong, right, decoupled=True)
     assert y.completion_ids == right.completion_ids and y.completion_ids is not right.completion_ids
     assert set(y.roles) == {CORRECTION} and len(y.roles) == len(y.completion_ids) and y.text == right.text
-    assert (y.uid, y.query, y.group, y.is_reflection, y.sample_logprobs) == ("p", 7, "p_reflected", True, None)
+    assert (y.problem.uid, y.query, y.group, y.is_reflection, y.sample_logprobs) == ("p", 7, "p_reflected", True, None)
     assert reflect.copy_correct(wrong, right, decoupled=False).group == "p"
-    with pytest.raises(ValueError, match="copy_correct"):
-        build(tokenizer, wrong, BODY, prefix_mode="copy")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,12 +475,12 @@ def test_copy_mode_takes_the_ids_of_the_right_response():
 def group_of(name, n_right, n_wrong, n_truncated=0):
     tokenizer = tokenizer_of("bpe")
     kinds = [("right", 1.0, True)] * n_right + [("wrong", 0.0, True)] * n_wrong + [("cut", 0.0, False)] * n_truncated
-    return [rollout(tokenizer, f"{name} {kind} {i}", uid=name, group=name, reward=reward, finished=finished)
+    return [rollout(tokenizer, f"{name} {kind} {i}", group=name, reward=reward, finished=finished)
             for i, (kind, reward, finished) in enumerate(kinds)]
 
 
 def select(rollouts, n_pos=2, n_neg=4, m_max=4, key=(0, 3, 5)):
-    pairs, counts = select_candidates(rollouts, n_pos=n_pos, n_neg=n_neg, m_max=m_max, key=key)
+    pairs, counts = select_pairs(rollouts, n_pos=n_pos, n_neg=n_neg, m_max=m_max, key=key)
     return [(wrong.text, right.text) for wrong, right in pairs], counts
 
 
@@ -532,11 +533,6 @@ def test_right_and_wrong_responses_are_drawn_uniformly():
     assert all(abs(seen[f"a wrong {i}"] - 200) < 60 for i in range(3, 9))  # 200 +- 12
     assert all(abs(seen[f"a right {i}"] - 400) < 80 for i in range(3))     # 400 +- 16
 
-
-@pytest.mark.parametrize("knob", ["n_pos", "n_neg", "m_max"])
-def test_thresholds_below_one_are_refused(knob):
-    with pytest.raises(ValueError, match=f"{knob} = 0 must be at least 1"):
-        select(group_of("a", 2, 4), **{knob: 0})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -636,8 +632,19 @@ def test_unknown_templates_are_refused_with_the_way_out():
 # metrics and markers
 
 
+@pytest.mark.parametrize("diagnosis, train_prefix, ots, mask, weighed", [
+    ("mask", True, True, "110011", "110011"), ("mask", False, True, "000011", "110011"),
+    ("ots", True, True, "111111", "111111"), ("ots", True, False, "111111", "001100"),
+    ("train", True, True, "111111", "110011"), ("train", False, False, "001111", "000000")])
+def test_what_each_token_is_for_follows_from_its_role_alone(diagnosis, train_prefix, ots, mask, weighed):
+    """Bug: an inserted diagnosis in the gradient, or weighed by another flag than its own."""
+    roles = [PREFIX, PREFIX, DIAGNOSIS, DIAGNOSIS, CORRECTION, CORRECTION]
+    found = reflect.token_masks(roles, diagnosis=diagnosis, train_prefix=train_prefix, ots=ots)
+    assert ["".join(str(int(x)) for x in values) for values in found] == [mask, weighed]
+
+
 def y_ref(group, reward, roles, **fields):
-    return Rollout("u", group, [1], [5] * len(roles), roles, True, "", is_reflection=True, reward=reward, **fields)
+    return Rollout(PROBLEM, group, [1], [5] * len(roles), roles, True, "", is_reflection=True, reward=reward, **fields)
 
 
 def test_metrics_match_a_count_by_hand():
@@ -649,31 +656,31 @@ def test_metrics_match_a_count_by_hand():
         "unparsable", "unfinished", "prefix_not_verbatim", "too_long", "prompt_too_long",
     ]
     selected = {"eligible": 2, "candidates": 8, "skipped_truncated": 1}
-    m = means(reflect.reflect_sums(selected, outcomes))
+    m = means(reflect_sums(selected, outcomes))
     expected = selected | {
         "kept": 3, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3, "mixed_groups": 1 / 2, "length": 14 / 3,
         "logprob_prefix": -2, "logprob_diagnosis": -4, "logprob_correction": -4,
         "ots_prefix": 2, "ots_diagnosis": 0.35, "ots_correction": 3, "ots_first_diagnosis": 0.2}
     expected |= {f"dropped_{reason}": float(reason in outcomes) for reason in reflect.DROP_REASONS}
-    assert m == pytest.approx({f"{key}": value for key, value in expected.items()})
+    assert m == pytest.approx({f"reflect/{key}": value for key, value in expected.items()})
 
 
 def test_sums_of_two_ranks_add_up_to_those_of_one():
     selected = {"eligible": 1, "candidates": 2, "skipped_truncated": 0}
     a = [y_ref("a", 1.0, [PREFIX, DIAGNOSIS, CORRECTION], logprobs=[-1.0] * 3, ots_weights=[1.0] * 3), "unparsable"]
     b = [y_ref("b", 0.0, [CORRECTION] * 2, logprobs=[-2.0] * 2, ots_weights=[0.5] * 2), y_ref("b", 1.0, [CORRECTION])]
-    one = reflect.reflect_sums({k: 2 * v for k, v in selected.items()}, a + b)
-    first, second = reflect.reflect_sums(selected, a), reflect.reflect_sums(selected, b)
-    assert list(first) == list(second) == list(one)
+    one = reflect_sums({k: 2 * v for k, v in selected.items()}, a + b)
+    first, second = reflect_sums(selected, a), reflect_sums(selected, b)
+    assert set(first) == set(second) == set(one)
     assert {k: first[k] + second[k] for k in first} == one
-    assert means(first)["verbatim"] == 1
-    assert "verbatim" not in means(second)  # nothing was preserved: no rate, not 100 %
+    assert means(first)["reflect/verbatim"] == 1
+    assert "reflect/verbatim" not in means(second)  # nothing was preserved: no rate, not 100 %
 
 
 def test_a_step_without_candidates_has_counts_and_no_means():
-    m = means(reflect.reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
-    assert m["kept"] == m["eligible"] == m["dropped_unparsable"] == 0
-    assert not m.keys() & {f"{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}
+    m = means(reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
+    assert m["reflect/kept"] == m["reflect/eligible"] == m["reflect/dropped_unparsable"] == 0
+    assert not m.keys() & {f"reflect/{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}
 
 
 DOUBTS = ("42-21=21 low. Wait, 6 is too low. Try 8", "So x = 3.\nWait. It is", "Hmm, it is odd", "but wait, 3",

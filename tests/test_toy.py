@@ -1,5 +1,6 @@
 """The toy world is the ground truth of the CPU experiments: what it says about itself has to be exact."""
 import itertools
+import json
 import re
 import runpy
 from collections import Counter
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import reward
 import toy
+from data import load_problems
+from model import load_hf
 
 QUESTION = "x*7-21=35"
-CHAIN = "(46+21-52-13)*4=?"
 COUNTDOWN = "5,9,15=12..21"
 
 
@@ -110,14 +113,6 @@ def test_findx_holds_the_stated_problems_each_with_exactly_one_solution():
     assert {p.level for p in toy.make_problems("findx", "train", 20, levels=("3",))} == {"3"}
 
 
-def test_chain_answers_are_right_and_levels_count_operations():
-    for p in toy.make_problems("chain", "train", 300):
-        assert str(eval(p.question.removesuffix("=?"))) == p.answer
-        assert len(re.findall(r"[-+*]", p.question)) == int(p.level)
-        assert all(0 <= v <= 99 for _, v, _ in toy.calculate(p.question))
-    assert {p.level for p in toy.make_problems("chain", "train", 40, levels=("2", "5"))} == {"2", "5"}
-
-
 def test_countdown_ranges_hold_one_value_alone_that_several_routes_reach():
     """Bug: a second value in the range makes a right answer wrong; one route only makes it no countdown."""
     problems = [p for split in toy.SPLITS for p in toy.make_problems("countdown", split, 0)]
@@ -142,8 +137,6 @@ def test_bad_requests_name_the_value_and_the_rule():
         toy.make_problems("findy", "train", 3)
     with pytest.raises(ValueError, match="only .* test problems"):
         toy.make_problems("findx", "test", 20_000)
-    with pytest.raises(ValueError, match="levels"):
-        toy.make_problems("chain", "test", 3, levels=("7",))
 
 
 # --- solutions ---
@@ -241,19 +234,6 @@ def test_first_error_of_findx_is_the_exact_character_behind_it(text, end):
     assert toy.first_error(QUESTION, text) == expected
 
 
-@pytest.mark.parametrize("text, end", [
-    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=2\nStep 4: 2*4=8\nAnswer: \\boxed{8}", None),
-    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\nStep 4: 3*4=12\nAnswer: \\boxed{12}", "13=3\n"),
-    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 4: 15-13=2\n", "Step 4: 15-13=2\n"),      # mislabelled
-    ("Step 1: 46+21=67\nStep 2: 66-52=14\nStep 3: 14-13=1\n", "52=14\n"),               # true, but carried on wrongly
-    ("Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=2\nStep 4: 2*4=8\nAnswer: \\boxed{9}", "{9}"),
-    ("Step 1: 46+21=67\nStep 2: 67-5", None),
-])
-def test_first_error_of_chain_is_the_exact_character_behind_it(text, end):
-    expected = None if end is None else text.index(end) + len(end)
-    assert toy.first_error(CHAIN, text) == expected
-
-
 @pytest.mark.parametrize("text, end, said", [  # said: the diagnosis, None where the audit has no words
     ("Try 15+9=24, 24-5=19 ok. Answer: \\boxed{19}", None, ""),
     ("Try 9-5=4, 4+15=19 ok. Answer: \\boxed{19}", None, ""),                       # another route
@@ -291,11 +271,11 @@ def test_first_error_finds_every_planted_mistake_and_no_other(world):
         assert toy.first_error(p.question, toy.solution(rng, p.question, "direct")[0]) is None
         for kind in ("reflective", "give_up"):
             text, spans = toy.solution(rng, p.question, kind)
-            delimiter = re.compile(r"\n" if world == "chain" else r" (low|high)\. ").search(text, spans[0][0])
+            delimiter = re.compile(r" (low|high)\. ").search(text, spans[0][0])
             assert toy.first_error(p.question, text) == delimiter.end()
 
 
-@pytest.mark.parametrize("world", ["findx", "chain"])
+@pytest.mark.parametrize("world", ["findx"])
 def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
     slips = 0
     for rng, p in samples(world, 600, seed=4):
@@ -358,12 +338,10 @@ def test_countdown_grading_takes_any_route_and_no_copy_of_the_question():
 
 
 def test_a_construction_is_exact_on_the_documented_example():
-    wrong = "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\nStep 4: 3*4=12\nAnswer: \\boxed{12}"
-    assert toy.construction(CHAIN, wrong) == (
-        "Step 1: 67 vs 67 ok. Step 2: 15 vs 15 ok. Step 3: 3 vs 2 wrong. ",
-        "Step 1: 46+21=67\nStep 2: 67-52=15\nStep 3: 15-13=3\n",
-        "Wait, 15-13 is 2, not 3.\n", "Step 4: 2*4=8\nAnswer: \\boxed{8}")
-    assert toy.construction(CHAIN, "Step 1: 46+21=67\n") is None
+    assert toy.construction(QUESTION, "Try 6: 6*7=41, 41-21=20 low. Answer: \\boxed{6}") == (
+        "41 vs 42 wrong. ", "Try 6: 6*7=41, ", "Wait, 41 is wrong. ",
+        "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
+    assert toy.construction(QUESTION, "Try 6: 6*7=42, 42-") is None
     # the correction goes by the route that shares its beginning with what was tried
     assert toy.construction(COUNTDOWN, "Try 15+9=24, 24+5=29 high. Answer: \\boxed{29}") == (
         "24 vs 24 ok. 29 vs 29 ok. 29 vs 12..21 wrong. ", "Try 15+9=24, 24+5=29 high. ",
@@ -415,7 +393,7 @@ def test_the_tokenizer_reloads_from_its_folder_with_template_and_special_ids(tok
     for t in (tokenizer, again):
         ids = t.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False, return_dict=False)
         assert t.decode(ids) == f"<|user|>{QUESTION}<|assistant|>"
-        assert t.eos_token == "<|im_end|>" and t.eos_token_id != t.pad_token_id and len(t) == 62
+        assert t.eos_token == "<|im_end|>" and t.eos_token_id != t.pad_token_id and len(t) == 60
     text = "Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. <|im_end|>"
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
 
@@ -439,15 +417,13 @@ def test_solutions_fit_their_token_budgets(tokenizer):
         for kind in longest:
             longest[kind] = max(longest[kind], length(toy.solution(rng, p.question, kind)[0]))
     assert longest["direct"] <= 26 and longest["reflective"] + 1 <= 54   # + 1: the stop token
-    for rng, p in samples("chain", 300, seed=8):
-        assert length(toy.solution(rng, p.question, "reflective")[0]) + 1 <= 80
-    config = runpy.run_path(str(Path(toy.__file__).parent / "config/coldstart_countdown.py"))
-    for p in toy.make_problems("countdown", "train", 600, seed=8, levels=config["levels"]):
+    config = runpy.run_path(str(Path(toy.__file__).parent / "config/countdown.py"))
+    for p in toy.make_problems("countdown", "train", 600, seed=8, levels=("3",)):
         built = "".join(toy.construction(p.question, toy.wrong_solution(rng, p.question))[1:])
         for text in (built, toy.solution(rng, p.question, "reflective")[0]):
             assert length(text) + 1 <= config["max_new_tokens"]
         synthesis = toy.ift_example(rng, p.question).completion
-        assert length(synthesis) + 1 <= config["max_synthesis_tokens"]
+        assert length(synthesis) + 1 <= 120  # max_synthesis_tokens of config/toy.py
 
 
 def test_a_diagnosis_is_true_only_of_a_mistake_that_was_made():
@@ -459,5 +435,44 @@ def test_a_diagnosis_is_true_only_of_a_mistake_that_was_made():
     for said in ("Wait, 6 is too high. ", "Wait, 5 is too low. ", "Wait, 21 is wrong. ", ""):
         assert not toy.diagnosis_is_true(q, tried + said)
     assert not toy.diagnosis_is_true(q, "Try 8: 8*7=56, 56-21=35 ok. Wait, 8 is too low. ")
-    assert toy.diagnosis_is_true("9+4-2=?", "Step 1: 9+4=12\nWait, 9+4 is 13, not 12.\n")
-    assert not toy.diagnosis_is_true("9+4-2=?", "Step 1: 9+4=12\nWait, 9+4 is 14, not 12.\n")
+
+
+# --- files ---
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["toy.py", *map(str, arguments)])
+    toy.main()
+
+
+def test_a_world_is_a_folder_of_files(tmp_path, monkeypatch):
+    """Bug: files in another order, from another seed, or a model that depends on what ran before it."""
+    for folder in ("a", "b"):
+        torch.rand(3)
+        run(monkeypatch, "findx", "--levels=1", "--examples=40", f"--out={tmp_path / folder}")
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "coldstart.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert [len(load_problems(tmp_path / "a" / f"{split}.jsonl", check_answers=False)) for split in toy.SPLITS] == [3005, 352, 401]
+    rows = [json.loads(line) for line in (tmp_path / "a/coldstart.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and any("<micro>" in row["prompt"] for row in rows) and any("no_loss" in row for row in rows)
+    assert rows[0] == {"prompt": "x*3-7=23", "completion": "Try 10: 10*3=30, 30-7=23 ok. Answer: \\boxed{10}"}
+    assert rows[3]["no_loss"] == [[4, 6], [46, 48]]  # "Try 11: .. Answer: \boxed{11}": the planted mistakes
+    model = load_hf(tmp_path / "a/model")
+    assert sum(p.numel() for p in model.parameters()) == 176_576
+    run(monkeypatch, "findx", "--levels=1", "--examples=40", "--seed=1", f"--out={tmp_path / 'c'}")
+    for name in ("coldstart.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes(), name
+    assert (tmp_path / "a/train.jsonl").read_bytes() == (tmp_path / "c/train.jsonl").read_bytes()
+
+
+def test_kinds_leave_the_others_out(tmp_path, monkeypatch):
+    run(monkeypatch, "countdown", "--levels=3", "--examples=60", "--kinds=direct,give_up", f"--out={tmp_path}")
+    assert "Wait" not in (tmp_path / "coldstart.jsonl").read_text()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["chain"], "world = 'chain' must be one of findx, countdown"),
+    (["findx", "--levels=7"], "--levels=7: use some of 1, 2, 3"),
+    (["findx", "--kinds=nice"], "--kinds=nice: use some of direct, reflective, give_up, micro, full, solve")])
+def test_bad_arguments_are_named(arguments, says, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        run(monkeypatch, *arguments, f"--out={tmp_path}")
