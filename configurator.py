@@ -238,4 +238,6 @@ def _help(config: dict, annotations: dict, script: str) -> str:
     reasons = dict(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=[^\n]*?\s#\s*([^\n]*)$", source, flags=re.M))
     rules = {k: f"({rule.text}) " for k, rule in annotations.items() if isinstance(rule, Rule)}
     lines = [f"--{k}={v!r}".ljust(40) + f"  {rules.get(k, '')}{reasons.get(k, '')}".rstrip() for k, v in config.items()]
-    return "\n".join([f"usage: python {os.path.basename(script)} [config.py ...] [--key=value ...]", "", *lines])
+    path = Path(script)
+    name = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
+    return "\n".join([f"usage: python {name} [config.py ...] [--key=value ...]", "", *lines])

@@ -1,13 +1,8 @@
 """
 Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
 
-A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} per line. Prepare the real ones with
-
-    python data.py deepscaler --out=data/deepscaler.jsonl --eval_files=data/aime24.jsonl,data/aime25.jsonl
-    python data.py aime24                        # also aime25, hmmt_feb25, math500, gsm8k, gsm8k_train
-    python data.py aime24 --from=~/aime.parquet  # offline: any local .jsonl, .json or .parquet copy
-    python data.py gsm8k_train --solutions=True  # with worked solutions, for coldstart.py
-    python data.py word_problems                 # arithmetic in a sentence or two, see word_problems.py; three files
+A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} a line; `python -m tools.prepare`
+makes those of public data sets, `python toy.py` those of the toy worlds.
 
 `render_prompt` is the only place where a question becomes token ids; training and evaluation both call it.
 Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
@@ -49,7 +44,7 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python data.py <name> --out={path}`")
+        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python -m tools.prepare <name> --out={path}`")
     problems, seen = [], {}  # seen: uid -> line number
     for number, line in jsonl.lines(path):
         if limit and len(problems) == limit:

@@ -174,7 +174,7 @@ def balance(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
 
     Micro-batches are cut from the whole step's rows sorted by length and dealt like cards, so that
     every rank gets its share of long rows. A rank that comes out short gets a micro-batch with the
-    index len(lengths): the caller puts a row that counts nowhere (update.FILLER) there.
+    index len(lengths): the caller puts a row that counts nowhere there (update.microbatches_of).
     """
     batches = microbatches(lengths, tokens_per_microbatch)
     mine = batches[rank()::world_size()]

@@ -12,16 +12,31 @@ from advantage import (
     generalised_jsd,
     kl_to_ref,
     loss_scales,
-    loss_totals,
     nll_loss,
     ots_weights,
     policy_loss,
-    token_weights,
-    train_mask,
 )
+from reflect import token_masks
 from rollout import CORRECTION, DIAGNOSIS, PREFIX
 
 GARBAGE = (math.inf, -math.inf, math.nan, 1e4, -1e4)
+
+
+def masks_of(roles, is_reflection, diagnosis="mask", train_prefix=True, ots=True):
+    """The two token masks of every row as tensors (B, T), as collate lays them out; those of ordinary rows: 1 and 0."""
+    rows = [token_masks(row, diagnosis=diagnosis, train_prefix=train_prefix, ots=ots) if ref else
+            ([1.0] * len(row), [0.0] * len(row)) for row, ref in zip(roles.tolist(), is_reflection.tolist(), strict=True)]
+    return torch.tensor([mask for mask, _ in rows]), torch.tensor([weighed for _, weighed in rows])
+
+
+def train_mask(completion_mask, roles, is_reflection, *, diagnosis, train_prefix):
+    return completion_mask * masks_of(roles, is_reflection, diagnosis, train_prefix)[0]
+
+
+def token_weights(logprobs, entropy, roles, is_reflection, *, diagnosis="mask", ots=True, **clip):
+    """The w_t of Eq. 8, as train.loss_of puts it together."""
+    weighed = masks_of(roles, is_reflection, diagnosis, ots=ots)[1]
+    return torch.where(weighed > 0, ots_weights(logprobs, entropy, **clip), 1.0)
 
 
 def ragged_step(seed: int = 0, vocabulary: int = 5) -> SimpleNamespace:
@@ -56,12 +71,11 @@ def step_loss(s, logprobs, entropy, *, old=None, rows=None, diagnosis="mask", tr
               loss_agg="sequence", loss_norm="separate", clip_eps=0.2):
     """The loss as train.py puts it together, of some rows of the step. Denominators are always the whole step's."""
     mask = train_mask(s.completion_mask, s.roles, s.is_reflection, diagnosis=diagnosis, train_prefix=train_prefix)
-    totals = loss_totals(mask.sum(1), s.is_reflection)
+    scale = loss_scales(mask.sum(1), s.is_reflection, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
     rows = torch.arange(len(mask)) if rows is None else torch.tensor(rows)
     old = s.old if old is None else old
-    logprobs, entropy, old, mask, roles, advantages, is_reflection = (
-        x[rows] for x in (logprobs, entropy, old, mask, s.roles, s.advantages[:, None], s.is_reflection))
-    scale = loss_scales(mask.sum(1), is_reflection, totals, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
+    logprobs, entropy, old, mask, roles, advantages, is_reflection, scale = (
+        x[rows] for x in (logprobs, entropy, old, mask, s.roles, s.advantages[:, None], s.is_reflection, scale))
     weights = token_weights(logprobs, entropy, roles, is_reflection, diagnosis=diagnosis, ots=ots)
     return policy_loss(logprobs, old, advantages, mask, weights, scale, clip_eps)
 
@@ -220,10 +234,6 @@ def test_two_queries_never_share_a_mean_even_under_one_group_name(ref_advantage)
     lopsided = advantages(torch.tensor([1.0, 0, 1, 1]), [1, 1, 2, 2], ["a"] * 4, [False] * 4)
     assert lopsided.tolist()[2:] == [0.0, 0.0]
 
-
-def test_an_unknown_ref_advantage_is_refused():
-    with pytest.raises(ValueError, match="ref_advantage = 'groups' is unknown; use 'group', 'reward'"):
-        advantages(torch.tensor([1.0]), [0], ["a"], [False], ref_advantage="groups")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,13 +452,11 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(loss_agg, loss_norm):
         torch.testing.assert_close(gradient, results[0][1], atol=1e-12, rtol=0)
 
 
-def test_totals_add_up_over_processes():
-    """Guards: totals that are means, and empty rows counted as rollouts that could learn."""
+def test_a_row_without_trained_tokens_counts_nowhere():
+    """Guards: empty rows counted as rollouts that could learn."""
     lengths, ref = torch.tensor([3, 0, 5, 2, 0, 4]), torch.tensor([0.0, 0, 0, 1, 1, 1])
-    whole = loss_totals(lengths, ref)
-    assert whole.tolist() == [2, 8, 2, 6] and whole.dtype == torch.float64
-    for batches in cuts(6):
-        assert torch.equal(sum(loss_totals(lengths[b], ref[b]) for b in batches if b), whole)
+    scale = loss_scales(lengths, ref, lam=1.0, loss_agg="sequence", loss_norm="separate")
+    assert scale.tolist() == pytest.approx([1 / 6, 0, 1 / 10, 1 / 4, 0, 1 / 8])
 
 
 @pytest.mark.parametrize("loss_agg,loss_norm,expected", [
@@ -457,7 +465,7 @@ def test_totals_add_up_over_processes():
 def test_loss_scales_in_numbers(loss_agg, loss_norm, expected):
     """Two rollouts of 3 and 5 tokens, one reflection of 4, lam = 2. Guards: lam on the wrong part, or lost."""
     lengths, ref = torch.tensor([3, 5, 4]), torch.tensor([0.0, 0, 1])
-    scale = loss_scales(lengths, ref, loss_totals(lengths, ref), lam=2.0, loss_agg=loss_agg, loss_norm=loss_norm)
+    scale = loss_scales(lengths, ref, lam=2.0, loss_agg=loss_agg, loss_norm=loss_norm)
     torch.testing.assert_close(scale, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
@@ -469,7 +477,7 @@ def test_nothing_to_learn_from_gives_zero_not_nan(loss_agg, loss_norm):
         mask = torch.ones(2, 3)
         mask[masked] = 0
         ref, lengths = torch.tensor(is_reflection), mask.sum(1)
-        scale = loss_scales(lengths, ref, loss_totals(lengths, ref), lam=1.0, loss_agg=loss_agg, loss_norm=loss_norm)
+        scale = loss_scales(lengths, ref, lam=1.0, loss_agg=loss_agg, loss_norm=loss_norm)
         logprobs = torch.zeros(2, 3, requires_grad=True)
         loss, _ = policy_loss(logprobs, torch.zeros(2, 3), torch.ones(2, 1), mask, torch.ones(2, 3), scale, 0.2)
         loss.backward()
@@ -536,8 +544,7 @@ def test_maximum_likelihood_is_the_mean_negative_log_prob_of_the_constructions()
     """`method = 'sft'`. Guards: the sign; ordinary rollouts imitated; a denominator that counts them."""
     s = ragged_step()
     mask = s.completion_mask * s.is_reflection[:, None]
-    totals = loss_totals(mask.sum(1), s.is_reflection)
-    scale = loss_scales(mask.sum(1), s.is_reflection, totals, lam=1.0, loss_agg="token", loss_norm="separate")
+    scale = loss_scales(mask.sum(1), s.is_reflection, lam=1.0, loss_agg="token", loss_norm="separate")
     logprobs = s.logprobs.clone().requires_grad_()
     loss = nll_loss(logprobs, mask, scale)
     loss.backward()

@@ -27,7 +27,6 @@ import train
 from configurator import configure
 from model import load_hf
 from parallel import balance
-from rollout import FILLER, PREFIX, Rollout
 from test_train import author, rollouts_of, same_numbers, start, weights_of  # noqa: F401  (start is a fixture)
 
 TOY = {"prompts_per_step": 12, "samples_per_prompt": 3, "n_pos": 1, "n_neg": 1, "m_max": 2, "max_new_tokens": 60,
@@ -73,7 +72,7 @@ def child(argv: list[str], fault: str = "") -> None:
     failing.run(train.main)
 
 
-def by_length(rollouts, problem_of) -> None:
+def by_length(rollouts) -> None:
     for r in rollouts:
         r.reward, r.grade = float(len(r.completion_ids) % 2), "correct"
 
@@ -202,7 +201,8 @@ def test_the_sampler_has_the_weights_of_every_step_and_of_a_resume(start, tmp_pa
 
 
 def head_under_fsdp(folder: str, report: str) -> None:
-    rank, _, _ = parallel.start("cpu", 1.0)
+    parallel.start("cpu", 1.0)
+    rank = parallel.rank()
     model = load_hf(folder, wrap=lambda model: parallel.shard(model, "cpu", dtype="bfloat16", replicas=1, offload=False))
     inputs = torch.arange(5 + rank, 45 + rank).view(2, 20)
     targets = inputs.roll(-1, 1)
@@ -237,7 +237,8 @@ def test_head_and_softmax_are_fp32_and_the_head_stays_tied_under_fsdp(start, run
 
 
 def sample_under_fsdp(folder: str, dtype: str) -> None:
-    rank, _, _ = parallel.start("cpu", 5)
+    parallel.start("cpu", 5)
+    rank = parallel.rank()
     model = load_hf(folder, wrap=lambda model: parallel.shard(model, "cpu", dtype=dtype, replicas=1, offload=False))
     inputs = torch.arange(5 + rank, 45 + rank).view(2, 20)
     for _ in range(2):
@@ -283,15 +284,19 @@ def test_a_batch_without_a_useful_token_changes_nothing(start, tmp_path):  # noq
     assert all(torch.equal(p, after[name]) for name, p in before.items())
 
 
-def test_balance_deals_every_row_once_and_the_same_number_of_batches():
-    rollouts = [Rollout(str(i), str(i), [1] * 3, [2] * n, [PREFIX] * n, True, "") for i, n in enumerate((9, 2, 7, 7, 3, 30, 1))]
-    for world in (1, 2, 3, 4, 9):
-        dealt = [balance(rollouts, 24, rank, world) for rank in range(world)]
+def test_balance_deals_every_row_once_and_the_same_number_of_batches(monkeypatch):
+    """Trap 21. Guards: ranks with different numbers of forward passes hang under FSDP; rows lost in the remainder."""
+    lengths = [n + 3 for n in (9, 2, 7, 7, 3, 30, 1)]
+    for world in (1, 2, 3, 5, 8):
+        monkeypatch.setattr(parallel, "world_size", lambda world=world: world)
+        dealt = []
+        for rank in range(world):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            dealt.append(balance(lengths, 24))
         assert len({len(batches) for batches in dealt}) == 1
-        rows = [i for batches in dealt for index in batches for i in index]
-        assert sorted(i for i in rows if i < len(rollouts)) == list(range(len(rollouts)))
-        assert set(rows) - set(range(len(rollouts))) <= {len(rollouts)}  # where the caller puts FILLER
-    assert len(FILLER.prompt_ids) == len(FILLER.completion_ids) == len(FILLER.roles) == 1
+        rows = [i for batches in dealt for batch in batches for i in batch]
+        assert sorted(i for i in rows if i < len(lengths)) == list(range(len(lengths)))
+        assert set(rows) - set(range(len(lengths))) <= {len(lengths)}  # where the caller puts a filler
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,8 +365,8 @@ def test_what_does_not_fit_the_world_is_refused_once_in_one_line(start, tmp_path
 
 
 def other_folder(folder: str, shared: str) -> None:
-    rank, _, _ = parallel.start("cpu", 1.0)
-    failing.run(lambda: parallel.check_shared(shared, first_step=40 * rank))
+    parallel.start("cpu", 1.0)
+    failing.run(lambda: parallel.check_shared(shared, first_step=40 * parallel.rank()))
 
 
 def test_nodes_that_do_not_share_out_dir_are_refused():

@@ -1,5 +1,4 @@
 """The sampler against the trainer, and the road from rollouts to one gradient, on models of 7,000 parameters."""
-import dataclasses
 import itertools
 import json
 import math
@@ -11,17 +10,13 @@ from conftest import HostReads, Recorded
 import model as model_file
 import rollout
 import toy
-from advantage import loss_scales, loss_totals, policy_loss, token_weights, train_mask
+from data import Problem
 from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import (
-    CORRECTION,
-    DIAGNOSIS,
     PREFIX,
     Completion,
     Rollout,
-    collate,
     generate,
-    microbatches,
     row_noise,
     sample,
 )
@@ -49,7 +44,7 @@ def draw(model, prompts=RAGGED, n=3, *, max_new_tokens=20, stop_ids=(3,), keys=N
 
 def rollout_of(prompt: list[int], ids: list[int], **fields) -> Rollout:
     fields = {"roles": [PREFIX] * len(ids)} | fields
-    return Rollout(uid="u", group="0", prompt_ids=prompt, completion_ids=ids, finished=True, text="", **fields)
+    return Rollout(Problem("u", "Q", "8"), group="0", prompt_ids=prompt, completion_ids=ids, finished=True, text="", **fields)
 
 
 def as_rollout(prompt: list[int], completion: Completion, **fields) -> Rollout:
@@ -285,16 +280,16 @@ def test_dropping_finished_rows_changes_nothing(drop_every, drop_share, monkeypa
     """Guards: cache, lengths, noise or output rows that lose their alignment when rows leave the batch."""
     model = tiny_model()
     expected = draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7))
-    monkeypatch.setattr(rollout, "DROP_EVERY", drop_every)
-    monkeypatch.setattr(rollout, "DROP_SHARE", drop_share)
+    monkeypatch.setattr(rollout, "LEAVE_EVERY", drop_every)
+    monkeypatch.setattr(rollout, "LEAVE_SHARE", drop_share)
     assert same(draw(model, n=8, max_new_tokens=30, stop_ids=(3, 7)), expected)
 
 
 def test_rows_that_wait_take_the_place_of_those_that_ended(monkeypatch, calls):
     """Guards: a batch that shrinks to its longest row while others wait; a newcomer whose prompt is longer or shorter than
     what the others have written, put at other positions or columns than its own; a cache that never lets columns go."""
-    monkeypatch.setattr(rollout, "DROP_EVERY", 1)
-    monkeypatch.setattr(rollout, "DROP_SHARE", 0)
+    monkeypatch.setattr(rollout, "LEAVE_EVERY", 1)
+    monkeypatch.setattr(rollout, "LEAVE_SHARE", 0)
     monkeypatch.setattr(model_file, "CACHE_BLOCK", 4)
     prompts = [*RAGGED, [1, 2, 4] * 10, [6] * 17]
     model, widths = tiny_model(), []
@@ -311,8 +306,8 @@ def test_rows_that_wait_take_the_place_of_those_that_ended(monkeypatch, calls):
 
 def test_prompts_are_prefilled_once_and_finished_rows_cost_nothing(monkeypatch, calls):
     """Guards: K prefills of one prompt, rows decoded on to the cap, a last forward pass whose logits nobody reads."""
-    monkeypatch.setattr(rollout, "DROP_EVERY", 1)
-    monkeypatch.setattr(rollout, "DROP_SHARE", 0)
+    monkeypatch.setattr(rollout, "LEAVE_EVERY", 1)
+    monkeypatch.setattr(rollout, "LEAVE_SHARE", 0)
     groups = draw(calls.of(tiny_model()), n=4, max_new_tokens=50, stop_ids=(3, 7))
     lengths = [len(c.ids) for group in groups for c in group]
     assert calls[0] == (5, 6) and len(calls) == max(lengths) < 50
@@ -357,13 +352,13 @@ def test_a_step_can_be_recorded_once_and_replayed(knobs, dtype, monkeypatch):
     model, prompts = tiny_model().to(dtype), [*RAGGED, [1, 2, 4] * 7]
     expected, graphs, replayed = draw(model, prompts, n=4, max_new_tokens=40, stop_ids=(3, 7), **knobs), [], []
 
-    def record(step, device):
+    def capture(step, device):
         graphs.append(Recorded())
         with graphs[-1]:
             step()
         return lambda replay=graphs[-1].replay: replayed.append(1) or replay()
 
-    monkeypatch.setattr(rollout, "record", record)
+    monkeypatch.setattr(rollout, "capture", capture)
     assert draw(model, prompts, n=4, max_new_tokens=40, stop_ids=(3, 7), **knobs) == expected
     assert len(graphs) >= 4 and len(replayed) > 20
 
@@ -443,139 +438,6 @@ def test_the_sampler_has_the_new_weights_after_an_optimiser_step(tied):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# batches
-
-
-def test_the_docstring_example_of_collate_is_literal():
-    batch = collate([rollout_of([5, 6], [7, 8, 2]), rollout_of([5], [9, 2])], [0.5, 0.25])
-    assert batch.inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert batch.targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
-    assert batch.completion_mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.loss_scale.tolist() == [0.5, 0.25]
-
-
-def test_every_field_of_a_batch_speaks_of_the_same_target():
-    """Guards: roles or sampler log-probs aligned with inputs, one column from the token they describe."""
-    roles = [PREFIX, DIAGNOSIS, CORRECTION, CORRECTION]
-    reflection = rollout_of([5, 6], [10, 11, 12, 13], roles=roles, is_reflection=True, advantage=1.5)
-    ordinary = rollout_of([5, 6, 7, 4, 3], [20, 2], sample_logprobs=[-0.5, -0.25], advantage=-2.0)
-    batch = collate([reflection, ordinary], [1.0, 2.0])
-    assert batch.targets[0].tolist() == [6, 10, 11, 12, 13, 0]
-    assert batch.roles[0].tolist() == [PREFIX, PREFIX, DIAGNOSIS, CORRECTION, CORRECTION, PREFIX]
-    assert batch.completion_mask[0].tolist() == [0, 1, 1, 1, 1, 0]
-    assert batch.sample_logprobs.tolist() == [[0] * 6, [0, 0, 0, 0, -0.5, -0.25]]
-    assert batch.targets[1].tolist() == [6, 7, 4, 3, 20, 2]
-    assert batch.advantages.tolist() == [1.5, -2.0] and batch.is_reflection.tolist() == [1, 0]
-    assert batch.inputs.dtype == batch.targets.dtype == torch.int64
-    assert all(x.dtype == torch.float32 for x in (batch.completion_mask, batch.sample_logprobs, batch.advantages,
-                                                  batch.is_reflection, batch.loss_scale))
-    moved = batch.to("cpu")
-    assert all(torch.equal(x, y) for x, y in zip(vars(batch).values(), vars(moved).values(), strict=True))
-
-
-def test_a_batch_masks_by_length_not_by_value():
-    """Guards trap 5: a prompt that ends, or a completion that has its middle or its stop token, in the padding id 0."""
-    batch = collate([rollout_of([5, 0], [0, 7, 0, 0]), rollout_of([0, 0, 5], [1, 2, 3, 4, 5])], [1.0, 1.0])
-    assert batch.completion_mask.tolist() == [[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
-    assert batch.targets.tolist() == [[0, 0, 7, 0, 0, 0, 0], [0, 5, 1, 2, 3, 4, 5]]
-
-
-def test_a_rows_logprobs_do_not_depend_on_its_padding():
-    """Guards trap 17: the last label of a row taken from elsewhere, attention that sees the padding."""
-    model = tiny_model()
-    rollouts = [as_rollout(p, c) for p, group in zip(RAGGED, draw(model)) for c in group]
-    batch = collate(rollouts, [1.0] * len(rollouts))
-    with torch.no_grad():
-        together, _ = model(batch.inputs, batch.targets)
-    for r, row, mask in zip(rollouts, together, batch.completion_mask):
-        alone = trainer_logprobs(model, r.prompt_ids, r.completion_ids)
-        torch.testing.assert_close(row[mask > 0], alone, atol=1e-5, rtol=0)
-    # the sampler's log-probs lie in the same columns: this difference is the parity metric of every step (trap 8)
-    assert ((together - batch.sample_logprobs) * batch.completion_mask).abs().max() < 1e-4
-
-
-def test_the_docstring_example_of_microbatches_is_literal():
-    rollouts = [rollout_of([1] * (n - 1), [2]) for n in (9, 3, 8, 4)]
-    assert microbatches(rollouts, 18) == [[0, 2], [3, 1]]
-
-
-@pytest.mark.parametrize("budget", [1, 10, 40, 100, 10**6])
-def test_microbatches_keep_the_budget_and_hold_every_row_once(budget):
-    """Guards: the budget compared with the sum of lengths instead of the padded rectangle; the last batch forgotten."""
-    g = torch.Generator().manual_seed(0)
-    rollouts = [rollout_of([1] * int(a), [2] * int(b)) for a, b in torch.randint(1, 15, (40, 2), generator=g)]
-    batches = microbatches(rollouts, budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(40))
-    for batch in batches:
-        inputs = collate([rollouts[i] for i in batch], [1.0] * len(batch)).inputs
-        assert inputs.shape[0] * (inputs.shape[1] + 1) <= budget or len(batch) == 1
-    assert len(batches) == {1: 40, 10**6: 1}.get(budget, len(batches))
-    assert microbatches([], budget) == []
-
-
-def a_step(model) -> list[Rollout]:
-    """Six ordinary rollouts and three reflections of very unequal lengths, with advantages."""
-    g = torch.Generator().manual_seed(1)
-    rollouts = [as_rollout(p, c, advantage=float(torch.randn((), generator=g)))
-                for p, group in zip(RAGGED[:3], draw(model, RAGGED[:3], 2)) for c in group]
-    for n, (first, last) in ((4, (1, 3)), (11, (5, 9)), (17, (2, 4))):
-        ids = torch.randint(9, (n,), generator=g).tolist()
-        roles = [PREFIX] * first + [DIAGNOSIS] * (last - first) + [CORRECTION] * (n - last)
-        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True, advantage=1.0 - n % 2 * 2))
-    return rollouts
-
-
-def gradient_of_a_step(model, rollouts, batches, loss_agg, loss_norm) -> tuple[float, dict[str, torch.Tensor]]:
-    """The update of train.py without its optimiser: micro-batches of these indices, one denominator."""
-    is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
-    trained = torch.tensor([len(r.roles) - r.roles.count(DIAGNOSIS) for r in rollouts])
-    totals = loss_totals(trained, is_reflection)
-    scale = loss_scales(trained, is_reflection, totals, lam=1.0, loss_agg=loss_agg, loss_norm=loss_norm)
-    model.zero_grad()
-    total = 0.0
-    for index in batches:
-        batch = collate([rollouts[i] for i in index], [float(scale[i]) for i in index])
-        logprobs, entropy = model(batch.inputs, batch.targets)
-        mask = train_mask(batch.completion_mask, batch.roles, batch.is_reflection, diagnosis="mask", train_prefix=True)
-        weights = token_weights(logprobs, entropy, batch.roles, batch.is_reflection)
-        old, advantage = logprobs.detach(), batch.advantages[:, None]
-        loss, _ = policy_loss(logprobs, old, advantage, mask, weights, batch.loss_scale, 0.2)
-        loss.backward()
-        total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("loss_norm", ["separate", "merged"])
-@pytest.mark.parametrize("loss_agg", ["sequence", "token"])
-def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(loss_agg, loss_norm):
-    """Guards trap 12 end to end, model + collate + loss, and trap 20: every tensor gets a gradient."""
-    model = tiny_model()
-    rollouts = a_step(model)
-    order = torch.randperm(9, generator=torch.Generator().manual_seed(2)).tolist()
-    partitions = [[rows[i:i + k] for i in range(0, 9, k)] for rows in (list(range(9)), order) for k in (1, 2, 8)]
-    partitions += [microbatches(rollouts, budget) for budget in (1, 30, 10**6)]
-    loss, gradients = gradient_of_a_step(model, rollouts, partitions[0], loss_agg, loss_norm)
-    assert all(g.abs().max() > 0 for g in gradients.values())
-    for batches in partitions[1:]:
-        other_loss, others = gradient_of_a_step(model, rollouts, batches, loss_agg, loss_norm)
-        assert other_loss == pytest.approx(loss, abs=1e-6)
-        for name, g in gradients.items():
-            torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7, rtol=1e-4)
-
-
-def test_filler_takes_part_and_counts_nowhere():
-    """A rank with nothing left to do runs it to keep step. Guards: a missing gradient (FSDP waits), or one not 0."""
-    model = tiny_model()
-    batch = collate([rollout.FILLER], [0.0])
-    logprobs, entropy = model(batch.inputs, batch.targets)
-    weights = token_weights(logprobs, entropy, batch.roles, batch.is_reflection)
-    old, advantage = logprobs.detach(), batch.advantages[:, None]
-    policy_loss(logprobs, old, advantage, batch.completion_mask, weights, batch.loss_scale, 0.2)[0].backward()
-    assert logprobs.shape == (1, 1) and batch.completion_mask.item() == 1
-    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # what is kept
 
 
@@ -591,5 +453,8 @@ def test_text_leaves_out_the_stop_token_and_nothing_else():
 
 
 def test_a_rollout_is_one_json_line():
+    tokenizer = toy.make_tokenizer()
     r = rollout_of([5, 6], [7, 2], sample_logprobs=[-0.1, -0.2], reward=1.0, answer="8")
-    assert Rollout(**json.loads(json.dumps(dataclasses.asdict(r)))) == r
+    row = json.loads(json.dumps(r.to_row(3, tokenizer)))
+    assert (row["step"], row["uid"], row["question"], row["gold"], row["prompt"]) == (3, "u", "Q", "8", tokenizer.decode([5, 6]))
+    assert row["completion_ids"] == [7, 2] and row["mask"] == [1, 1] and row["sample_logprobs"] == [-0.1, -0.2]
