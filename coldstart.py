@@ -111,6 +111,10 @@ def check_config(c: SimpleNamespace) -> None:
     if bool(c.examples) == bool(c.problems):
         raise ValueError(f"examples = {c.examples!r}, problems = {c.problems!r}: set exactly one, "
                          "worked examples or problems to sample on")
+    for path in filter(None, (c.examples, c.problems, c.eval_problems)):
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no file at {path}; `python toy.py findx` and "
+                                    "`python -m tools.prepare` make some")
     if c.stop_at_pass1 and not c.eval_problems:
         raise ValueError(f"stop_at_pass1 = {c.stop_at_pass1} has nothing to measure; set "
                          "eval_problems")
@@ -274,6 +278,19 @@ def sample_examples(tokenizer, c: SimpleNamespace, load, stop_ids, autocast) -> 
 # --------------------------------------------------------------------------------------------------
 
 
+def imitate(model, optimizer, rows: list[Rollout], **knobs) -> dict[str, float]:
+    """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over all rows -> metrics."""
+    # CRITICAL: one denominator for the whole step: a mean per micro-batch would weigh short rows more
+    set_loss_scales(rows, lam=1.0, loss_agg="token", loss_norm="merged")
+
+    def loss_fn(batch):
+        logprobs, _ = model(batch.inputs, batch.targets)
+        return nll_loss(logprobs, batch.mask, batch.loss_scale), {
+            "train/trained_tokens": batch.mask.sum()}
+
+    return means(update(model, optimizer, rows, loss_fn, **knobs))
+
+
 def main() -> None:
     """Examples, then masked cross-entropy on them until epochs or stop_at_pass1 end it."""
     config = configure(globals())
@@ -321,11 +338,6 @@ def main() -> None:
         keep_log(out / "metrics.jsonl", first_step)
     say(f"{num_params(model):,} parameters on {world_size()} x {device}, stop ids {stop_ids}")
 
-    def loss_fn(batch):
-        logprobs, _ = model(batch.inputs, batch.targets)
-        return nll_loss(logprobs, batch.mask, batch.loss_scale), {
-            "train/trained_tokens": batch.mask.sum()}
-
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps",
                disable=True if rank() else None)
@@ -335,14 +347,10 @@ def main() -> None:
         batch = [row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
         rate = set_learning_rate(optimizer, step, learning_rate=c.learning_rate,
                                  warmup_steps=c.warmup_steps, max_steps=max_steps)
-        # CRITICAL: one denominator, of all tokens of the batch: a mean per micro-batch would
-        # weigh short rows more
-        set_loss_scales(batch, lam=1.0, loss_agg="token", loss_norm="merged")
         with no_memory(tokens_per_microbatch=c.tokens_per_microbatch, offload=c.offload,
                        checkpoint_activations=c.checkpoint_activations):
-            metrics = means(update(
-                model, optimizer, batch, loss_fn, grad_clip=c.grad_clip, device=device,
-                autocast=autocast, tokens_per_microbatch=c.tokens_per_microbatch))
+            metrics = imitate(model, optimizer, batch, grad_clip=c.grad_clip, device=device,
+                              autocast=autocast, tokens_per_microbatch=c.tokens_per_microbatch)
         metrics["train/lr"] = rate
         done = step + 1
         bar.update()

@@ -38,9 +38,9 @@ def test_a_checkpoint_written_in_the_background_is_that_of_its_step(start, done,
     """Bug: training changes tensors that the thread has yet to write. Here it may write only when a later step has begun."""
     later, save, score = threading.Event(), checkpoint.save_hf, train.score
 
-    def score_and_tell(rollouts, problem_of):
-        score(rollouts, problem_of)
-        if min(problem_of) == 12:  # the fourth step: the third has changed the weights
+    def score_and_tell(rollouts):
+        score(rollouts)
+        if rollouts[0].query == 12:  # the fourth step: the third has changed the weights
             later.set()
 
     monkeypatch.setattr(train, "score", score_and_tell)
@@ -78,7 +78,7 @@ def test_the_best_by_held_out_pass1_is_kept_beside_the_newest(start, tmp_path, m
     """Bug: the only good checkpoint of a run that later collapses is deleted by keep_last."""
     author(monkeypatch)
     pass1 = iter((0.2, 0.9, 0.5, 0.9, 0.1))
-    monkeypatch.setattr(train, "evaluate", lambda *_: {"eval/pass1": next(pass1)})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"eval/pass1": next(pass1)})
     run(start, tmp_path / "out", monkeypatch, max_steps=5, eval_interval=1, eval_problems=str(start / "held_out.jsonl"),
         **GRPO | {"keep_last": 1})
     assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["step_000002", "step_000005"]
@@ -122,7 +122,7 @@ def test_a_checkpoint_without_its_moments_is_not_resumed(start, done, monkeypatc
 
 
 def test_moments_of_another_model_are_not_resumed(start, done, monkeypatch):  # noqa: F811
-    model = CausalLM(ModelConfig(vocab_size=62, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    model = CausalLM(ModelConfig(vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
                                  num_key_value_heads=1, head_dim=16, max_position_embeddings=256, eos_token_id=0))
     save_hf(model, toy.make_tokenizer(), done / "step_000004")
     change_config(done, log_kl=False)  # no reference model that would not fit either
@@ -132,7 +132,7 @@ def test_moments_of_another_model_are_not_resumed(start, done, monkeypatch):  # 
 def test_a_checkpoint_of_another_model_than_init_from_is_not_resumed(start, done, tmp_path, monkeypatch):  # noqa: F811
     """Bug: init_from was overwritten by another model; KL against that one is reported as KL against the start."""
     shutil.copytree(start, tmp_path / "start")
-    model = CausalLM(ModelConfig(vocab_size=62, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+    model = CausalLM(ModelConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
                                  num_key_value_heads=1, head_dim=16, max_position_embeddings=256, eos_token_id=0))
     save_hf(model, toy.make_tokenizer(), tmp_path / "start/model")
     change_config(done, init_from=str(tmp_path / "start/model"), problems=str(tmp_path / "start/train.jsonl"))
@@ -162,10 +162,10 @@ def test_a_signal_ends_the_step_saves_and_the_resumed_run_is_the_same(  # noqa: 
     author(monkeypatch)
     score = train.score
 
-    def preempted(rollouts, problem_of):
-        if min(problem_of) == 4:  # in the second step
+    def preempted(rollouts):
+        if rollouts[0].query == 4:  # in the second step
             os.kill(os.getpid(), number)
-        score(rollouts, problem_of)
+        score(rollouts)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "score", preempted)
@@ -224,8 +224,8 @@ def test_problems_that_changed_between_run_and_resume_are_noticed(start, done, t
 
 
 @pytest.mark.parametrize("where, knobs", [
-    ("generate", "max_rows = 256"),
-    ("policy_loss", "tokens_per_microbatch = 512, checkpoint_activations = False, offload = False")])
+    ("sample_rollouts", "max_rows = 256"),
+    ("policy_loss", "tokens_per_microbatch = 512, offload = False, checkpoint_activations = False")])
 def test_out_of_memory_names_the_knobs_of_its_phase_and_the_last_checkpoint(start, done, monkeypatch, where, knobs):  # noqa: F811
     """Bug: forty lines of allocator advice, and no word of which knob to turn."""
     def exhausted(*_, **__):
@@ -239,14 +239,15 @@ def test_out_of_memory_names_the_knobs_of_its_phase_and_the_last_checkpoint(star
 def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(start, tmp_path, monkeypatch):  # noqa: F811
     """Bug: only the loss is looked at. Here it is finite in the second step, and its gradient is not."""
     author(monkeypatch)
-    policy_loss, learning_rate_at, now = train.policy_loss, train.learning_rate_at, {}
+    policy_loss, set_learning_rate, now = train.policy_loss, train.set_learning_rate, {}
 
     def steep(logprobs, *args):
         loss, stats = policy_loss(logprobs, *args)
         nothing = (logprobs - logprobs.detach()).sum()  # its square root is 0, with an infinite slope
         return loss + nothing.sqrt() if now["step"] == 1 else loss, stats
 
-    monkeypatch.setattr(train, "learning_rate_at", lambda step, c: (now.update(step=step), learning_rate_at(step, c))[1])
+    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, step, **k: (
+        now.update(step=step), set_learning_rate(optimizer, step, **k))[1])
     monkeypatch.setattr(train, "policy_loss", steep)
     rows = run(start, tmp_path / "out", monkeypatch, **GRPO)
     assert [row["train/skipped"] for row in rows] == [0, 1, 0] and abs(rows[1]["train/loss"]) < 1e3

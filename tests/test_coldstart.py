@@ -1,4 +1,5 @@
 """The cold start trains what it says: nothing from planted mistakes, one denominator, the same run after a resume."""
+import contextlib
 import json
 import os
 import re
@@ -14,18 +15,15 @@ import coldstart
 import jsonl
 import reflect
 import reward
+import rollout
 import toy
-import train
 from checkpoint import checkpoints
-from data import Problem, encode_prompts, load_problems, load_tokenizer, render_prompt, save_problems
+from data import Problem, load_tokenizer, render_prompt, save_problems
 from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import Completion
 
-TINY = """--init_from=scratch --world=findx --instruction= --template=short --hidden_size=16 --intermediate_size=16
-    --num_hidden_layers=1 --num_attention_heads=2 --num_key_value_heads=1 --head_dim=8 --max_new_tokens=12 --max_steps=3
-    --batch_size=6 --learning_rate=0.01 --warmup_steps=2 --tokens_per_microbatch=400 --eval_interval=2 --eval_samples=2
-    --n_eval=3 --n_problems=(20,3,3) --save_interval=2 --threads=1""".split()
-PLAIN = torch.autocast("cpu", enabled=False)
+TINY = """--instruction= --template=short --max_new_tokens=12 --batch_size=6 --epochs=1 --learning_rate=0.01 --warmup_steps=2
+    --tokens_per_microbatch=400 --eval_interval=2 --eval_samples=2 --save_interval=2 --threads=1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +41,33 @@ def exact_grader(monkeypatch):
     monkeypatch.setattr(reward, "grade_many", grade_many)
 
 
-def run(folder, *more):
-    """coldstart.py in this process, as the command line would run it. The knobs are module globals: put them back."""
-    before = dict(vars(coldstart))
-    arguments = [*TINY, f"--out_dir={folder}", f"--problems_dir={folder}/data", *more]
-    try:
-        original = coldstart.configure
-        coldstart.configure = lambda knobs: original(knobs, arguments)
-        coldstart.main()
-    finally:
-        vars(coldstart).update(before)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tokenizer):
+    """A folder with a tiny model, worked examples and held-out problems."""
+    folder = tmp_path_factory.mktemp("start")
+    save_hf(tiny_model(), tokenizer, folder / "model")
+    questions = [p.question for p in toy.make_problems("findx", "train", 20)]
+    jsonl.write(folder / "examples.jsonl", [e.to_row() for e in toy.worked_examples("findx", questions, 54, 0)])
+    save_problems(toy.make_problems("findx", "validation", 3), folder / "held_out.jsonl")
+    return folder
+
+
+@pytest.fixture
+def run(start):
+    """run(folder, *more, steps=3): coldstart.py in this process, as the command line would run it. The knobs are module
+    globals: they are put back."""
+    def call(folder, *more, steps=3):
+        before, examples = dict(vars(coldstart)), start / f"examples_{steps}.jsonl"
+        jsonl.write(examples, jsonl.read(start / "examples.jsonl")[:6 * steps])
+        arguments = [*TINY, f"--init_from={start / 'model'}", f"--examples={examples}", f"--out_dir={folder}",
+                     f"--eval_problems={start / 'held_out.jsonl'}", *more]
+        try:
+            original = coldstart.configure
+            coldstart.configure = lambda knobs: original(knobs, arguments)
+            coldstart.main()
+        finally:
+            vars(coldstart).update(before)
+    return call
 
 
 def metrics(folder):
@@ -65,48 +80,44 @@ def weights(folder):
 
 def config_of(**changes):
     knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower() and type(v) in (bool, int, float, str, tuple)}
-    return SimpleNamespace(**knobs | {"world": "findx", "instruction": ""} | changes)
+    return SimpleNamespace(**knobs | {"instruction": ""} | changes)
 
 
 def tiny_model():
-    c = config_of(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                  head_dim=8)
-    return coldstart.start_model(c, "scratch", "cpu")[1]
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    return CausalLM(ModelConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id))
 
 
-def toy_rows(tokenizer, batch_size):
+def written(tokenizer, question, text, no_loss=()):
+    return coldstart.written(tokenizer, render_prompt(tokenizer, question, ""), text, no_loss)
+
+
+def toy_rows(tokenizer, n):
     questions = [p.question for p in toy.make_problems("findx", "train", 50)]
-    return coldstart.toy_rows(tokenizer, questions, config_of(batch_size=batch_size), 0)
+    return [written(tokenizer, e.prompt, e.completion, e.no_loss) for e in toy.worked_examples("findx", questions, n, 0)]
 
 
 def shown(tokenizer, row):
     """The completion with one underscore for every character whose token carries no loss."""
-    pieces = [(tokenizer.decode([i]), m) for i, m in zip(row.completion_ids, row.loss_mask)]
+    pieces = [(tokenizer.decode([i]), m) for i, m in zip(row.completion_ids, row.mask)]
     return "".join(piece if m else "_" * len(piece) for piece, m in pieces)
 
 
 # --- rows ---
 
-def test_kinds_leave_out_all_other_examples_and_keep_their_proportion(tokenizer):
-    questions = [p.question for p in toy.make_problems("findx", "train", 50)]
-    rows = coldstart.toy_rows(tokenizer, questions, config_of(batch_size=400, kinds=("direct", "give_up")), 0)
-    texts = [tokenizer.decode(row.prompt_ids + row.completion_ids) for row in rows]
-    assert not any("Wait" in text or "<reconstruction>" in text or "<solve>" in text for text in texts)
-    direct = sum(" ok. Answer" in text for text in texts) / len(texts)
-    shares = toy.SHARES["findx"]
-    assert abs(direct - shares["direct"] / (shares["direct"] + shares["give_up"])) < 0.08
-
-
 def test_a_row_is_the_rendered_prompt_the_completion_and_the_stop_token(tokenizer):
-    row = coldstart.encode(tokenizer, "x*7-21=35", "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
+    row = written(tokenizer, "x*7-21=35", "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
     assert row.prompt_ids == render_prompt(tokenizer, "x*7-21=35", "")
     assert tokenizer.decode(row.completion_ids) == "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}<|im_end|>"
-    assert row.loss_mask == [1.0] * len(row.completion_ids)
+    assert row.mask == [1.0] * len(row.completion_ids)
 
 
 def test_tokens_of_a_planted_mistake_carry_no_loss_and_their_neighbours_do(tokenizer):
     text = "Try 12: 12*7=84, 84-21=63 high. Answer: \\boxed{12}"
-    row = coldstart.encode(tokenizer, "x*7-21=35", text, [(4, 6), (len(text) - 3, len(text) - 1)])
+    row = written(tokenizer, "x*7-21=35", text, [(4, 6), (len(text) - 3, len(text) - 1)])
     assert shown(tokenizer, row) == "Try __: 12*7=84, 84-21=63 high. Answer: \\boxed{__}<|im_end|>"
 
 
@@ -122,22 +133,15 @@ def test_of_the_toy_solutions_only_a_first_guess_whose_check_fails_is_masked(tok
     assert masked > 10
 
 
-def test_collate_shifts_once_and_pads_on_the_right():
-    rows = [coldstart.Row([5, 6], [7, 8, 2], [0.0, 1.0, 1.0]), coldstart.Row([5], [9, 2], [1.0, 1.0])]
-    inputs, targets, mask = coldstart.collate(rows)
-    assert inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
-    assert targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
-    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]]
-
-
 # --- the update ---
 
-def gradients(model, rows, **changes):
-    """What update() leaves in the weights' gradients, with an optimizer that does nothing."""
+def gradients(model, rows, budget=400):
+    """What the update leaves in the weights' gradients, with an optimizer that does nothing."""
     found = []
     optimizer = SimpleNamespace(step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
                                 zero_grad=lambda set_to_none: model.zero_grad())
-    stats = coldstart.update(model, optimizer, rows, config_of(grad_clip=1e9, **changes), "cpu", PLAIN)
+    stats = coldstart.imitate(model, optimizer, rows, tokens_per_microbatch=budget, grad_clip=1e9, device="cpu",
+                              autocast=contextlib.nullcontext())
     return found, stats
 
 
@@ -145,26 +149,26 @@ def test_a_masked_token_gets_no_gradient_whatever_it_is(tokenizer):
     model = tiny_model()
     prompt, target = tokenizer("x*7")["input_ids"], tokenizer("84")["input_ids"]
     # the last completion token is masked: nothing is predicted from it, so it can only matter as a target
-    rows = [[coldstart.Row(prompt, [*target, last], [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
+    rows = [[coldstart.imitated(prompt, [*target, last], [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
     (one, loss_one), (two, loss_two) = (gradients(model, r) for r in rows)
     assert loss_one == loss_two and loss_one["train/trained_tokens"] == 2
     assert all(torch.equal(a, b) for a, b in zip(one, two))
     # the same token with its mask on does matter
-    rows[0][0].loss_mask[-1] = 1.0
+    rows[0][0].mask[-1] = 1.0
     assert any(not torch.equal(a, b) for a, b in zip(one, gradients(model, rows[0])[0]))
 
 
 def test_loss_and_gradient_are_the_formula_and_do_not_depend_on_the_microbatches(tokenizer):
     model = tiny_model()
     rows = toy_rows(tokenizer, 7)
-    whole, stats = gradients(model, rows, tokens_per_microbatch=10 ** 6)
-    parts, parted = gradients(model, rows, tokens_per_microbatch=1)
+    whole, stats = gradients(model, rows, 10 ** 6)
+    parts, parted = gradients(model, rows, 1)
     total, count = 0.0, 0.0
     for r in rows:  # straight from the definition, row by row
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
         logprobs = torch.log_softmax(model(ids[:, :-1]) @ model.head_weight.T, -1).gather(-1, ids[:, 1:, None])[0, :, 0]
-        total = total - (logprobs[len(r.prompt_ids) - 1:] * torch.tensor(r.loss_mask)).sum()
-        count += sum(r.loss_mask)
+        total = total - (logprobs[len(r.prompt_ids) - 1:] * torch.tensor(r.mask)).sum()
+        count += sum(r.mask)
     assert stats["train/trained_tokens"] == count
     assert stats["train/loss"] == pytest.approx((total / count).item(), rel=1e-5)
     assert parted["train/loss"] == pytest.approx(stats["train/loss"], rel=1e-5)
@@ -176,33 +180,32 @@ def test_loss_and_gradient_are_the_formula_and_do_not_depend_on_the_microbatches
 
 # --- runs ---
 
-def test_three_steps_end_to_end_leave_a_model_problem_files_and_metrics(tmp_path):
+def test_three_steps_end_to_end_leave_a_model_and_metrics(tmp_path, run):
     run(tmp_path)
     rows = metrics(tmp_path)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["train/grad_norm"] > 0 for r in rows)
     assert [("eval/pass1" in r) for r in rows] == [False, True, True]
-    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 62
-    assert len((tmp_path / "data" / "findx_train.jsonl").read_text().splitlines()) == 20
+    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 60
     with pytest.raises(ValueError, match="already holds a run"):
         run(tmp_path)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
-    run(tmp_path / "whole", "--max_steps=5")
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, run):
+    run(tmp_path / "whole", steps=5)
     steps = []
-    original = coldstart.update
+    original = coldstart.imitate
 
-    def dies_in_its_fourth_step(*args):
+    def dies_in_its_fourth_step(*args, **kwargs):
         steps.append(1)
         if len(steps) == 4:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(coldstart, "update", dies_in_its_fourth_step)
+    monkeypatch.setattr(coldstart, "imitate", dies_in_its_fourth_step)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", "--max_steps=5")
+        run(tmp_path / "killed", steps=5)
     assert [folder.name for folder in checkpoints(tmp_path / "killed")] == ["step_000002"]
-    run(tmp_path / "killed", "--max_steps=5", "--resume=True")
+    run(tmp_path / "killed", "--resume=True", steps=5)
     timeless = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(tmp_path / name)]
                 for name in ("whole", "killed")]
     assert timeless[0] == timeless[1] and len(steps) == 7
@@ -210,27 +213,27 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tmp_path, monkeypatch):
-    steps, original = [], coldstart.update
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tmp_path, monkeypatch, run):
+    steps, original = [], coldstart.imitate
 
-    def preempted_in_its_third_step(*args):
+    def preempted_in_its_third_step(*args, **kwargs):
         steps.append(1)
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(coldstart, "update", preempted_in_its_third_step)
+    monkeypatch.setattr(coldstart, "imitate", preempted_in_its_third_step)
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path, "--max_steps=5")
+        run(tmp_path, steps=5)
     assert stop.value.code == 143 and not (tmp_path / "final").exists()
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step_000003"]  # keep_last = 1
-    run(tmp_path, "--max_steps=5", "--resume=True")
+    run(tmp_path, "--resume=True", steps=5)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5] and len(steps) == 5
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_run(tmp_path, monkeypatch):
+def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_run(tmp_path, monkeypatch, run):
     """Bug: NaN in one gradient, NaN in every weight from then on, and saved."""
-    run(tmp_path / "one", "--max_steps=1")
+    run(tmp_path / "one", steps=1)
     norms, clip = [], torch.nn.utils.clip_grad_norm_
 
     def not_finite_from_the_second_on(*args):
@@ -239,68 +242,54 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_r
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", not_finite_from_the_second_on)
     with pytest.raises(ValueError, match="not finite in 3 steps in a row"):
-        run(tmp_path / "out", "--max_steps=9", "--save_interval=1", "--warmup_steps=0")
+        run(tmp_path / "out", "--save_interval=1", "--warmup_steps=0", steps=9)
     assert [row["train/skipped"] for row in metrics(tmp_path / "out")] == [0, 1, 1, 1]
     saved = load_hf(checkpoints(tmp_path / "out")[-1]).state_dict()
     assert all(weight.isfinite().all() for weight in saved.values())
 
 
-def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(coldstart, "measure", lambda *args: {"eval/pass1": 0.5})
-    run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4")
+def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch, run):
+    monkeypatch.setattr(coldstart, "evaluate", lambda *args, **_: {"eval/pass1": 0.5, "eval/truncated": 0.0})
+    run(tmp_path, "--stop_at_pass1=0.4", steps=9)
     assert [r["step"] for r in metrics(tmp_path)] == [1, 2]
-    run(tmp_path, "--max_steps=9", "--stop_at_pass1=0.4", "--resume=True")
+    run(tmp_path, "--stop_at_pass1=0.4", "--resume=True", steps=9)
     assert len(metrics(tmp_path)) == 2
 
 
-def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path, tokenizer):
-    run(tmp_path / "start", "--max_steps=1")
-    problems = toy.make_problems("findx", "train", 4)
-    save_problems(problems, tmp_path / "solved.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "solved.jsonl").read_text().splitlines()]
-    for row, p in zip(lines, problems):
-        row["solution"] = toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))
-    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    source = ["--world=", f"--init_from={tmp_path / 'start' / 'final'}", f"--problems={tmp_path / 'solved.jsonl'}",
-              "--max_steps=0"]
-    run(tmp_path / "taught", *source, "--epochs=6", "--batch_size=4")
+def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path, run):
+    lines = [{"question": p.question, "answer": p.answer, "solution": toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))}
+             for p in toy.make_problems("findx", "train", 4)]
+    jsonl.write(tmp_path / "solved.jsonl", lines)
+    source = [f"--examples={tmp_path / 'solved.jsonl'}", "--epochs=6", "--batch_size=4"]
+    run(tmp_path / "taught", *source)
     losses = [r["train/loss"] for r in metrics(tmp_path / "taught")]
     assert len(losses) == 6 and losses[-1] < losses[0]
     del lines[2]["solution"]
-    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    with pytest.raises(ValueError, match='solved.jsonl:3: no "solution"'):
+    jsonl.write(tmp_path / "solved.jsonl", lines)
+    with pytest.raises(ValueError, match='solved.jsonl:3: no "prompt" with "completion", nor "question" with "solution"'):
         run(tmp_path / "again", *source)
 
 
-def test_a_solution_with_a_wrong_response_and_a_synthesis_is_an_example_of_both_formats(tmp_path, tokenizer):
-    p = toy.make_problems("findx", "train", 1)[0]
-    right, wrong = (toy.trial(p.question, x) + toy.boxed(x) for x in (int(p.answer), int(p.answer) + 1))
-    written = f"<analysis>{wrong}</analysis><reconstruction>{right}</reconstruction>"
-    row = {"uid": "a", "question": p.question, "answer": p.answer, "solution": right, "wrong": wrong, "synthesis": written}
-    c = config_of(problems=str(tmp_path / "solved.jsonl"), template="short")
-    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
-    sft, ift = coldstart.solution_rows(tokenizer, c, 1024)
-    assert sft == coldstart.encode(tokenizer, p.question, right)
-    assert ift.prompt_ids == reflect.synthesis_prompt(tokenizer, p, wrong, right, "short")
-    assert shown(tokenizer, ift) == written + "<|im_end|>"
-    del row["synthesis"]
-    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match="solved.jsonl:1: has one of"):
-        coldstart.solution_rows(tokenizer, c, 1024)
-    del row["wrong"]
-    (tmp_path / "solved.jsonl").write_text(json.dumps(row))
-    longest = len(sft.prompt_ids) + len(sft.completion_ids)
-    assert len(coldstart.solution_rows(tokenizer, c, longest)) == 1
-    with pytest.raises(ValueError, match=f"solved.jsonl:1: an example of {longest} tokens does not fit the model's context of"):
-        coldstart.solution_rows(tokenizer, c, longest - 1)
+def test_a_line_is_a_question_to_be_instructed_or_a_prompt_as_it_stands(tmp_path, tokenizer):
+    """Bug: the instruction behind a synthesis prompt; a span of no loss that is ignored; an example cut by the context."""
+    path = tmp_path / "examples.jsonl"
+    jsonl.write(path, [{"prompt": "x*7-21=35<micro>", "completion": "Try 8", "no_loss": [[4, 5]]},
+                       {"question": "x*7-21=35", "solution": "Try 8", "no_loss": [[4, 5]]}, {"question": "x=2", "solution": "2"}])
+    rows = coldstart.read_examples(str(path), tokenizer, "+1", 1024)
+    assert [tokenizer.decode(row.prompt_ids) for row in rows] == [
+        "<|user|>x*7-21=35<micro><|assistant|>", "<|user|>x*7-21=35+1<|assistant|>", "<|user|>x=2+1<|assistant|>"]
+    assert [shown(tokenizer, row) for row in rows] == ["Try _<|im_end|>", "Try _<|im_end|>", "2<|im_end|>"]
+    longest = max(map(len, rows))
+    assert len(coldstart.read_examples(str(path), tokenizer, "+1", longest)) == 3
+    with pytest.raises(ValueError, match=f"examples.jsonl:[12]: an example of {longest} tokens does not fit .* of {longest - 1}"):
+        coldstart.read_examples(str(path), tokenizer, "+1", longest - 1)
 
 
 @pytest.mark.parametrize("knob, message", [
-    ("--init_from=", "init_from"), ("--world=findy", "findy"), ("--problems=x.jsonl", "exactly one"),
-    ("--kinds=('direct', 'short')", "short.*use some of direct, reflective"), ("--max_steps=0", "max_steps"),
-    ("--template=brief", "brief"), ("--batch_size=0", "batch_size")])
-def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message):
-    with pytest.raises(ValueError, match=message):
+    ("--init_from=", "init_from"), ("--problems=x.jsonl", "exactly one"), ("--examples=", "exactly one"),
+    ("--template=brief", "brief"), ("--batch_size=0", "batch_size"), ("--examples=nowhere.jsonl", "nowhere.jsonl")])
+def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message, run):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(tmp_path, knob)
     assert not list(tmp_path.iterdir())
 
@@ -329,8 +318,8 @@ def scripted(monkeypatch, tokenizer):
         ids = [[[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in answers(text, n)] for text in texts]
         return [[Completion(i, [0.0] * len(i), True) for i in group] for group in ids]
 
-    monkeypatch.setattr(coldstart, "generate", generate)
-    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setattr(reflect, "generate", generate)
     return asked
 
 
@@ -342,12 +331,14 @@ def rollout_config(folder, tokenizer, **changes):
     save_hf(tiny_model(), tokenizer, folder / "policy")
     return config_of(**{
         "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"), "out_dir": str(folder),
-        "world": "", "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
+        "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
         "max_synthesis_tokens": 100} | changes)
 
 
 def rollout_rows(tokenizer, c):
-    return coldstart.rollout_rows(tokenizer, (tokenizer.eos_token_id,), c, "cpu")
+    def load():
+        return load_hf(c.init_from, num_tokens=len(tokenizer))
+    return coldstart.sample_examples(tokenizer, c, load, (tokenizer.eos_token_id,), contextlib.nullcontext())
 
 
 def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(tmp_path, tokenizer, scripted):
@@ -359,7 +350,7 @@ def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesi
         assert re.fullmatch(r"_+Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>", shown(tokenizer, row))
         assert "<micro>" not in tokenizer.decode(row.prompt_ids)
     for row in rows[4:]:
-        assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>") and set(row.loss_mask) == {1.0}
+        assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>") and set(row.mask) == {1.0}
         assert tokenizer.decode(row.completion_ids).startswith("<analysis>")
 
 
@@ -402,8 +393,8 @@ def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(tmp_p
 
 def test_a_response_with_a_line_separator_is_read_back_after_a_kill(tmp_path, tokenizer, scripted, monkeypatch):
     """Bug: str.splitlines cuts the stored round in two."""
-    text = coldstart.completion_text
-    monkeypatch.setattr(coldstart, "completion_text", lambda *args: text(*args) + "\u2028\x85")
+    text = rollout.completion_text
+    monkeypatch.setattr(rollout, "completion_text", lambda *args: text(*args) + "\u2028\x85")
     c = rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1)
     whole = rollout_rows(tokenizer, c)
     c.resume = True
@@ -422,8 +413,8 @@ def test_a_rule_writes_the_synthesis_where_the_model_cannot(tmp_path, monkeypatc
         ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in (*wrong, right)]
         return [[Completion(i, [0.0] * len(i), True) for i in ids] for _ in prompts]
 
-    monkeypatch.setattr(train, "generate", generate)
-    monkeypatch.setattr(coldstart, "generate", None)  # never asked
+    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setattr(reflect, "generate", lambda model, prompts, n, **_: [] if not prompts else 1 / 0)  # never asked
     c = rollout_config(tmp_path, tokenizer, synthesis="rule", samples_per_prompt=3, n_sft=2, n_ift=2,
                        queries_per_round=2, max_new_tokens=200, max_synthesis_tokens=400)
     save_problems([Problem(str(i), f"{i} and 4, twice?", "14") for i in range(4)], tmp_path / "problems.jsonl")
@@ -434,7 +425,7 @@ def test_a_rule_writes_the_synthesis_where_the_model_cannot(tmp_path, monkeypatc
     assert n_asked == [3, 3] and len(rows) == 4
     for row in rows[:2]:
         kept = tokenizer(wrong[1], add_special_tokens=False)["input_ids"]
-        assert row.completion_ids[:4] == kept[:4] and row.loss_mask[:4] == [0.0] * 4
+        assert row.completion_ids[:4] == kept[:4] and row.mask[:4] == [0.0] * 4
         assert tokenizer.decode(row.completion_ids) == (
             "3 + 4 = 7\n7 * 2 = 13\nWait, 7 * 2 is not 13.\n7 * 2 = 14\nThe answer is \\boxed{14}.<|im_end|>")
     for row in rows[2:]:
@@ -459,21 +450,3 @@ def test_an_untrained_model_gives_no_example_and_is_told_so(tmp_path, tokenizer)
     with pytest.raises(ValueError, match="this run cannot learn: 7 problems gave no example .*start from a model that") as e:
         rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, max_new_tokens=8))
     assert "\n" not in str(e.value)
-
-
-def test_measure_knows_a_perfect_construction_from_a_misplaced_one(tmp_path, tokenizer, scripted, monkeypatch):
-    c = rollout_config(tmp_path, tokenizer, eval_samples=2, world="findx")
-    held_out = load_problems(c.problems)
-    model = tiny_model()
-    encode_prompts(tokenizer, held_out, c.instruction)
-    found = coldstart.measure(model, tokenizer, held_out, (tokenizer.eos_token_id,), c)
-    assert found == {"eval/pass1": 0.5, "eval/truncated": 0.0, "eval/reflects_after_error": 0.0, "eval/parsed": 1.0,
-                     "eval/constructed": 1.0, "eval/right": 1.0, "eval/localised": 1.0}
-    construction = toy.construction
-
-    def early(question, wrong):  # stops before the evidence is complete
-        analysis, prefix, reflection, correction = construction(question, wrong)
-        return analysis, prefix[:prefix.index(", ") + 2], reflection, correction
-    monkeypatch.setattr(toy, "construction", early)
-    found = coldstart.measure(model, tokenizer, held_out, (tokenizer.eos_token_id,), c)
-    assert found["eval/localised"] == 0.0 and found["eval/right"] == 1.0

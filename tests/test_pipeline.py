@@ -1,7 +1,6 @@
 """The whole way of a text, from a problem file through cold start, training and evaluation back to the files, on tokenizers of
 five kinds: byte-level BPE with and without an unk token, byte fallback, word level, and Qwen3's own where it is at hand."""
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import coldstart
 import eval as evaluation
 import jsonl
 import reflect
+import rollout
 import train
-from configurator import configure
 from data import load_tokenizer
 from model import CausalLM, ModelConfig, save_hf
 from rollout import Completion
@@ -71,13 +70,13 @@ def set_knobs(monkeypatch, module, **knobs):
 
 def test_no_character_is_lost_between_a_problem_file_and_the_rollouts(folder, monkeypatch):
     tokenizer = load_tokenizer(folder / "model")
-    for module in (train, coldstart, evaluation):
+    for module in (rollout, reflect, evaluation):
         monkeypatch.setattr(module, "generate", scripted(tokenizer))
     small = {"init_from": str(folder / "model"), "max_new_tokens": 300, "device": "cpu", "threads": 1}
     optimiser = {"tokens_per_microbatch": 1024, "learning_rate": 1e-3, "warmup_steps": 0, "eval_interval": 0}
 
     set_knobs(monkeypatch, coldstart, **small, **optimiser, problems=str(folder / "train.jsonl"), out_dir=str(folder / "taught"),
-              from_rollouts=True, synthesis="rule", template="short", n_sft=9, n_ift=9, samples_per_prompt=2, epochs=1,
+              synthesis="rule", template="short", n_sft=9, n_ift=9, samples_per_prompt=2, epochs=1,
               max_synthesis_tokens=900)
     coldstart.main()
     found = [r for row in jsonl.read(folder / "taught/examples.jsonl")[1:] for r in row["results"]]
@@ -113,13 +112,11 @@ def test_a_word_level_tokenizer_names_what_it_cannot_write_and_trains_on_the_res
     for name, questions in (("plain", PLAIN), ("emoji", ["x = 😀"])):
         jsonl.write(tmp_path / f"{name}.jsonl", [{"uid": i, "question": q, "answer": 5, "solution": right}
                                                  for i, q in enumerate(questions)])
-    knobs = [f"--init_from={tmp_path}/model", "--instruction=", "--max_new_tokens=20"]
-    plain, emoji = (SimpleNamespace(**configure(dict(vars(coldstart)), [*knobs, f"--problems={tmp_path}/{name}.jsonl"]))
-                    for name in ("plain", "emoji"))
-    rows = coldstart.solution_rows(tokenizer, plain, 256)
+    plain, emoji = (str(tmp_path / f"{name}.jsonl") for name in ("plain", "emoji"))
+    rows = coldstart.read_examples(plain, tokenizer, "", 256)
     assert [tokenizer.decode(row.completion_ids[:-1]).replace(" ", "") for row in rows] == [right.replace(" ", "")] * 5
     with pytest.raises(ValueError, match="the tokenizer has no token for '😀' in the prompt"):
-        coldstart.solution_rows(tokenizer, emoji, 256)
+        coldstart.read_examples(emoji, tokenizer, "", 256)
     tokenizer.chat_template = BARE.replace("<|im_start|>", "assistant")
     with pytest.raises(ValueError, match="the tokenizer has no token for the chat template's own words in the prompt"):
-        coldstart.solution_rows(tokenizer, plain, 256)
+        coldstart.read_examples(plain, tokenizer, "", 256)
