@@ -114,7 +114,7 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path, bad, words):
 def test_empty_and_missing_problem_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no problems"):
         data.load_problems(write(tmp_path / "p.jsonl", "", ""))
-    with pytest.raises(FileNotFoundError, match="data.py"):
+    with pytest.raises(FileNotFoundError, match="tools.prepare"):
         data.load_problems(tmp_path / "none.jsonl")
 
 
