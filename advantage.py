@@ -1,5 +1,6 @@
-"""All equations of the paper as pure tensor functions: advantages (Eq. 1, 4, 5), OTS weights (Eq. 7),
-the policy loss (Eq. 2, 6, 8); beside them the KL estimate and OPSD's divergence (arXiv 2601.18734).
+"""All equations of the paper as pure tensor functions: advantages (Eq. 1, 4, 5), OTS weights
+(Eq. 7), the policy loss (Eq. 2, 6, 8); beside them the KL estimate and OPSD's divergence (arXiv
+2601.18734).
 
 Alphabet: N rollouts of a step, B rows of a micro-batch, T tokens, V vocabulary. Masks are float
 multipliers of fixed shape and nothing here waits for the device: no boolean indexing, no `.item()`.
@@ -50,7 +51,7 @@ def advantages(rewards: torch.Tensor, queries: list[int], groups: list[str],
                   that two right ones give A = 0 while a single one gives A = 1: the paper's rule.
         'reward'  nothing: A = r for every construction.
         'orig'    mean and std of the ordinary rollouts of its query: it sees how hard the query is.
-        'joint'   mean and std of rollouts and constructions together (the reading of §4.5, Table 4).
+        'joint'   mean and std of rollouts and constructions together (as §4.5, Table 4 read).
     """
     rewards = rewards.double()
     result = torch.zeros_like(rewards)
@@ -151,7 +152,7 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
 
 
 def nll_loss(logprobs: torch.Tensor, mask: torch.Tensor, loss_scale: torch.Tensor) -> torch.Tensor:
-    """Maximum likelihood, -sum_t scale * log p: the cold start, and `method = 'sft'`. (B,T) x2, (B,)."""
+    """Maximum likelihood, -sum_t scale * log p: cold start, `method = 'sft'`. (B,T) x2, (B,)."""
     return -(loss_scale[:, None] * torch.where(mask > 0, logprobs, 0.0)).sum()
 
 
@@ -169,7 +170,7 @@ def kl_to_ref(logprobs: torch.Tensor, ref_logprobs: torch.Tensor,
 
 def generalised_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float,
                     clip: float) -> torch.Tensor:
-    """OPSD's per-token divergence over the full vocabulary: (n,V) x2 -> (n,). No gradient to the teacher.
+    """OPSD's per-token divergence over the full vocabulary: (n,V) x2 -> (n,).
 
     With m = (1 - beta) p_student + beta p_teacher: beta KL(p_teacher || m) + (1 - beta)
     KL(p_student || m); the ends are the plain directions, beta = 0 KL(teacher || student), beta = 1

@@ -1,7 +1,7 @@
-"""The cold start (§3.2): supervised training on two formats, so that RL begins with a policy that reflects.
+"""The cold start (§3.2): supervised training on two formats, so that RL can begin.
 
     python toy.py findx && python coldstart.py config/coldstart_toy.py   # from nothing, minutes
-    python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl  # the paper's way
+    python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl   # the paper's
     python coldstart.py --init_from=out/small --examples=solved.jsonl    # worked examples
 
 SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One
@@ -155,7 +155,7 @@ def read_examples(path: str, tokenizer, instruction: str, context: int) -> list[
 
 
 def written(tokenizer, prompt_ids: list[int], text: str, no_loss=()) -> Rollout:
-    """A completion that somebody wrote, as a Rollout: mask 0 where a token touches a no_loss span."""
+    """A written completion as a Rollout: mask 0 where a token touches a no_loss span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [float(all(high <= start or low >= end for start, end in no_loss))
             for low, high in encoded["offset_mapping"]]
@@ -279,8 +279,8 @@ def sample_examples(tokenizer, c: SimpleNamespace, load, stop_ids, autocast) -> 
 
 
 def imitate(model, optimizer, rows: list[Rollout], **knobs) -> dict[str, float]:
-    """One step of masked cross-entropy: -sum(logprobs * mask) / sum(mask) over all rows -> metrics."""
-    # CRITICAL: one denominator for the whole step: a mean per micro-batch would weigh short rows more
+    """One step of masked cross-entropy, -sum(logprobs * mask) / sum(mask) over all rows."""
+    # CRITICAL: one denominator for the step: a mean per micro-batch would weigh short rows more
     set_loss_scales(rows, lam=1.0, loss_agg="token", loss_norm="merged")
 
     def loss_fn(batch):

@@ -68,7 +68,7 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
         "truncated": [not r.finished for r in rollouts],
         "reflect_rate": [reflect.reflects(r.text) for r in rollouts],
         "zero_variance_groups": [len(values) == 1 for values in rewards.values()]}
-    for grade in ("no_answer", "unparsable", "timeout", "error"):  # counted apart from wrong (trap 23)
+    for grade in ("no_answer", "unparsable", "timeout", "error"):  # apart from wrong (trap 23)
         values[grade] = [r.grade == grade for r in rollouts]
     return sums_of("rollout/", values) | {"rollout/tokens": float(sum(lengths))}
 
@@ -80,7 +80,8 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
     the update with logprobs and ots_weights, or its drop reason.
     """
     counts = {name: float(count) for name, count in selected.items()}
-    counts |= {f"dropped_{reason}": float(outcomes.count(reason)) for reason in reflect.DROP_REASONS}
+    for reason in reflect.DROP_REASONS:
+        counts[f"dropped_{reason}"] = float(outcomes.count(reason))
     built = [r for r in outcomes if not isinstance(r, str)]
     lost = [reason for reason in outcomes if isinstance(reason, str)]
     groups: dict[str, set[float]] = {}  # of reflections alone, also where decoupled = False
@@ -106,7 +107,8 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
                     pairs = zip(getattr(r, attribute), r.roles, strict=True)
                     found += [value for value, of in pairs if of == role]
     counts["kept"] = float(len(built))
-    return {f"reflect/{name}": count for name, count in counts.items()} | sums_of("reflect/", values)
+    counts = {f"reflect/{name}": count for name, count in counts.items()}
+    return counts | sums_of("reflect/", values)
 
 
 def train_sums(batch, logprobs, entropy, old_logprobs, weights, ref_logprobs=None) -> dict:
@@ -128,7 +130,8 @@ def train_sums(batch, logprobs, entropy, old_logprobs, weights, ref_logprobs=Non
     return sums
 
 
-def evaluate(model, tokenizer, problems: list, n: int, *, seed: int, **sampling) -> dict[str, float]:
+def evaluate(model, tokenizer, problems: list, n: int, *, seed: int,
+             **sampling) -> dict[str, float]:
     """eval/*: Pass@1 on held-out problems at the training temperature, n samples of each.
 
     The full protocol (T 0.6, Pass@k, intervals) is eval.py's. sampling: see rollout.generate.
@@ -154,28 +157,28 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
     """
     found = []
     if m["rollout/truncated"] == 1:
-        found.append(f"every response was truncated at max_new_tokens = {max_new_tokens}: raise it, "
-                     "or check the stop ids")
+        found.append(f"every response was truncated at max_new_tokens = {max_new_tokens}: raise "
+                     "it, or check the stop ids")
     if m["rollout/zero_variance_groups"] == 1:
         why = ("too hard for this model, or its answers do not follow the format"
                if m["rollout/pass1"] < 0.5 else "too easy for this model")
-        found.append("this run cannot learn from such a step: in every group all rewards are equal, "
-                     f"so every advantage is 0 (mean reward {m['rollout/pass1']:.2f}: the problems "
-                     f"are {why})")
+        found.append("this run cannot learn from such a step: in every group all rewards are "
+                     f"equal, so every advantage is 0 (mean reward {m['rollout/pass1']:.2f}: the "
+                     f"problems are {why})")
     if m.get("train/parity_mean", 0) > PARITY_ALARM:
-        found.append(f"sampler and trainer disagree: mean |log-prob gap| {m['train/parity_mean']:.3f}"
-                     f" is above {PARITY_ALARM}: stale weights, or another temperature or mask in "
-                     "one of the two")
+        found.append("sampler and trainer disagree: mean |log-prob gap| "
+                     f"{m['train/parity_mean']:.3f} is above {PARITY_ALARM}: stale weights, or "
+                     "another temperature or mask in one of the two")
     if m["train/skipped"]:
         found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm "
                      f"{m['train/grad_norm']}")
     if lost_steps >= 3:
         reason = max(reflect.DROP_REASONS, key=lambda name: m.get(f"reflect/dropped_{name}", 0))
-        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is GRPO: "
-                     f"most are {reason}; {reflect.DROP_REASONS[reason]}")
+        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is "
+                     f"GRPO: most are {reason}; {reflect.DROP_REASONS[reason]}")
     if method in ("tapo", "sft") and dry_steps >= 20:
-        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3): {method} has nothing to "
-                     "reflect upon; lower n_pos or n_neg, or sample more")
+        found.append(f"no query was eligible for {dry_steps} steps (Eq. 3): {method} has nothing "
+                     "to reflect upon; lower n_pos or n_neg, or sample more")
     return found
 
 
@@ -196,10 +199,12 @@ def console_line(step: int, max_steps: int, m: dict[str, float]) -> str:
                      f"mixed {show('reflect/mixed_groups', '.2f')} "
                      f"ots {show('train/ots_weight', '.2f')}")
     return " | ".join([*parts, f"lr {show('train/lr', '.1e')}", f"{show('time/step', '.2f')} s"])
-def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[str, float]], None]:
-    """What to call with (step, metrics) besides writing metrics.jsonl. wandb and tensorboard are imported only if asked for.
 
-    A resumed run goes on in the same place. The steps that it does once more are there already: tensorboard drops the old
+
+def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[str, float]], None]:
+    """-> log(step, metrics) to wandb or tensorboard; imported only on demand.
+
+    A resumed run goes on in the same place. Of the steps it repeats tensorboard drops the old
     values, wandb keeps them.
     """
     if not log_to:
@@ -211,18 +216,21 @@ def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[
         else:
             from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(f"log_to = {log_to!r} needs a package that is not installed: `pip install {log_to}`, or leave log_to "
-                         "out, metrics.jsonl holds the same numbers") from None
+        raise ValueError(f"log_to = {log_to!r} needs a package that is not installed: `pip install "
+                         f"{log_to}`, or leave log_to out, metrics.jsonl holds the same "
+                         "numbers") from None
     out.mkdir(parents=True, exist_ok=True)
     if log_to == "wandb":
-        mark = out / "wandb_id"  # lives and goes with the run's folder: a new run in its place is another one to wandb, too
+        mark = out / "wandb_id"  # goes with the folder: a new run in its place is another one
         if not mark.is_file():
             mark.write_text(secrets.token_hex(4))
         try:
-            run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tapo"), name=config["out_dir"], id=mark.read_text(),
-                             resume="allow", dir=str(out), config=config)
+            run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tapo"), resume="allow",
+                             name=config["out_dir"], id=mark.read_text(), dir=str(out),
+                             config=config)
         except Exception as e:  # no login, no network
-            raise ValueError(f"log_to = 'wandb': {e} Log in, or set WANDB_MODE=offline and `wandb sync` later") from None
+            raise ValueError(f"log_to = 'wandb': {e} Log in, or set WANDB_MODE=offline and `wandb "
+                             "sync` later") from None
         return lambda step, metrics: run.log(metrics, step=step)
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 

@@ -1,4 +1,4 @@
-"""OPSD, on-policy self-distillation (arXiv 2601.18734): the baseline in which a model teaches itself.
+"""OPSD, on-policy self-distillation (arXiv 2601.18734): a model teaches itself.
 
 The student answers the plain question. The teacher is the same model with a right solution in its
 prompt, and says at every token of the student's own response how it would have gone on. The

@@ -30,7 +30,7 @@ from model import CausalLM
 
 
 def check_world(replicas: int, prompts_per_step: int = 0) -> None:
-    """ValueError, before anything is started, if queries or replicas do not divide the processes."""
+    """ValueError, before anything starts, if queries or replicas do not fit the processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if prompts_per_step % world:
         raise ValueError(f"prompts_per_step = {prompts_per_step} is not divisible by the {world} "

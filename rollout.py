@@ -107,7 +107,7 @@ def sample_rollouts(model, tokenizer, queries: list[tuple[int, Problem]], n: int
 
 
 def completion_text(tokenizer, completion: Completion) -> str:
-    """The completion without its stop token: for grader, synthesis prompt and logs, never the loss."""
+    """The completion without its stop token: for grader, prompts and logs, never the loss."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -119,7 +119,7 @@ def row_noise(key: tuple[int, ...], n: int) -> np.ndarray:
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
            top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inverse CDF. logits (B,V) fp32, uniforms (B,) fp64 -> tokens, logprobs (B,).
+    """One token per row by inverse CDF. logits (B,V) fp32, uniforms (B,) fp64 -> tokens, logprobs.
 
     The log-prob is that of the distribution drawn from: softmax(logits / temperature), renormalised
     over the nucleus if top_p < 1. temperature 0 is greedy, with log-prob 0. One uniform per row
@@ -221,7 +221,7 @@ class Decoder:
         self.slot, self.cache, self.replay = self.drawn[:0], None, None
 
     def join(self, slots: list[int], prompts: list[list[int]], noise: np.ndarray) -> None:
-        """Prefill new rows, draw their first token, append them to the cache. noise (rows, width)."""
+        """Prefill new rows, draw their first token, append them to the cache. noise (n, width)."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         cache, logits = prefill(self.model, distinct, head=self.cache and self.cache.head)
         number = {prompt: k for k, prompt in enumerate(distinct)}
@@ -235,8 +235,8 @@ class Decoder:
         self.slot, self.replay = torch.cat([self.slot, slots]), None
 
     def draw(self, logits: torch.Tensor, slot: torch.Tensor) -> None:
-        """The next token of the rows in these slots. A row that has ended draws on, into the scratch
-        column behind its last token, until it leaves."""
+        """The next token of the rows in these slots. A row that has ended draws on until it leaves,
+        into the scratch column behind its last token."""
         at = slot, self.drawn[slot]
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
         self.tokens[at] = token
@@ -244,7 +244,7 @@ class Decoder:
         self.ended[slot] |= self.is_stop[token] | (self.drawn[slot] == self.max_new_tokens)
 
     def step(self) -> None:
-        """Decode one token per row. CUDA-graph safe: no host sync, no Python scalar that changes."""
+        """Decode one token per row. CUDA-graph safe: no host sync, no scalar that changes."""
         last = self.tokens[self.slot, self.drawn[self.slot] - 1]
         self.draw(self.model(last[:, None], cache=self.cache), self.slot)
 
@@ -279,7 +279,7 @@ def capture(step, device: torch.device):
     hundreds of small kernels, and launching them takes longer than running them. A graph reads and
     writes the memory that step() did, so it dies with a change of rows or cache; only one lives at
     a time, as two would share cuBLAS's workspace."""
-    step()  # also warms up what must not be created while capturing: plans, workspaces, compiled code
+    step()  # also creates what must not be created while capturing: workspaces, compiled code
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
@@ -290,7 +290,10 @@ def capture(step, device: torch.device):
 
 
 def prefill(model, prompts: list, head: torch.Tensor | None = None) -> tuple[KVCache, torch.Tensor]:
-    """Keys and values of D prompts, and logits (D,V) of the next token. head: an earlier cache's."""
+    """Keys and values of D prompts, and logits (D,V) of the next token.
+
+    head: of an earlier cache, so that it is cast once.
+    """
     device, width = model.head_weight.device, max(map(len, prompts))
     # Left-padded: all rows write the same cache column. Padding is masked by length, not by id.
     inputs = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
@@ -309,7 +312,7 @@ def row_bytes(config, prompt: int, new: int, size: int) -> float:
 
 
 def rows_that_fit(model, prompt: int, new: int) -> int:
-    """max_rows = 0: rows of `prompt` + `new` tokens that MEMORY_SHARE of free memory holds, >= 1."""
+    """max_rows = 0: rows of `prompt` + `new` tokens in MEMORY_SHARE of free memory, at least 1."""
     device = model.head_weight.device
     if device.type == "cuda":  # what the driver has left, and what torch holds without using it
         free = torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algorithm 1 from top to bottom.
+"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algorithm 1.
 
     python train.py config/toy.py                         # two CPU cores, about two minutes
     python train.py config/toy.py --method=grpo           # also opsd, sft
@@ -73,7 +73,7 @@ from rollout import PAIRING, REFLECTION, ROLLOUT, Rollout, sample_rollouts
 from update import set_learning_rate, set_loss_scales, set_old_logprobs, update
 
 # --- what is learned ------------------------------------------------------------------------------
-method: one_of("tapo", "grpo", "opsd", "sft") = "tapo"  # grpo: Eq. 2 alone; sft: likelihood of y_ref
+method: one_of("tapo", "grpo", "opsd", "sft") = "tapo"  # grpo: Eq. 2; sft: likelihood of y_ref
 init_from = ""              # Hugging Face folder or hub id of the start; also the KL's reference
 problems = ""               # jsonl of {"uid", "question", "answer"}
 eval_problems = ""          # held-out jsonl, measured every eval_interval; "" = none
@@ -91,17 +91,17 @@ max_rows: at_least(0) = 256             # rows that decode at once; 0: as many a
 # --- micro-reflective trajectories (lines 8-14) ---------------------------------------------------
 n_pos: at_least(1) = 2                  # Eq. 3: a group is eligible with at least n_pos right ...
 n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
-m_max: at_least(1) = 4                  # wrong responses of a group that are reflected upon, at most
+m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
 prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro keeps y- up to its error
 ref_negatives = True                    # train on wrong constructions too ('w/o Negative', Table 4)
 max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
-decoupled = True            # G_ref normalised alone (Eq. 4, 5); False: with the rollouts ('w/o DAE')
+decoupled = True            # G_ref normalised alone (Eq. 4, 5); False: 'w/o DAE'
 ref_advantage: one_of("group", "reward", "orig", "joint") = "group"  # group: Eq. 5; reward: A = r
 ots = True                              # Eq. 7 weighs the tokens of constructed trajectories
 weighting: one_of(*WEIGHTINGS) = "ots"  # ... by this function of advantage.py
-diagnosis: one_of("mask", "ots", "train") = "mask"  # inserted diagnosis: no gradient; ots: the paper
+diagnosis: one_of("mask", "ots", "train") = "mask"  # of the diagnosis; ots: the paper
 train_prefix = True                     # False also masks the preserved wrong reasoning
 w_min: at_least(0) = 0.01               # Eq. 7 clips to [w_min, w_max]
 w_max: above(0) = 10.0
@@ -113,7 +113,7 @@ kl_coef: at_least(0) = 0.0              # the paper has no KL term ...
 log_kl = True                           # ... but logs KL(policy || start): one more forward pass
 updates_per_step: at_least(1) = 1       # with 1 the ratio of Eq. 2 is exactly 1
 opsd_loss: one_of("jsd", "sampled") = "jsd"  # full-vocabulary divergence, or the sampled token's
-opsd_beta: between(0, 1) = 0.5          # weight of the teacher in the mixture; 0 KL(teacher || student)
+opsd_beta: between(0, 1) = 0.5          # weight of the teacher in the mixture
 opsd_clip: at_least(0) = 0.0            # cut of a token's divergence; 0 = none
 # --- the optimiser (AdamW, no weight decay) -------------------------------------------------------
 learning_rate: at_least(0) = 1e-6       # after warm-up a cosine to 0

@@ -37,8 +37,9 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """The same batch on another device, copied without waiting."""
-        return Batch(**{name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                        for name, value in vars(self).items()})
+        moved = {name: value.to(device, non_blocking=True)
+                 for name, value in vars(self).items() if torch.is_tensor(value)}
+        return Batch(**{"rows": self.rows} | moved)
 
     def columns_of(self, b: int) -> slice:
         """Columns of row b's completion tokens."""
@@ -102,7 +103,7 @@ def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
                      tokens_per_microbatch: int, device, autocast) -> None:
     """r.old_logprobs of this rank's rows: the policy before the first of several updates (Eq. 2).
 
-    With one update per step the old policy is the policy itself and no pass is spent on it (trap 9).
+    With one update per step the old policy is the policy itself: no pass is spent on it (trap 9).
     """
     for rows in microbatches_of(rollouts, tokens_per_microbatch):
         batch = collate(rows).to(device)
@@ -114,7 +115,9 @@ def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
 
 def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch], tuple], *,
            tokens_per_microbatch: int, grad_clip: float, device, autocast) -> dict[str, float]:
-    """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts -> train/* sums.
+    """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts.
+
+    -> sums of train/*.
 
     loss_fn(batch) -> (scalar loss, {name: sum}); every rank is given all rollouts, in one order,
     and works on its share. Nothing in the loop waits for the device.

@@ -257,7 +257,7 @@ def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_pat
 
 
 def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path, run):
-    lines = [{"question": p.question, "answer": p.answer, "solution": toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))}
+    lines = [{"question": p.question, "solution": toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))}
              for p in toy.make_problems("findx", "train", 4)]
     jsonl.write(tmp_path / "solved.jsonl", lines)
     source = [f"--examples={tmp_path / 'solved.jsonl'}", "--epochs=6", "--batch_size=4"]

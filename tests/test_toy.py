@@ -451,7 +451,8 @@ def test_a_world_is_a_folder_of_files(tmp_path, monkeypatch):
         run(monkeypatch, "findx", "--levels=1", "--examples=40", f"--out={tmp_path / folder}")
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "coldstart.jsonl", "model/model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    assert [len(load_problems(tmp_path / "a" / f"{split}.jsonl", check_answers=False)) for split in toy.SPLITS] == [3005, 352, 401]
+    sizes = [len(load_problems(tmp_path / "a" / f"{split}.jsonl", check_answers=False)) for split in toy.SPLITS]
+    assert sizes == [3005, 352, 401]
     rows = [json.loads(line) for line in (tmp_path / "a/coldstart.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and any("<micro>" in row["prompt"] for row in rows) and any("no_loss" in row for row in rows)
     assert rows[0] == {"prompt": "x*3-7=23", "completion": "Try 10: 10*3=30, 30-7=23 ok. Answer: \\boxed{10}"}

@@ -92,7 +92,8 @@ def a_step(model) -> list[Rollout]:
         ids = torch.randint(9, (n,), generator=g).tolist()
         roles = [PREFIX] * first + [DIAGNOSIS] * (last - first) + [CORRECTION] * (n - last)
         mask, ots = token_masks(roles, diagnosis="mask", train_prefix=True, ots=True)
-        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True, advantage=1.0 - n % 2 * 2, mask=mask, ots=ots))
+        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True, advantage=1.0 - n % 2 * 2, mask=mask,
+                                   ots=ots))
     return rollouts
 
 
