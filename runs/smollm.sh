@@ -80,7 +80,8 @@ for method in $METHODS; do
   rate_of[$method]=$(best_rate $method)
   echo "== $method: learning rate ${rate_of[$method]}"
 done
-for name in sft coldstart; do at_once; evaluate $name "$OUT/$name/final" & done
+at_once; evaluate solutions "$OUT/sft/final" &  # "sft" would be the method, SFT on y_ref
+at_once; evaluate coldstart "$OUT/coldstart/final" &
 for ((seed = 0; seed < SEEDS; seed++)); do
   for method in $METHODS; do
     run=${method}_lr${rate_of[$method]}_s$seed
@@ -92,7 +93,7 @@ done
 wait
 
 list() { for ((s = 0; s < SEEDS; s++)); do echo "$OUT/eval/$1_s$s.json"; done | paste -sd+; }
-groups=() runs=() names=(sft coldstart)
+groups=() runs=() names=(solutions coldstart)
 for method in $METHODS; do
   groups+=("$(list $method)")
   for ((s = 0; s < SEEDS; s++)); do
@@ -107,6 +108,6 @@ for name in "${names[@]}"; do
 done
 if ((${#groups[@]} > 1)); then python -m tools.compare "${groups[@]}" --out="$OUT/compare.json"; fi
 python -m tools.report "${runs[@]}" --out="$OUT/report.html" \
-  --evals="$(ls "$OUT"/eval/*_s*.json "$OUT"/eval/{sft,coldstart}.json | paste -sd,)"
+  --evals="$(ls "$OUT"/eval/*_s*.json "$OUT"/eval/{solutions,coldstart}.json | paste -sd,)"
 # log-probs and prompts, judged by transformers
 python -m tools.rehearsal check "$OUT/runs" "$(basename "${runs[0]}")"

@@ -235,7 +235,6 @@ def test_two_queries_never_share_a_mean_even_under_one_group_name(ref_advantage)
     assert lopsided.tolist()[2:] == [0.0, 0.0]
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # masks and weights
 
@@ -452,11 +451,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(loss_agg, loss_norm):
         torch.testing.assert_close(gradient, results[0][1], atol=1e-12, rtol=0)
 
 
-def test_a_row_without_trained_tokens_counts_nowhere():
-    """Guards: empty rows counted as rollouts that could learn."""
+@pytest.mark.parametrize("loss_agg,loss_norm,expected", [
+    ("sequence", "separate", [1 / 6, 0, 1 / 10, 1 / 4, 0, 1 / 8]), ("token", "separate", [1 / 8, 0, 1 / 8, 1 / 6, 0, 1 / 6]),
+    ("sequence", "merged", [1 / 12, 0, 1 / 20, 1 / 8, 0, 1 / 16]), ("token", "merged", [1 / 14, 0, 1 / 14, 1 / 14, 0, 1 / 14])])
+def test_a_row_without_trained_tokens_counts_nowhere(loss_agg, loss_norm, expected):
+    """Guards: empty rows counted as rollouts that could learn, in the one denominator that counts rollouts and tokens."""
     lengths, ref = torch.tensor([3, 0, 5, 2, 0, 4]), torch.tensor([0.0, 0, 0, 1, 1, 1])
-    scale = loss_scales(lengths, ref, lam=1.0, loss_agg="sequence", loss_norm="separate")
-    assert scale.tolist() == pytest.approx([1 / 6, 0, 1 / 10, 1 / 4, 0, 1 / 8])
+    scale = loss_scales(lengths, ref, lam=1.0, loss_agg=loss_agg, loss_norm=loss_norm)
+    assert scale.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("loss_agg,loss_norm,expected", [

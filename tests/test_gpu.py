@@ -58,7 +58,7 @@ def test_no_token_waits_for_the_device(monkeypatch):
 
     model = tiny_model().cuda()
     expected = draw(model, **KNOBS)
-    monkeypatch.setattr(rollout, "record", strict)
+    monkeypatch.setattr(rollout, "capture", strict)
     assert same(draw(model, **KNOBS), expected)
 
 
@@ -83,14 +83,19 @@ def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch
 def test_fsdp_over_nccl_samples_trains_saves_and_resumes(start, tmp_path, monkeypatch, device="cuda"):  # noqa: F811
     """A world of one, wrapped all the same: shard, gather, a recorded step on the gathered tensors, an update in bf16, a
     checkpoint. Resumed after the second step, the third is that of the uninterrupted run."""
-    def by_length(rollouts, problem_of):
+    def by_length(rollouts):
         for r in rollouts:
             r.reward, r.grade = float(len(r.completion_ids) % 2), "correct"
+
+    def of_several(*args, **knobs):
+        with monkeypatch.context() as patch:
+            patch.setattr(parallel, "world_size", lambda: 2)
+            return precision(*args, **knobs)
 
     replays, precision = [], parallel.precision
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
-    monkeypatch.setattr(parallel, "precision", lambda c, world, device: precision(c, 2, device))
+    monkeypatch.setattr(parallel, "precision", of_several)
     monkeypatch.setattr(train, "score", by_length)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

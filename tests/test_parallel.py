@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 import failing
 import parallel
 import train
+import update
 from configurator import configure
 from model import load_hf
 from parallel import balance
@@ -289,7 +290,7 @@ def test_a_batch_without_a_useful_token_changes_nothing(start, tmp_path):  # noq
 def test_balance_deals_every_row_once_and_the_same_number_of_batches(monkeypatch):
     """Trap 21. Guards: ranks with different numbers of forward passes hang under FSDP; rows lost in the remainder."""
     lengths = [n + 3 for n in (9, 2, 7, 7, 3, 30, 1)]
-    for world in (1, 2, 3, 5, 8):
+    for world in (1, 2, 3, 4, 5, 9):
         monkeypatch.setattr(parallel, "world_size", lambda world=world: world)
         dealt = []
         for rank in range(world):
@@ -299,6 +300,8 @@ def test_balance_deals_every_row_once_and_the_same_number_of_batches(monkeypatch
         rows = [i for batches in dealt for batch in batches for i in batch]
         assert sorted(i for i in rows if i < len(lengths)) == list(range(len(lengths)))
         assert set(rows) - set(range(len(lengths))) <= {len(lengths)}  # where the caller puts a filler
+    (filler,), = update.microbatches_of([], 24)[:1]
+    assert len(filler.prompt_ids) == len(filler.completion_ids) == len(filler.roles) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The sampler against the trainer, and the road from rollouts to one gradient, on models of 7,000 parameters."""
+"""The sampler against the trainer, on models of 7,000 parameters."""
 import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import HostReads, Recorded
@@ -15,6 +16,7 @@ from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import (
     PREFIX,
     Completion,
+    Decoder,
     Rollout,
     generate,
     row_noise,
@@ -363,6 +365,28 @@ def test_a_step_can_be_recorded_once_and_replayed(knobs, dtype, monkeypatch):
     assert len(graphs) >= 4 and len(replayed) > 20
 
 
+@torch.no_grad()
+def test_whatever_moves_the_cache_ends_a_recorded_step(monkeypatch):
+    """Guards: a CUDA graph replayed on memory that is no longer the cache's."""
+    made = []
+    monkeypatch.setattr(rollout, "capture", lambda step, device: made.append(step()) or step)
+    monkeypatch.setattr(rollout, "LEAVE_SHARE", 0)
+    monkeypatch.setattr(model_file, "CACHE_BLOCK", 32)
+    decoder = Decoder(tiny_model(), 3, max_new_tokens=60, stop_ids=(), temperature=1.0, top_p=1.0)
+    decoder.join([0, 1], [[5, 1, 2]] * 2, np.full((2, 61), 0.5))
+    for columns in (11, 19, 27):
+        decoder.decode()
+        assert decoder.cache.reserved == columns and len(made) == 1, "there was room for these"
+    decoder.decode()
+    assert len(made) == 2, "the cache has grown"
+    decoder.join([2], [[4]], np.full((1, 61), 0.5))
+    assert decoder.replay is None
+    decoder.decode()
+    assert len(made) == 3 and decoder.replay
+    decoder.ended[0] = True
+    assert [slot for slot, _, _ in decoder.leave()] == [0] and decoder.replay is None
+
+
 def test_sampling_is_in_eval_mode_without_a_graph_and_leaves_the_model_in_the_mode_it_found():
     """Guards: a graph over every decoded token that fills the memory; a training loop that goes on in eval mode."""
     model, during = tiny_model(), set()
@@ -455,6 +479,9 @@ def test_text_leaves_out_the_stop_token_and_nothing_else():
 def test_a_rollout_is_one_json_line():
     tokenizer = toy.make_tokenizer()
     r = rollout_of([5, 6], [7, 2], sample_logprobs=[-0.1, -0.2], reward=1.0, answer="8")
+    hidden = ("problem", "ots", "old_logprobs", "teacher_prompt_ids")
     row = json.loads(json.dumps(r.to_row(3, tokenizer)))
     assert (row["step"], row["uid"], row["question"], row["gold"], row["prompt"]) == (3, "u", "Q", "8", tokenizer.decode([5, 6]))
     assert row["completion_ids"] == [7, 2] and row["mask"] == [1, 1] and row["sample_logprobs"] == [-0.1, -0.2]
+    read = {name: row[name] for name in vars(r) if name not in hidden}
+    assert Rollout(r.problem, **read) == r  # nothing that is kept changes on its way
