@@ -28,7 +28,8 @@ KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in (
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO = "tapo", "grpo"
 ROWS = {  # row: what it is
-    "solutions": "SFT on worked solutions", "coldstart": "cold start", "grpo": "GRPO", "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
+    "solutions": "SFT on worked solutions", "coldstart": "cold start", "grpo": "GRPO",
+    "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
     "copy": "control: y_ref is a copy of y+",
     "grpo_long": "GRPO, as much time as TAPO",
     "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
