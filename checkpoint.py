@@ -6,8 +6,9 @@
     out_dir/metrics.jsonl    one row a step
     out_dir/rollouts/        every rollout and reflection of every step
 
-Everything is written under a temporary name and renamed, so a kill at any moment leaves the previous state usable.
-Data order, noise and learning rate are functions of the step counter: there is no random state to save (trap 22).
+Everything is written under a temporary name and renamed, so a kill at any moment leaves the
+previous state usable. Data order, noise and learning rate are functions of the step counter: there
+is no random state to save (trap 22).
 """
 import copy
 import datetime
@@ -47,8 +48,8 @@ MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_
 
 
 def keep_log(path: Path, last_step: int) -> None:
-    """Drop the rows after last_step from metrics.jsonl: a run killed after its last checkpoint will run those again. A last
-    line torn by the kill goes with them."""
+    """Drop the rows after last_step from metrics.jsonl: a run killed after its last checkpoint will
+    run those again. A last line torn by the kill goes with them."""
     jsonl.write(path, [row for row in jsonl.read(path) if row["step"] <= last_step])
 
 
@@ -75,32 +76,39 @@ def read_meta(folder: Path) -> dict:
 class Saver:
     """Writes the checkpoints of a run, one at a time; made and called by all processes together.
 
-    background: the state is copied to host memory and written by a thread while training goes on. What goes wrong there is
-    raised by the next `check`, `save` or `wait`.
+    background: the state is copied to host memory and written by a thread while training goes on.
+    What goes wrong there is raised by the next `check`, `save` or `wait`.
     """
 
     def __init__(self, tokenizer, config: dict, *, background: bool = False):
         self.out, self.config = Path(config["out_dir"]), config
-        self.tokenizer = copy.deepcopy(tokenizer)  # one of its own: a fast tokenizer is not for two threads at once
+        # one of its own: a fast tokenizer is not for two threads at once
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
         self.group, self.first = None, True
-        if dist.is_initialized():  # a group of its own, as collectives of two threads must not meet in one
+        # a group of its own, as collectives of two threads must not meet in one
+        if dist.is_initialized():
             timeout = datetime.timedelta(minutes=config["timeout_minutes"])
             self.group, self.first = dist.new_group(backend="gloo", timeout=timeout), dist.get_rank() == 0
         if self.first:
-            for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:  # what a killed run was writing, or deleting
+            # what a killed run was writing, or deleting
+            for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:
                 shutil.rmtree(partial)
 
     def save(self, folder: Path, model, optimizer, step: int, pass1: float | None = None) -> None:
-        """Write one checkpoint, then delete all but the newest keep_last and the best by held-out pass1.
+        """Write one checkpoint, then delete all but the newest keep_last and the best by held-out
+        pass1.
 
-        ValueError when it cannot be written (disk full): the older ones are intact and the message names the newest of them.
+        ValueError when it cannot be written (disk full): the older ones are intact and the message
+        names the newest of them.
         """
         self.wait()
         background = self.thread is not None
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if not optimizer.state:  # no update yet, all were skipped: torch makes the state by a step with gradient 0, and counts it
+        # no update yet, all were skipped: torch makes the state by a step with gradient 0, and
+        # counts it
+        if not optimizer.state:
             get_optimizer_state_dict(model, optimizer)
             for state in optimizer.state.values():
                 state["step"].zero_()
@@ -108,7 +116,8 @@ class Saver:
         meta = {"format": FORMAT, "step": step, "eval/pass1": pass1, "config": self.config}
         if not background:
             return self._write(folder, model, weights, moments, meta)
-        if next(model.parameters()).device.type == "cpu":  # then these are the live tensors, else they are copies already
+        # then these are the live tensors, else they are copies already
+        if next(model.parameters()).device.type == "cpu":
             weights, moments = copy.deepcopy((weights, moments))
         self.pending = self.thread.submit(self._write, folder, model, weights, moments, meta)
 
@@ -141,7 +150,8 @@ class Saver:
         if self.first:
             self._delete_old()
         if self.group:
-            dist.barrier(self.group)  # nobody speaks of a checkpoint, or ends the job, before it is there
+            # nobody speaks of a checkpoint, or ends the job, before it is there
+            dist.barrier(self.group)
 
     def _delete_old(self) -> None:
         found = checkpoints(self.out)
@@ -149,12 +159,13 @@ class Saver:
         best = max((folder for folder in found if pass1[folder] is not None), key=pass1.get, default=None)
         for old in found[:-self.config["keep_last"]]:
             if old != best:
-                shutil.rmtree(old.rename(old.with_name("." + old.name)))  # hidden first: a kill leaves no half of it
+                # hidden first: a kill leaves no half of it
+                shutil.rmtree(old.rename(old.with_name("." + old.name)))
 
 
 def load_optimizer(folder: Path, model, optimizer) -> None:
-    """Put the moments of a checkpoint back, whatever number of processes wrote them. ValueError if they are not there whole,
-    or are those of another model."""
+    """Put the moments of a checkpoint back, whatever number of processes wrote them. ValueError if
+    they are not there whole, or are those of another model."""
     moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
         dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
@@ -165,7 +176,8 @@ def load_optimizer(folder: Path, model, optimizer) -> None:
 
 
 def weights_mark(init_from: str) -> str:
-    """A cheap fingerprint of a model's weights: names, sizes and last MiB of its files, a hub id's in the local copy."""
+    """A cheap fingerprint of a model's weights: names, sizes and last MiB of its files, a hub id's
+    in the local copy."""
     mark = 0
     for path in sorted(find_folder(init_from).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -176,20 +188,24 @@ def weights_mark(init_from: str) -> str:
 
 
 def check_same_model(folder: str, config, init_from: str, ref_config) -> None:
-    """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says: that folder has changed."""
+    """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says:
+    that folder has changed."""
     if changed := diff_configs(asdict(ref_config), asdict(config)):
         raise ValueError(f"{folder} is not a checkpoint of the model in init_from = {init_from}: {'; '.join(changed)}; put that "
                          f"model back, or start a new run with --init_from={folder} and another out_dir")
 
 
 def find_start(config: dict) -> tuple[int, str]:
-    """(steps already done, folder to load the policy from): init_from, or with resume the last checkpoint of out_dir.
+    """(steps already done, folder to load the policy from): init_from, or with resume the last
+    checkpoint of out_dir.
 
-    ValueError when out_dir holds a run that is not to be resumed, or when the resumed run would be another one.
+    ValueError when out_dir holds a run that is not to be resumed, or when the resumed run would be
+    another one.
     """
     out, found = Path(config["out_dir"]), checkpoints(Path(config["out_dir"]))
     if not config["resume"]:
-        if jsonl.read(out / "metrics.jsonl"):  # a run that died in its first step left nothing to lose
+        # a run that died in its first step left nothing to lose
+        if jsonl.read(out / "metrics.jsonl"):
             raise ValueError(f"out_dir = {out} already holds a run; continue it with --resume=True, or choose another out_dir")
         return 0, config["init_from"]
     if not found:

@@ -1,12 +1,13 @@
-"""A script's knobs are its annotated lower-case globals; `config = configure(globals())` below them does the rest.
+"""A script's knobs are its annotated lower-case globals; `config = configure(globals())` below them
+does the rest.
 
     python train.py config/toy.py config/more.py --lam=0.5 --out_dir=out/first
 
-What a knob may hold is its annotation, where its type says too little: `lam: at_least(0) = 1.0`.
-A config file is a diff: a Python file of plain assignments to knobs. Files apply in the order given, then every
---key=value, so the command line wins wherever it stands. Names that begin with `_` are private to the file; imports are
-allowed. Config files are executed: run only your own. Deliberately missing: nested configs, inheritance, environment
-variables, interpolation.
+What a knob may hold is its annotation, where its type says too little: `lam: at_least(0) = 1.0`. A
+config file is a diff: a Python file of plain assignments to knobs. Files apply in the order given,
+then every --key=value, so the command line wins wherever it stands. Names that begin with `_` are
+private to the file; imports are allowed. Config files are executed: run only your own. Deliberately
+missing: nested configs, inheritance, environment variables, interpolation.
 """
 import ast
 import difflib
@@ -21,7 +22,8 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, the largest file allowed
+# the disk, the user's quota, the largest file allowed
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
 
@@ -31,7 +33,8 @@ class Config(dict):
 
 
 class Rule(typing.NamedTuple):
-    """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that of the default."""
+    """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that
+    of the default."""
     holds: Callable[[typing.Any], bool]
     text: str  # continues "lam = -1.0 must be ..."
 
@@ -53,10 +56,12 @@ def between(low: float, high: float) -> Rule:
 
 
 def configure(knobs: dict, argv: list[str] | None = None) -> Config:
-    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or none; return them.
+    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or
+    none; return them.
 
-    With argv=None the process's own arguments are read if the script is what was started (none when it is imported),
-    and a bad one ends the process with one line. An explicit argv raises: ValueError, FileNotFoundError.
+    With argv=None the process's own arguments are read if the script is what was started (none when
+    it is imported), and a bad one ends the process with one line. An explicit argv raises:
+    ValueError, FileNotFoundError.
     """
     if argv is None:
         if knobs.get("__name__") != "__main__":
@@ -91,7 +96,8 @@ def configure(knobs: dict, argv: list[str] | None = None) -> Config:
 
 
 def _expand_home(value):
-    """~/model as a shell would have it, which leaves it alone behind `=`; also within lists of paths (a,b and a+b)."""
+    """~/model as a shell would have it, which leaves it alone behind `=`; also within lists of
+    paths (a,b and a+b)."""
     return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value) if type(value) is str else value
 
 
@@ -106,7 +112,8 @@ def print_config(config: Config, where: str | os.PathLike) -> None:
 
 
 def save_config(config: dict, out_dir: str | os.PathLike) -> None:
-    """Write out_dir/config.json; tuples become lists. Replaced whole, so a kill leaves the old or the new one."""
+    """Write out_dir/config.json; tuples become lists. Replaced whole, so a kill leaves the old or
+    the new one."""
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"config.json.{os.getpid()}.tmp"
@@ -115,7 +122,8 @@ def save_config(config: dict, out_dir: str | os.PathLike) -> None:
 
 
 def diff_configs(old: dict, new: dict) -> list[str]:
-    """Lines `key: old -> new` of what differs; either side may come from config.json, so (1, 2) equals [1, 2]."""
+    """Lines `key: old -> new` of what differs; either side may come from config.json, so (1, 2)
+    equals [1, 2]."""
     def show(config, key):
         return repr(config[key]) if key in config else "(not set)"
     as_saved = [json.loads(json.dumps(config)) for config in (old, new)]
@@ -124,9 +132,10 @@ def diff_configs(old: dict, new: dict) -> list[str]:
 
 
 def run_script(main: Callable):
-    """Return main(). What the user can repair (a bad value, a missing file, a full disk) becomes one line and exit code
-    1; every other exception is a bug of ours and keeps its traceback. Under torchrun the first process of a node speaks
-    first, which ends the others: what fails in all of them alike is said once."""
+    """Return main(). What the user can repair (a bad value, a missing file, a full disk) becomes
+    one line and exit code 1; every other exception is a bug of ours and keeps its traceback. Under
+    torchrun the first process of a node speaks first, which ends the others: what fails in all of
+    them alike is said once."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -153,17 +162,20 @@ def _check_key(key: str, config: dict, where: str) -> None:
 
 def _annotations(knobs: dict) -> dict:
     annotations = knobs.get("__annotations__") or {}
-    if not annotations and callable(knobs.get("__annotate__")):  # Python 3.14 evaluates annotations only when asked
+    # Python 3.14 evaluates annotations only when asked
+    if not annotations and callable(knobs.get("__annotate__")):
         annotations = knobs["__annotate__"](1)
     return annotations
 
 
 def _allowed_types(config: dict, knobs: dict) -> dict:
-    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows everything."""
+    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows
+    everything."""
     annotations, allowed = _annotations(knobs), {}
     for key, default in config.items():
         hint = annotations.get(key, object if default is None else type(default))
-        hint = eval(hint, dict(knobs)) if isinstance(hint, str) else hint  # `from __future__ import annotations`
+        # `from __future__ import annotations`
+        hint = eval(hint, dict(knobs)) if isinstance(hint, str) else hint
         hint = type(default) if isinstance(hint, Rule) else hint
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         members = {typing.get_origin(t) or t or type(None) for t in (typing.get_args(hint) if union else (hint,))}
@@ -173,7 +185,8 @@ def _allowed_types(config: dict, knobs: dict) -> dict:
 
 
 def _fit(value, allowed: set, default, where: str):
-    """An int may stand for a float and a list for a tuple; nothing else converts (neither True nor 1.0 is an int)."""
+    """An int may stand for a float and a list for a tuple; nothing else converts (neither True nor
+    1.0 is an int)."""
     if type(value) is list and tuple in allowed:
         value = tuple(value)
     if type(value) in allowed:
@@ -185,7 +198,8 @@ def _fit(value, allowed: set, default, where: str):
 
 
 def _parse(text: str, allowed: set, default, where: str):
-    """A value from the command line: a Python literal, or the text itself where the knob takes strings."""
+    """A value from the command line: a Python literal, or the text itself where the knob takes
+    strings."""
     if allowed == {str}:
         return text  # verbatim: --out_dir=12 is '12'
     try:
@@ -203,7 +217,8 @@ def _parse(text: str, allowed: set, default, where: str):
 # --- config files ---
 
 def _find(argument: str, knobs: dict) -> Path:
-    """The current folder first, then the script's, then the repository's: a launch line works from any folder."""
+    """The current folder first, then the script's, then the repository's: a launch line works from
+    any folder."""
     folders = [Path.cwd(), Path(knobs.get("__file__") or __file__).resolve().parent, Path(__file__).resolve().parent]
     tried = list(dict.fromkeys(folder / argument for folder in folders))
     for path in tried:
@@ -214,8 +229,9 @@ def _find(argument: str, knobs: dict) -> Path:
 
 
 def _read_file(path: Path, config: dict) -> dict:
-    """The assignments of a config file. What cannot be a knob (modules, functions, imported names) is ignored unless it
-    uses a knob's name; a knob's name in capitals counts too, to be refused rather than to have no effect."""
+    """The assignments of a config file. What cannot be a knob (modules, functions, imported names)
+    is ignored unless it uses a knob's name; a knob's name in capitals counts too, to be refused
+    rather than to have no effect."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         names: dict = {"__file__": str(path), "__name__": "config"}

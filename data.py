@@ -1,11 +1,12 @@
 """
 Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
 
-A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} a line; `python -m tools.prepare`
-makes those of public data sets, `python toy.py` those of the toy worlds.
+A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} a line; `python -m
+tools.prepare` makes those of public data sets, `python toy.py` those of the toy worlds.
 
-`render_prompt` is the only place where a question becomes token ids; training and evaluation both call it.
-Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy never uses it), data loaders.
+`render_prompt` is the only place where a question becomes token ids; training and evaluation both
+call it. Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy
+never uses it), data loaders.
 """
 import json
 import re
@@ -20,7 +21,8 @@ import jsonl
 import reward
 
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-ORDER_STREAM = 1  # the order's own corner of counter space, so that no other draw from `seed` can share its noise
+# the order's own corner of counter space, so that no other draw from `seed` can share its noise
+ORDER_STREAM = 1
 
 
 @dataclass
@@ -32,15 +34,17 @@ class Problem:
     prompt_ids: list[int] = field(default_factory=list, repr=False)  # (P,) of encode_prompts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problem files
 
 def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) -> list[Problem]:
-    """Problems of a jsonl file, the first `limit` of them if limit > 0. Also reads the keys "id" and "problem".
+    """Problems of a jsonl file, the first `limit` of them if limit > 0. Also reads the keys "id"
+    and "problem".
 
     check_answers = False does not ask the grader whether it can read them, which takes seconds.
 
-    Every defect is a ValueError naming path:line, because one bad line found after a night of sampling is expensive.
+    Every defect is a ValueError naming path:line, because one bad line found after a night of
+    sampling is expensive.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,13 +76,15 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
 
 
 def _is_prose(answer: str) -> bool:
-    """Three words or more and a number among them, and no mathematics: "Ann has 72 clips.", not "July 4, 2011"."""
+    """Three words or more and a number among them, and no mathematics: "Ann has 72 clips.", not
+    "July 4, 2011"."""
     words = re.findall(r"[A-Za-z]+", answer)
     return len(words) >= 3 and any(c.isdigit() for c in answer) and not re.search(r"[\\$={}^_<>]", answer)
 
 
 def unusable_answers(answers: list[str]) -> list[str]:
-    """Why an answer cannot serve as gold ("" if it can): one that nothing equals would be a reward of 0 for ever.
+    """Why an answer cannot serve as gold ("" if it can): one that nothing equals would be a reward
+    of 0 for ever.
 
     Numbers are settled at once; of the others the grader's workers read about a hundred a second.
     """
@@ -107,7 +113,8 @@ def _problem_of(row: dict, where: str) -> Problem:
 
 
 def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, dict] | None = None) -> None:
-    """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems ignores."""
+    """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems
+    ignores."""
     rows = []
     for p in problems:
         row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
@@ -120,12 +127,14 @@ def file_mark(path: str | Path) -> str:
     return f"{zlib.crc32(Path(path).read_bytes()):08x}" if Path(path).is_file() else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer and prompt
 
 def load_tokenizer(folder: str | Path):
-    """The checkpoint's own tokenizer, a transformers PreTrainedTokenizerFast; refused if it cannot render a chat."""
-    from transformers import AutoTokenizer  # here: importing transformers takes seconds, reading problems should not
+    """The checkpoint's own tokenizer, a transformers PreTrainedTokenizerFast; refused if it cannot
+    render a chat."""
+    # here: importing transformers takes seconds, reading problems should not
+    from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
@@ -142,7 +151,8 @@ def load_tokenizer(folder: str | Path):
 
 
 def _check_generation_prompt(tokenizer, folder) -> None:
-    """Refuse a template that ends after the user's turn: the policy would be trained without its assistant header."""
+    """Refuse a template that ends after the user's turn: the policy would be trained without its
+    assistant header."""
     def render(*contents: str, add_generation_prompt: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -168,8 +178,8 @@ def _check_vocabulary(tokenizer, config: Path) -> None:
 def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION) -> list[int]:
     """Token ids (P,) of one user turn, ready for the assistant to speak, with thinking mode off.
 
-    The template writes every special token itself, BOS included, so the tokenizer must add none of its own.
-    Raises ValueError when the text holds characters that the tokenizer does not know.
+    The template writes every special token itself, BOS included, so the tokenizer must add none of
+    its own. Raises ValueError when the text holds characters that the tokenizer does not know.
     """
     text = tokenizer.apply_chat_template([{"role": "user", "content": question + instruction}], tokenize=False,
                                          add_generation_prompt=True, enable_thinking=False)
@@ -190,10 +200,11 @@ def encode_completion(tokenizer, text: str) -> list[int]:
 
 
 def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and <|endoftext|>.
+    """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and
+    <|endoftext|>.
 
-    They disagree in practice: Qwen3's tokenizer names <|im_end|> alone, its generation config also <|endoftext|>,
-    and a sampler that misses one of them writes on until the cap.
+    They disagree in practice: Qwen3's tokenizer names <|im_end|> alone, its generation config also
+    <|endoftext|>, and a sampler that misses one of them writes on until the cap.
     """
     ids = set(config_eos) if isinstance(config_eos, (list, tuple)) else {config_eos}
     ids |= {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
@@ -204,13 +215,15 @@ def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...
 
 
 def encode_prompts(tokenizer, problems: list[Problem], instruction: str) -> None:
-    """Give every problem its prompt_ids: they belong to the problem, as two files may share uids."""
+    """Give every problem its prompt_ids: they belong to the problem, as two files may share uids.
+    """
     for p in problems:
         p.prompt_ids = render_prompt(tokenizer, p.question, instruction)
 
 
 def check_prompts_fit(problems: list[Problem], max_new_tokens: int, context: int) -> None:
-    """Refuse a prompt that leaves less than max_new_tokens of a model's context (lengths in tokens)."""
+    """Refuse a prompt that leaves less than max_new_tokens of a model's context (lengths in
+    tokens)."""
     for p in problems:
         if len(p.prompt_ids) + max_new_tokens > context:
             raise ValueError(f"problem {p.uid!r}: a prompt of {len(p.prompt_ids)} tokens + "
@@ -218,7 +231,7 @@ def check_prompts_fit(problems: list[Problem], max_new_tokens: int, context: int
                              f"of {context}; lower max_new_tokens or remove the problem")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Order: a function of counters, so that resuming and dealing to ranks need no state
 
 def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
@@ -228,10 +241,12 @@ def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def problems_for_step(problems: list[Problem], seed: int, step: int, per_step: int) -> list[tuple[int, Problem]]:
-    """The `per_step` queries of step `step` as (query_index, problem); query_index counts over the whole run.
+    """The `per_step` queries of step `step` as (query_index, problem); query_index counts over the
+    whole run.
 
-    Epochs follow each other without a gap and nothing is dropped, so a step may lie across two permutations. There (or
-    if per_step exceeds the number of problems) the same problem can come twice; query_index still tells the two apart.
+    Epochs follow each other without a gap and nothing is dropped, so a step may lie across two
+    permutations. There (or if per_step exceeds the number of problems) the same problem can come
+    twice; query_index still tells the two apart.
     """
     n, permutations, batch = len(problems), {}, []
     for query in range(step * per_step, (step + 1) * per_step):

@@ -1,13 +1,14 @@
-"""
-Pass@k with intervals, truncation, and the paper's reflection analysis (§4.3), from any Hugging Face folder.
+"""Pass@k with intervals, truncation, and the paper's reflection analysis (§4.3), from any Hugging
+Face folder.
 
     python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
     python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5, three contests
     python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: middling problems
 
-Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it is graded, and the
-same command continues there after a kill. Deliberately missing: majority voting, several processes (noise depends on
-the problem alone, so dealing problems out by index would not change a sample).
+Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it
+is graded, and the same command continues there after a kill. Deliberately missing: majority voting,
+several processes (noise depends on the problem alone, so dealing problems out by index would not
+change a sample).
 """
 import collections
 import json
@@ -36,48 +37,50 @@ from model import load_hf, num_params
 from parallel import pick_device
 from rollout import EVALUATION, completion_text, generate, rows_that_fit
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-init_from = ""                                  # Hugging Face folder or hub id
-problems = ""                                   # problem files, separated by commas; each is scored by itself
-n_problems: at_least(0) = 0                     # the first so many of each file; 0 = all
-instruction = BOXED_INSTRUCTION                 # appended to every question; the same as in training
-out = "out/eval"                                # writes OUT.json, OUT.problems.txt (a line for each) and OUT.samples.jsonl
-resume = True                                   # read back what OUT.samples.jsonl holds; False starts it anew
-seed: at_least(0) = 0                           # the noise depends on (seed, uid, sample) only: two models see the same
-# --- sampling ---------------------------------------------------------------------------------------------------------
-samples: at_least(1) = 16  # per problem; with 30 problems the standard error of 1 is 9 points, of 16 it is 2.3
-temperatures = (1.0, 0.6)                       # settings are pairs (temperature, top-p): what training samples from, ...
-top_ps = (1.0, 0.9)                             # ... and the paper's (§4.1)
-pass_k = (1,)                                   # the k of Pass@k
-max_new_tokens: at_least(1) = 8192              # the cap is part of the score: longer responses count as wrong
-max_rows: at_least(0) = 256                     # rows that decode at once, the memory knob; 0: as many as free memory holds
+# --- what is measured -----------------------------------------------------------------------------
+init_from = ""                      # Hugging Face folder or hub id
+problems = ""                       # problem files, separated by commas; each is scored by itself
+n_problems: at_least(0) = 0         # the first so many of each file; 0 = all
+instruction = BOXED_INSTRUCTION     # appended to every question; the same as in training
+out = "out/eval"                    # writes OUT.json, OUT.problems.txt and OUT.samples.jsonl
+resume = True                       # keep what OUT.samples.jsonl holds; False starts it anew
+seed: at_least(0) = 0               # noise depends on (seed, uid, sample): two models see the same
+# --- sampling -------------------------------------------------------------------------------------
+samples: at_least(1) = 16           # per problem; of 30 problems 1 has a standard error of 9 points
+temperatures = (1.0, 0.6)           # settings are pairs: what training samples from, ...
+top_ps = (1.0, 0.9)                 # ... and the paper's (§4.1)
+pass_k = (1,)                       # the k of Pass@k
+max_new_tokens: at_least(1) = 8192  # part of the score: longer responses count as wrong
+max_rows: at_least(0) = 256         # rows that decode at once; 0: as many as free memory holds
 device: one_of("auto", "cpu", "cuda") = "auto"
 dtype: one_of("float32", "bfloat16") = "float32"
-compile = False                                 # torch.compile: a minute at start, then a quarter faster on a CPU
-threads: at_least(0) = 0                        # CPU threads; 0 = torch's choice
-# --- optional: a judge for ERR behind any OpenAI-compatible address, with the key in OPENAI_API_KEY -------------------
-judge_url = ""                                  # e.g. http://localhost:8000/v1
+compile = False                     # torch.compile the blocks: a minute at start
+threads: at_least(0) = 0            # CPU threads; 0 = torch's choice
+# --- optional: a judge for ERR behind any OpenAI-compatible address (key: OPENAI_API_KEY) ---------
+judge_url = ""                      # e.g. http://localhost:8000/v1
 judge_model = ""
-# --- optional: keep the problems of middling accuracy in the first setting --------------------------------------------
-filter_out = ""                                 # problem file to write, accuracy beside each problem
+# --- optional: keep the problems of middling accuracy in the first setting ------------------------
+filter_out = ""                     # problem file to write, accuracy beside each problem
 filter_low: between(0, 1) = 0.125
 filter_high: between(0, 1) = 0.875
 
 OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics: pure functions
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, hold one of the c right ones."""
+    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, hold one of
+    the c right ones."""
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; raise samples or lower k")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of sum(values) / sum(weights) when problems (P,) are drawn again with replacement.
+    """95 % percentile interval of sum(values) / sum(weights) when problems (P,) are drawn again
+    with replacement.
 
     weights None means ones: a mean. Resamples whose weights sum to 0 are left out.
     """
@@ -95,9 +98,9 @@ def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -
 def dsr_err(correct, reflects) -> dict:
     """§4.3 on boolean arrays (P, n), over the problems whose pass rate is strictly between 0 and 1.
 
-    DSR: of the correct responses, the share that never reflects. ERR: of the responses that reflect, the share that ends
-    correct: by rule, whoever does has found the error (the judge asks for more). None where there is nothing to divide by.
-    Intervals are over problems.
+    DSR: of the correct responses, the share that never reflects. ERR: of the responses that
+    reflect, the share that ends correct: by rule, whoever does has found the error (the judge asks
+    for more). None where there is nothing to divide by. Intervals are over problems.
     """
     correct, reflects = (np.asarray(a, bool) for a in (correct, reflects))
     mixed = correct.any(1) & ~correct.all(1)
@@ -111,7 +114,8 @@ def dsr_err(correct, reflects) -> dict:
 
 
 def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[int, ...]) -> dict:
-    """The numbers of one problem set in one setting. rows_of: uid -> its n sample rows; levels: uid -> level."""
+    """The numbers of one problem set in one setting. rows_of: uid -> its n sample rows; levels: uid
+    -> level."""
     def share(*grades):
         return float(np.mean([row["grade"] in grades for rows in rows_of.values() for row in rows]))
 
@@ -143,11 +147,12 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 def load_sets(c) -> dict[str, list[Problem]]:
-    """Problem sets by name. uids must be unique over all of them: they key the samples and the noise."""
+    """Problem sets by name. uids must be unique over all of them: they key the samples and the
+    noise."""
     sets, holder = {}, {}
     for path in c.problems.split(","):
         name = Path(path).stem
@@ -167,12 +172,14 @@ def sample_key(row: dict) -> tuple:
 
 
 def is_correct(row: dict) -> bool:
-    """The one place where a stored sample counts as right. A truncated one is graded so, whatever it says."""
+    """The one place where a stored sample counts as right. A truncated one is graded so, whatever
+    it says."""
     return row["grade"] == "correct"
 
 
 def load_model(c, tokenizer, problems: list[Problem]):
-    """The model in c.dtype on c.device and its stop ids, once every prompt is known to fit its context."""
+    """The model in c.dtype on c.device and its stop ids, once every prompt is known to fit its
+    context."""
     device = pick_device(c.device)
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -185,10 +192,12 @@ def load_model(c, tokenizer, problems: list[Problem]):
 
 
 def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
-    """(temperature, top-p) -> uid -> its c.samples graded rows. Samples only what the file at `path` does not hold."""
+    """(temperature, top-p) -> uid -> its c.samples graded rows. Samples only what the file at
+    `path` does not hold."""
     tokenizer = load_tokenizer(c.init_from)
     encode_prompts(tokenizer, problems, c.instruction)
-    # A stored sample answers one prompt and was graded against one answer; after a change of either it is drawn anew.
+    # A stored sample answers one prompt and was graded against one answer; after a change of either
+    # it is drawn anew.
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), **{k: getattr(c, k) for k in ("seed", "max_new_tokens", "dtype")}}
     stored, old = collections.defaultdict(dict), jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
@@ -224,7 +233,8 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
                 for (p, i, completion, text), grade in zip(drawn, grades, strict=True):
                     row = {"temperature": temperature, "top_p": top_p, "uid": p.uid, "problem": marks[p.uid],
                            "sample": i, "tokens": len(completion.ids), "answer": grade.answer,
-                           "grade": grade.status if completion.finished else "truncated",  # wrong, as in training
+                           # wrong, as in training
+                           "grade": grade.status if completion.finished else "truncated",
                            "reflects": reflect.reflects(text)}
                     groups[p.uid][i] = row
                     file.write(json.dumps(row | {"text": text}, ensure_ascii=False) + "\n")
@@ -235,7 +245,7 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The judge (optional) is asked about every reflecting response what no rule can see
 
 JUDGE_PROMPT = """\
@@ -251,7 +261,8 @@ Think briefly, then end with exactly one line: LOCATED: yes|no DIAGNOSED: yes|no
 
 
 def ask_judge(url: str, model: str, question: str, response: str) -> dict | None:
-    """{"located", "diagnosed"} from an OpenAI-compatible chat endpoint, or None if its reply has no verdict line."""
+    """{"located", "diagnosed"} from an OpenAI-compatible chat endpoint, or None if its reply has no
+    verdict line."""
     content = JUDGE_PROMPT.format(question=question, response=response)
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
     key = os.environ.get("OPENAI_API_KEY", "none")
@@ -269,7 +280,8 @@ def ask_judge(url: str, model: str, question: str, response: str) -> dict | None
 def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, path: Path) -> dict[tuple, dict | None]:
     """Verdicts on these rows by sample_key. What is at `path` already is not asked again.
 
-    A judge that fails costs its remaining verdicts and nothing else: all samples are on disk before the first call.
+    A judge that fails costs its remaining verdicts and nothing else: all samples are on disk before
+    the first call.
     """
     header = {"judge_model": c.judge_model, "prompt": zlib.crc32(JUDGE_PROMPT.encode()),
               "samples": weights_mark(c.init_from)}
@@ -297,7 +309,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
     return {sample_key(row): verdicts[sample_key(row)] for row in rows if sample_key(row) in verdicts}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Printing and the script
 
 def table(rows: list[list[str]]) -> str:
@@ -312,7 +324,8 @@ def percent(value: float | None) -> str:
 
 
 def results_table(settings: list[dict]) -> str:
-    """One line per problem set and setting, one more per level; in %, 95 % intervals over problems in brackets."""
+    """One line per problem set and setting, one more per level; in %, 95 % intervals over problems
+    in brackets."""
     rates = ("no_answer", "unparsable", "timeout", "reflect_rate", "DSR", "ERR")
 
     def scores(part):
@@ -364,7 +377,8 @@ def check_config(c) -> None:
 
 
 def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -> None:
-    """§4.1: keep the problems whose accuracy is within [filter_low, filter_high], and note it beside each."""
+    """§4.1: keep the problems whose accuracy is within [filter_low, filter_high], and note it
+    beside each."""
     accuracy = {uid: sum(map(is_correct, rows)) / len(rows) for uid, rows in rows_of.items()}
     kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
     if not kept:

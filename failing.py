@@ -1,4 +1,5 @@
-"""How a run ends when it cannot go on: one message that says what to do, from the process it happened to, within seconds.
+"""How a run ends when it cannot go on: one message that says what to do, from the process it
+happened to, within seconds.
 
     bad value, full disk     one line, exit status 1 (configurator.run_script)
     out of memory            one line: the knob of the phase and the last good checkpoint
@@ -24,18 +25,21 @@ from configurator import run_script
 from parallel import say
 
 MAX_BAD_STEPS = 3
-STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}  # not 0: a script of several phases must not go on to the next one
-SAME_CTRL_C = 2                        # seconds: torchrun passes on the signal that the terminal has sent to all
-PATIENCE = 5                           # seconds in which torchrun ends a process whose peer has died, before it says so itself
+# not 0: a script of several phases must not go on to the next one
+STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
+SAME_CTRL_C = 2  # seconds: torchrun passes on the signal that the terminal has sent to all
+# seconds in which torchrun ends a process whose peer has died, before it says so itself
+PATIENCE = 5
 PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting")
 
 
 def run(main) -> None:
     """configurator.run_script for a script that may be one of torchrun's processes.
 
-    When a process ends, all others fail too, in the collective they are in. That is no news: they leave torchrun time to end
-    them, and else say it in one line. torchrun kills what has not ended 30 s after SIGTERM (--shutdown-timeout): a rank that
-    hangs, or that waits on its GPU for a dead one.
+    When a process ends, all others fail too, in the collective they are in. That is no news: they
+    leave torchrun time to end them, and else say it in one line. torchrun kills what has not ended
+    30 s after SIGTERM (--shutdown-timeout): a rank that hangs, or that waits on its GPU for a dead
+    one.
     """
     if "RANK" not in os.environ:
         return run_script(main)
@@ -62,7 +66,8 @@ def _own_errors_first(main) -> None:
         main()
     except Exception as e:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        text = re.sub(r"\[\S+\] ", "", " ".join(str(e).split()))  # without the place in torch's sources
+        # without the place in torch's sources
+        text = re.sub(r"\[\S+\] ", "", " ".join(str(e).split()))
         if not isinstance(e, RuntimeError) or not PEER.search(text):
             raise
         late = re.search("[Tt]imed out", text)
@@ -73,8 +78,8 @@ def _own_errors_first(main) -> None:
 
 
 class Stop:
-    """From now on SIGTERM and the first Ctrl-C do not end the process: `signal` holds which came, 0 before. Whoever runs
-    the loop looks at it once a step. A second Ctrl-C ends at once."""
+    """From now on SIGTERM and the first Ctrl-C do not end the process: `signal` holds which came, 0
+    before. Whoever runs the loop looks at it once a step. A second Ctrl-C ends at once."""
 
     def __init__(self):
         self.signal, self.since = 0, 0.0
@@ -109,11 +114,13 @@ def check_bad_steps(bad_steps: int, out_dir) -> None:
 
 @contextlib.contextmanager
 def out_of_memory_names(out_dir, **knobs):
-    """Inside, running out of GPU memory is a ValueError with these knobs and the last checkpoint."""
+    """Inside, running out of GPU memory is a ValueError with these knobs and the last checkpoint.
+    """
     try:
         yield
     except torch.OutOfMemoryError as e:
-        what = ". ".join(str(e).split(". ")[:2])  # how much was asked for; not the allocator's advice
+        # how much was asked for; not the allocator's advice
+        what = ". ".join(str(e).split(". ")[:2])
         values = ", ".join(f"{knob} = {value}" for knob, value in knobs.items())
         values = values.replace("max_rows = 0", "max_rows = 0 (as many as fit)")
         raise ValueError(f"{what}; change {values} (what a change saves: python -m tools.plan), then "

@@ -1,8 +1,9 @@
-"""
-jsonl: one JSON object a line. The one reader and writer of problem files, logs, samples and examples.
+"""jsonl: one JSON object a line. The one reader and writer of problem files, logs, samples and
+examples.
 
-A newline alone ends a line: `str.splitlines` would also cut at U+2028, U+0085 or a form feed inside a text. A byte-order
-mark (Windows) is skipped. A file of ours may end in a line that a kill has torn: it is left out.
+A newline alone ends a line: `str.splitlines` would also cut at U+2028, U+0085 or a form feed inside
+a text. A byte-order mark (Windows) is skipped. A file of ours may end in a line that a kill has
+torn: it is left out.
 """
 import json
 import os
@@ -13,7 +14,8 @@ from configurator import diff_configs
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of the lines that are not blank. ValueError, with path and line, where the text is not UTF-8."""
+    """(number, line) of the lines that are not blank. ValueError, with path and line, where the
+    text is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -36,7 +38,8 @@ def parse(line: str, where: str) -> dict:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Every row of a file of ours; [] without a file, and without a last line that has no newline yet."""
+    """Every row of a file of ours; [] without a file, and without a last line that has no newline
+    yet."""
     if not Path(path).is_file():
         return []
     return [parse(line, f"{path}:{number}") for number, line in lines(path) if line.endswith("\n")]
@@ -52,8 +55,9 @@ def write(path: str | Path, rows: list[dict]) -> None:
 
 
 def read_headed(path: str | Path, header: dict, advice: str) -> list[dict]:
-    """The rows behind a first line equal to `header`, which says how they were made. Another header is a ValueError with
-    this advice: they answer another question. A torn last line is removed from the file, so that it can be appended to."""
+    """The rows behind a first line equal to `header`, which says how they were made. Another header
+    is a ValueError with this advice: they answer another question. A torn last line is removed from
+    the file, so that it can be appended to."""
     rows = read(path)
     if rows and (differences := diff_configs(rows[0], header)):
         raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); {advice}")

@@ -1,16 +1,18 @@
 """The policy: a decoder-only transformer with one `forward`, and Hugging Face folders in and out.
 
-Qwen3 exactly; by configuration alone also Qwen2 / Qwen2.5 (bias on q, k, v, no q/k norm) and Llama 3 (scaled RoPE).
-Parameters carry Hugging Face's names, so loading is a copy and needs no key map. One `forward`, three uses:
+Qwen3 exactly; by configuration alone also Qwen2 / Qwen2.5 (bias on q, k, v, no q/k norm) and Llama
+3 (scaled RoPE). Parameters carry Hugging Face's names, so loading is a copy and needs no key map.
+One `forward`, three uses:
 
     model(inputs, targets)                   -> logprobs (B,T), entropy (B,T)    old, reference and policy alike
     model(inputs, positions=..., cache=...)  -> logits (B,V) of the last column  prefill and decode
     model(inputs)                            -> hidden (B,T,d)                   states of an OPSD teacher
 
-The output head lives inside `forward`: (B,T,V) never exists (0.6 MB a token at Qwen's vocabulary), the head stays in
-the root's FSDP unit, and all that follows the head's product is fp32. Shapes: B rows, T tokens, N = B*T, V vocabulary,
-d width, nh / nkv query / key-value heads, hs head size, L layers, S columns of the cache.
-Deliberately missing: dropout, sliding windows, mixture of experts, quantisation, other RoPE scalings.
+The output head lives inside `forward`: (B,T,V) never exists (0.6 MB a token at Qwen's vocabulary),
+the head stays in the root's FSDP unit, and all that follows the head's product is fp32. Shapes: B
+rows, T tokens, N = B*T, V vocabulary, d width, nh / nkv query / key-value heads, hs head size, L
+layers, S columns of the cache. Deliberately missing: dropout, sliding windows, mixture of experts,
+quantisation, other RoPE scalings.
 """
 
 import json
@@ -30,19 +32,23 @@ from advantage import generalised_jsd
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 CONVERT_GGUF = "only safetensors are read: take the original model, or convert it (from_pretrained(gguf_file=...))"
-CACHE_BLOCK = 64  # columns the cache grows by: a copy every 64 tokens, against attention over 32 unused ones on average
+# columns the cache grows by: a copy every 64 tokens, against attention over 32 unused ones on
+# average
+CACHE_BLOCK = 64
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}  # logits alive at once in the head; a toy batch is one chunk
+# logits alive at once in the head; a toy batch is one chunk
+LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configuration
 
 
 @dataclass
 class ModelConfig:
-    """Hugging Face's names, and `num_tokens`: ids the tokenizer can produce (0 = vocab_size). Qwen3's head has 267 rows
-    more; a row that no tokenizer can emit exists neither for the sampler nor in the trainer's softmax (trap 4)."""
+    """Hugging Face's names, and `num_tokens`: ids the tokenizer can produce (0 = vocab_size).
+    Qwen3's head has 267 rows more; a row that no tokenizer can emit exists neither for the sampler
+    nor in the trainer's softmax (trap 4)."""
 
     model_type: str = "qwen3"
     vocab_size: int = 151936
@@ -90,8 +96,8 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict, num_tokens: int = 0) -> "ModelConfig":
-        """A config.json as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes it. ValueError for
-        whatever this file would otherwise silently compute differently."""
+        """A config.json as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes
+        it. ValueError for whatever this file would otherwise silently compute differently."""
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type = {model_type!r} is not supported; use {', '.join(ARCHITECTURES)}")
@@ -131,9 +137,11 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict:
-        """config.json for transformers (4 and 5) and vLLM; all spelled out, as their defaults differ by family."""
+        """config.json for transformers (4 and 5) and vLLM; all spelled out, as their defaults
+        differ by family."""
         hf, eos = asdict(self), self.eos_token_id
-        del hf["num_tokens"], hf["attention_bias"]  # Qwen2's bias is implied by its name, and theirs would also mean o
+        # Qwen2's bias is implied by its name, and theirs would also mean o
+        del hf["num_tokens"], hf["attention_bias"]
         return hf | {
             "architectures": [ARCHITECTURES[self.model_type]],
             "eos_token_id": list(eos) if len(eos) > 1 else eos[0] if eos else None,
@@ -144,16 +152,17 @@ class ModelConfig:
         }
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # output head: fp32 logits, log-probs, entropy and divergence, in chunks that never hold all logits
 
 
 def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """hidden (N,d), weight (V,d), both in the compute dtype -> logits / temperature (N,V) fp32.
 
-    bf16 operands are multiplied with fp32 accumulation *and output*: `(h @ w.T).float()` would first round a logit of
-    20 by up to 0.06, more than the policy moves in a step (trap 11). The operands may be bf16: so the weight arrives
-    under FSDP mixed precision, so the sampler sees it, and fp32 products would run at a twelfth of the speed."""
+    bf16 operands are multiplied with fp32 accumulation *and output*: `(h @ w.T).float()` would
+    first round a logit of 20 by up to 0.06, more than the policy moves in a step (trap 11). The
+    operands may be bf16: so the weight arrives under FSDP mixed precision, so the sampler sees it,
+    and fp32 products would run at a twelfth of the speed."""
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.dtype == torch.float32:
             logits = hidden.float() @ weight.T
@@ -165,14 +174,16 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float =
 
 
 def decoding_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (V,d) rounded to the compute dtype, as decoding multiplies by it at every token: cast once a cache, since at
-    each token the cast would cost more than the product. On a CPU it is fp32 again, see head_logits."""
+    """weight (V,d) rounded to the compute dtype, as decoding multiplies by it at every token: cast
+    once a cache, since at each token the cast would cost more than the product. On a CPU it is fp32
+    again, see head_logits."""
     weight = weight.to(dtype)
     return weight if weight.is_cuda else weight.float()
 
 
 def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
-    """Of head_logits at temperature 1: from dlogits (N,V) adds to dhidden (N,d) and dweight (V,d), fp32 over all chunks."""
+    """Of head_logits at temperature 1: from dlogits (N,V) adds to dhidden (N,d) and dweight (V,d),
+    fp32 over all chunks."""
     with torch.autocast(hidden.device.type, enabled=False):
         g = dlogits.to(weight.dtype)
         if g.is_cuda and g.dtype != torch.float32:
@@ -184,16 +195,19 @@ def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
 
 
 def chunks_of(size: int, by: int, device: torch.device) -> list[slice]:
-    """Slices over `size` tokens, each with `by` rows of the head, or the reverse; one has at most LOGITS_PER_CHUNK logits."""
+    """Slices over `size` tokens, each with `by` rows of the head, or the reverse; one has at most
+    LOGITS_PER_CHUNK logits."""
     step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // by)
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log p(target) and H[p] per token, p = softmax(hidden @ weight[:num_tokens].T / temperature); both differentiable.
+    """log p(target) and H[p] per token, p = softmax(hidden @ weight[:num_tokens].T / temperature);
+    both differentiable.
 
-    Chunks are parts of the vocabulary, with all tokens at once: each row of the head is then read once, and its gradient
-    written once. Of the softmaxes within the parts, with log-sum-exp l_c and entropy H_c, one over everything is made:
+    Chunks are parts of the vocabulary, with all tokens at once: each row of the head is then read
+    once, and its gradient written once. Of the softmaxes within the parts, with log-sum-exp l_c and
+    entropy H_c, one over everything is made:
         l = logsumexp_c l_c          H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l) the share of part c
     Saves two numbers a token, l and H, and recomputes logits chunk by chunk in the backward pass:
         d log p(t) / dz = onehot(t) - p          dH / dz = -p (log p + H)
@@ -201,9 +215,11 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, num_tokens, dtype):
-        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of products -> logprobs, entropy (B,T) fp32."""
+        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of products -> logprobs,
+        entropy (B,T) fp32."""
         h, y = hidden.flatten(0, -2).to(dtype), targets.reshape(-1, 1)  # (N,d), (N,1)
-        w = weight[:num_tokens].to(dtype)  # under autocast a bf16 copy for this call, as of every other matrix
+        # under autocast a bf16 copy for this call, as of every other matrix
+        w = weight[:num_tokens].to(dtype)
         chosen, lses, entropies = torch.zeros_like(y, dtype=torch.float32), [], []
         for part in chunks_of(num_tokens, len(y), h.device):
             z = head_logits(h, w[part], temperature)  # (N,v)
@@ -211,21 +227,26 @@ class TokenLogprobs(torch.autograd.Function):
             chosen = torch.where(inside, z.gather(-1, at), chosen)
             lses.append(z.logsumexp(-1, keepdim=True))
             logp = z.sub_(lses[-1])
-            entropies.append(-logp.exp().mul_(logp).sum(-1, keepdim=True))  # no 0 * inf: absent rows are not -inf
+            # no 0 * inf: absent rows are not -inf
+            entropies.append(-logp.exp().mul_(logp).sum(-1, keepdim=True))
         lses, entropies = torch.cat(lses, 1), torch.cat(entropies, 1)  # (N,parts)
         lse = lses.logsumexp(-1, keepdim=True)
         entropy = ((lses - lse).exp() * (entropies + lse - lses)).sum(-1, keepdim=True)
         ctx.save_for_backward(hidden, weight, y, lse, entropy)
         ctx.temperature, ctx.num_tokens, ctx.dtype = temperature, num_tokens, dtype
-        ctx.set_materialize_grads(False)  # most losses leave the entropy out: skip its share of the work then
-        return (chosen - lse).view(targets.shape).clone(), entropy.view(targets.shape).clone()  # FSDP warns of views
+        # most losses leave the entropy out: skip its share of the work then
+        ctx.set_materialize_grads(False)
+        # FSDP warns of views
+        return (chosen - lse).view(targets.shape).clone(), entropy.view(targets.shape).clone()
 
     @staticmethod
     def backward(ctx, dlogprobs, dentropy):
-        """d logprobs, d entropy (B,T), either may be None -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
+        """d logprobs, d entropy (B,T), either may be None -> d hidden (B,T,d), d weight
+        (vocab_size,d) fp32."""
         hidden, weight, y, lse, entropy = ctx.saved_tensors
         h, w = hidden.flatten(0, -2).to(ctx.dtype), weight[: ctx.num_tokens].to(ctx.dtype)
-        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.reshape(-1, 1)  # (N,1)
+        # (N,1)
+        dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.reshape(-1, 1)
         dh, dw = (torch.zeros_like(x, dtype=torch.float32) for x in (h, weight))
         for part in chunks_of(ctx.num_tokens, len(y), h.device):
             logp = head_logits(h, w[part], ctx.temperature).sub_(lse)  # (N,v)
@@ -239,13 +260,15 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def target_within(part: slice, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (N,1) -> its column within this part of the vocabulary, any where it lies outside, and whether it lies inside."""
+    """y (N,1) -> its column within this part of the vocabulary, any where it lies outside, and
+    whether it lies inside."""
     return (y - part.start).clamp(0, part.stop - part.start - 1), (y >= part.start) & (y < part.stop)
 
 
 class LogitsFunction(torch.autograd.Function):
-    """f(logits (n,V), rows) -> (n,) over chunks of tokens, for an f whose derivative is left to autograd. A chunk is
-    recomputed in the backward pass; unlike with torch.utils.checkpoint the head's gradient is one fp32 tensor."""
+    """f(logits (n,V), rows) -> (n,) over chunks of tokens, for an f whose derivative is left to
+    autograd. A chunk is recomputed in the backward pass; unlike with torch.utils.checkpoint the
+    head's gradient is one fp32 tensor."""
 
     @staticmethod
     def forward(ctx, hidden, weight, f, temperature, num_tokens, dtype):
@@ -273,9 +296,11 @@ class LogitsFunction(torch.autograd.Function):
 
 
 def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int, dtype: torch.dtype):
-    """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the sampling temperature.
+    """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the
+    sampling temperature.
 
-    hidden (B,T,d), weight (vocab_size,d); teacher = (hidden (B,T,d), head_weight (V,d), beta, clip)."""
+    hidden (B,T,d), weight (vocab_size,d); teacher = (hidden (B,T,d), head_weight (V,d), beta,
+    clip)."""
     teacher_hidden, teacher_weight, beta, clip = teacher
     # CRITICAL: the teacher is a target: no gradient through its states or its head.
     t, w = teacher_hidden.detach().flatten(0, -2).to(dtype), teacher_weight.detach()[:num_tokens].to(dtype)
@@ -289,27 +314,30 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
     return LogitsFunction.apply(hidden, weight, divergence, temperature, num_tokens, dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # key-value cache
 
 
 def roll_rows(x: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Row b of x (B,T,...) moved left by shifts[b], around the end: [[_,_,7,8]] by [2] -> [[7,8,_,_]]."""
+    """Row b of x (B,T,...) moved left by shifts[b], around the end: [[_,_,7,8]] by [2] ->
+    [[7,8,_,_]]."""
     B, T = x.shape[:2]
     columns = (torch.arange(T, device=x.device) + shifts[:, None]) % T  # (B,T)
     return x[torch.arange(B, device=x.device)[:, None], columns]
 
 
 class KVCache:
-    """Keys and values of left-padded rows; all rows write the same column, row b is valid from column starts[b] on.
+    """Keys and values of left-padded rows; all rows write the same column, row b is valid from
+    column starts[b] on.
 
         prompts  [_ _ 5 6]  starts [2, 0]      after one decoded token   [_ _ 5 6 9 . .]   length 5, S 7
                  [1 2 3 4]                                               [1 2 3 4 8 . .]
 
-    One contiguous tensor (B,nkv,S,hs) per layer and kind, grown by whole blocks of columns and read whole under a mask:
-    slices of a larger tensor are not contiguous, and batched products over those are 1.5-3x slower. The device counts the
-    columns for itself, so that a decoding step has no host sync and can be captured (rollout.capture); the host, which
-    allocates, counts those it has reserved."""
+    One contiguous tensor (B,nkv,S,hs) per layer and kind, grown by whole blocks of columns and read
+    whole under a mask: slices of a larger tensor are not contiguous, and batched products over
+    those are 1.5-3x slower. The device counts the columns for itself, so that a decoding step has
+    no host sync and can be captured (rollout.capture); the host, which allocates, counts those it
+    has reserved."""
 
     def __init__(self, config: ModelConfig, starts, dtype=torch.float32, device="cpu", head=None):
         self.head = head  # (V,d) of decoding_head; None: made by the first forward
@@ -322,14 +350,14 @@ class KVCache:
         self.groups = config.num_attention_heads // config.num_key_value_heads
 
     def reserve(self, columns: int) -> bool:
-        """Room for more columns, all of which the caller goes on to write; the prefill reserves those of the prompt.
-        -> whether the tensors have moved."""
+        """Room for more columns, all of which the caller goes on to write; the prefill reserves
+        those of the prompt. -> whether the tensors have moved."""
         self.reserved += columns
         return self._grow(self.reserved)
 
     def mask(self, columns: torch.Tensor) -> torch.Tensor:
-        """columns (T,) of the new tokens -> (B,1,1 or groups*T,S): 0 where each may look, else -inf; rows as Attention folds
-        the heads."""
+        """columns (T,) of the new tokens -> (B,1,1 or groups*T,S): 0 where each may look, else
+        -inf; rows as Attention folds the heads."""
         keys = torch.arange(self.k[0].size(2), device=columns.device)  # (S,)
         seen = (keys >= self.starts[:, None, None]) & (keys <= columns[:, None])  # (B,T,S)
         mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=keys.device).masked_fill_(~seen, -torch.inf)[:, None]
@@ -340,15 +368,17 @@ class KVCache:
         self._replace(lambda t: roll_rows(t.transpose(1, 2), -self.starts).transpose(1, 2).contiguous())
 
     def keep(self, rows: torch.Tensor) -> "KVCache":
-        """Only these rows (index tensor, repetitions allowed), in place: finished ones then cost nothing, and a prompt is
-        prefilled once for its n samples. Columns that only dropped rows used go with them."""
+        """Only these rows (index tensor, repetitions allowed), in place: finished ones then cost
+        nothing, and a prompt is prefilled once for its n samples. Columns that only dropped rows
+        used go with them."""
         self.starts = self.starts[rows]
         unused = int(self.starts.min()) // CACHE_BLOCK * CACHE_BLOCK
         self._move(-unused)
         return self._replace(lambda t: t[rows, :, unused:])
 
     def append(self, other: "KVCache") -> "KVCache":
-        """The rows of another cache below these. Both then end in the same column, so all go on writing the same one."""
+        """The rows of another cache below these. Both then end in the same column, so all go on
+        writing the same one."""
         for cache, behind in (self, other.reserved - self.reserved), (other, self.reserved - other.reserved):
             if behind > 0:
                 cache._move(behind)
@@ -379,7 +409,7 @@ class KVCache:
         return self
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the transformer
 
 
@@ -392,25 +422,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., size) -> (..., size), fp32 inside. The weight takes x's dtype because the fused kernel wants one."""
+        """(..., size) -> (..., size), fp32 inside. The weight takes x's dtype because the fused
+        kernel wants one."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B,T) -> cos, sin (B,1,T,hs/2) in `dtype`. Computed from the configuration at every forward: it is hs/2
-    numbers, and a buffer would be rounded by `.to(bfloat16)` and left behind on the meta device by load_hf."""
+    """positions (B,T) -> cos, sin (B,1,T,hs/2) in `dtype`. Computed from the configuration at every
+    forward: it is hs/2 numbers, and a buffer would be rounded by `.to(bfloat16)` and left behind on
+    the meta device by load_hf."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # (hs/2,)
-    if config.rope_scaling:  # Llama 3: long wavelengths slowed by `factor`, short ones kept, those between blended
+    # Llama 3: long wavelengths slowed by `factor`, short ones kept, those between blended
+    if config.rope_scaling:
         factor, low, high, original_context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
-        turns = original_context * freqs / (2 * torch.pi)  # full turns within the context of pre-training
+        # full turns within the context of pre-training
+        turns = original_context * freqs / (2 * torch.pi)
         freqs = torch.lerp(freqs / factor, freqs, ((turns - low) / (high - low)).clamp(0, 1))
     angles = positions[:, None, :, None].float() * freqs  # fp32: bf16 cannot count beyond 256
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B,heads,T,hs) by its positions' angles; Hugging Face's layout pairs dimension i with i + hs/2."""
+    """x (B,heads,T,hs) by its positions' angles; Hugging Face's layout pairs dimension i with i +
+    hs/2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -433,22 +468,26 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
-        """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: over the cache.
-        cache: this layer's keys and values (B,nkv,S,hs) and the columns (T,) to write."""
+        """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: over
+        the cache. cache: this layer's keys and values (B,nkv,S,hs) and the columns (T,) to write.
+        """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.nh, self.hs)).transpose(1, 2)  # (B,nh,T,hs)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.nkv, self.hs)).transpose(1, 2)  # (B,nkv,T,hs)
+        # (B,nkv,T,hs)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.nkv, self.hs)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             keys, values, columns = cache
-            keys.index_copy_(2, columns, k.to(keys.dtype))  # on a GPU autocast leaves the norm of k in fp32
+            # on a GPU autocast leaves the norm of k in fp32
+            keys.index_copy_(2, columns, k.to(keys.dtype))
             values.index_copy_(2, columns, v)
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.nh != self.nkv)
         else:  # the query heads of a group become rows over their one key head: keys are read once, never repeated
             q = q.reshape(B, self.nkv, -1, self.hs)  # (B,nkv,groups*T,hs)
-            if not q.is_cuda:  # on a CPU 2x to 4x faster than the fused kernel, which is made for many queries
+            # on a CPU 2x to 4x faster than the fused kernel, which is made for many queries
+            if not q.is_cuda:
                 scores = (q * self.hs**-0.5) @ keys.transpose(2, 3) + mask
                 y = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ values
             else:  # fused
@@ -488,8 +527,9 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The policy, the reference and the teacher. checkpoint_activations (set by train.py): recompute each block in the
-    backward pass, a third more work for the memory of one block. compiled: see compile_blocks."""
+    """The policy, the reference and the teacher. checkpoint_activations (set by train.py):
+    recompute each block in the backward pass, a third more work for the memory of one block.
+    compiled: see compile_blocks."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -502,7 +542,8 @@ class CausalLM(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        if not config.tie_word_embeddings:  # tied: there is no second tensor, neither here nor on disk
+        # tied: there is no second tensor, neither here nor on disk
+        if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -523,13 +564,14 @@ class CausalLM(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of matrix products, and so of a KVCache: autocast's, else that of the weights as they are now (fp32 masters;
-        bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
+        """Of matrix products, and so of a KVCache: autocast's, else that of the weights as they are
+        now (fp32 masters; bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
         device = self.output_weight.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.output_weight.dtype
 
     def compile_blocks(self) -> None:
-        """Blocks go through torch.compile when they first run, which takes a minute; all of one shape share the result."""
+        """Blocks go through torch.compile when they first run, which takes a minute; all of one
+        shape share the result."""
         self.compiled = True
         for block in self.model.layers:
             block.compile(dynamic=True)
@@ -537,22 +579,28 @@ class CausalLM(nn.Module):
     def forward(self, inputs, targets=None, *, positions=None, cache=None, temperature=1.0, teacher=None):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
-        Training: rows right-padded; results of padding are finite and to be masked by the caller. Log-probs and entropy
-        are of softmax(logits / temperature), what was sampled (trap 2). teacher, see teacher_divergence, adds a
-        divergence (B,T). Decoding: rows left-padded, the first call on a cache holds the whole prompt, for later ones the
-        caller has reserved columns; positions (B,T) follow from the cache where not given; logits are not divided by the
-        temperature."""
+        Training: rows right-padded; results of padding are finite and to be masked by the caller.
+        Log-probs and entropy are of softmax(logits / temperature), what was sampled (trap 2).
+        teacher, see teacher_divergence, adds a divergence (B,T). Decoding: rows left-padded, the
+        first call on a cache holds the whole prompt, for later ones the caller has reserved
+        columns; positions (B,T) follow from the cache where not given; logits are not divided by
+        the temperature."""
         (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
-        columns = torch.arange(T, device=inputs.device)  # (T,) those of the cache that are written, if there is one
+        # (T,) those of the cache that are written, if there is one
+        columns = torch.arange(T, device=inputs.device)
         prefill = cache is not None and cache.reserved == 0
         if prefill:
             cache.reserve(T)
         elif cache is not None:
             columns = columns + cache.length
             mask = cache.mask(columns)  # once for all layers
-        if positions is None:  # right-padded rows start at column 0, those of a cache at its `starts`
-            positions = (columns[None] - (0 if cache is None else cache.starts[:, None])).clamp(min=0)  # (1 or B,T)
-        if prefill:  # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without keys
+        # right-padded rows start at column 0, those of a cache at its `starts`
+        if positions is None:
+            # (1 or B,T)
+            positions = (columns[None] - (0 if cache is None else cache.starts[:, None])).clamp(min=0)
+        # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without
+        # keys
+        if prefill:
             inputs, positions = roll_rows(inputs, cache.starts), roll_rows(positions, cache.starts)
         cos, sin = rope(positions, self.config, dtype)
 
@@ -567,14 +615,16 @@ class CausalLM(nn.Module):
             if prefill:
                 cache.align()
             cache.length += T
-            x = x[torch.arange(B, device=x.device), T - 1 - cache.starts] if prefill else x[:, -1]  # (B,d)
+            # (B,d)
+            x = x[torch.arange(B, device=x.device), T - 1 - cache.starts] if prefill else x[:, -1]
             if cache.head is None:
                 cache.head = decoding_head(self.head_weight, dtype)
             return head_logits(self.model.norm(x).to(dtype), cache.head)  # (B,V)
         x = self.model.norm(x)
         if targets is None:
             return x
-        x = x[:, T - targets.shape[1] :]  # targets of the last columns alone spare the head the others
+        # targets of the last columns alone spare the head the others
+        x = x[:, T - targets.shape[1] :]
         weight, softmax = self.output_weight, (temperature, self.config.num_tokens, dtype)
         logprobs, entropy = TokenLogprobs.apply(x, weight, targets, *softmax)
         if teacher is None:
@@ -591,26 +641,29 @@ def num_params(model: CausalLM | ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Floating-point operations of forward + backward for a token of a row of `context` tokens: 6 per weight that is
-    multiplied (an untied embedding is looked up) + 12 L nh hs context for attention, causality not discounted, as in
-    published MFU figures (PaLM, appendix B). Forward alone is a third."""
+    """Floating-point operations of forward + backward for a token of a row of `context` tokens: 6
+    per weight that is multiplied (an untied embedding is looked up) + 12 L nh hs context for
+    attention, causality not discounted, as in published MFU figures (PaLM, appendix B). Forward
+    alone is a third."""
     weights = num_params(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
     return 6 * weights + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
 
 def load_hf(
     folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0, wrap=None, compile=False
 ) -> CausalLM:
-    """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on `device`.
+    """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on
+    `device`.
 
-    The model is made on the meta device and tensors are read into it one by one: peak host memory is one model. Of
-    generation_config.json only the end-of-sequence ids are read: no penalty or top-k hides in a checkpoint (trap 3).
-    num_tokens: see ModelConfig. wrap(model) shards the still empty model (parallel.shard): each process then keeps its part
-    of every tensor. compile: see CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
+    The model is made on the meta device and tensors are read into it one by one: peak host memory
+    is one model. Of generation_config.json only the end-of-sequence ids are read: no penalty or
+    top-k hides in a checkpoint (trap 3). num_tokens: see ModelConfig. wrap(model) shards the still
+    empty model (parallel.shard): each process then keeps its part of every tensor. compile: see
+    CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
     line each."""
     folder = find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
@@ -630,7 +683,9 @@ def load_hf(
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
                     if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue  # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied head
+                        # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied
+                        # head
+                        continue
                     _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
                     tensor = tensors.get_tensor(name)
                     if not tensor.is_floating_point():
@@ -658,10 +713,12 @@ def save_hf(
     state_dict: dict | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load without a script; the caller makes it atomic.
+    """Write a plain Hugging Face folder that transformers and vLLM load without a script; the
+    caller makes it atomic.
 
-    tokenizer: saved with its chat template; None leaves it out. generation_config: added to plain sampling.
-    state_dict: given where the model's own tensors are shards (FSDP). dtype: of the saved weights, None as they are."""
+    tokenizer: saved with its chat template; None leaves it out. generation_config: added to plain
+    sampling. state_dict: given where the model's own tensors are shards (FSDP). dtype: of the saved
+    weights, None as they are."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
@@ -681,7 +738,8 @@ def save_hf(
     for i, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         shard = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})  # transformers refuses a file without this
+        # transformers refuses a file without this
+        save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -701,7 +759,8 @@ def save_hf(
 
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no communication either way."""
+    """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no
+    communication either way."""
     if isinstance(parameter, DTensor):
         tensor = tensor.to(parameter.device)
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -719,7 +778,8 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
             raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub id (owner/name)")
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # weights and the tokenizer's files
+        # weights and the tokenizer's files
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as e:  # no network, no such repository, no permission; the hub's own text is many lines long

@@ -64,12 +64,14 @@ def student_and_teacher(model, teacher, batch: Batch, *, temperature: float, los
     columns = torch.arange(batch.targets.shape[1]) + first + shift[:, None]          # (B,T)
     if loss == "sampled":
         columns -= seen.inputs.shape[1] - seen.targets.shape[1]
-        columns = columns.clamp(0, seen.targets.shape[1] - 1).to(batch.inputs.device)
+        columns = columns.clamp(0, seen.targets.shape[1] - 1)
+        columns = columns.to(batch.inputs.device, non_blocking=True)
         with torch.no_grad():
             logprobs, _ = teacher(seen.inputs, seen.targets, temperature=temperature)
         student = model(batch.inputs, batch.targets, temperature=temperature)
         return *student, logprobs.gather(1, columns)
-    columns = columns.clamp(0, seen.inputs.shape[1] - 1).to(batch.inputs.device)
+    columns = columns.clamp(0, seen.inputs.shape[1] - 1)
+    columns = columns.to(batch.inputs.device, non_blocking=True)
     with torch.no_grad():
         hidden = teacher(seen.inputs)                                                # (B,T0',d)
         hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,14 +1,17 @@
-r"""Trajectory construction: which mistakes to learn from, the synthesis prompt, parsing, token roles. Text lives here.
+r"""Trajectory construction: which mistakes to learn from, the synthesis prompt, parsing, token
+roles. Text lives here.
 
-TAPO (arXiv 2606.18844) §3.3, Eq. 3, Algorithm 1 lines 8-14. A wrong response y- and a right one y+ to the same question
-go into a synthesis prompt; the policy answers <analysis>..</analysis><reconstruction>..</reconstruction>, and the
-reconstruction is the constructed trajectory y_ref: y- up to its first error, a short reflection, corrected reasoning.
+TAPO (arXiv 2606.18844) §3.3, Eq. 3, Algorithm 1 lines 8-14. A wrong response y- and a right one y+
+to the same question go into a synthesis prompt; the policy answers
+<analysis>..</analysis><reconstruction>..</reconstruction>, and the reconstruction is the
+constructed trajectory y_ref: y- up to its first error, a short reflection, corrected reasoning.
 
-y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other ids in one piece than
-in two. Only what is newly written is encoded, once. A token that touches the reflection counts as reflection.
+y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other
+ids in one piece than in two. Only what is newly written is encoded, once. A token that touches the
+reflection counts as reflection.
 
-Deliberately missing: grading, and retries: a synthesis that fails is dropped under one of DROP_REASONS and counted
-(the paper reports 80-90 % that parse).
+Deliberately missing: grading, and retries: a synthesis that fails is dropped under one of
+DROP_REASONS and counted (the paper reports 80-90 % that parse).
 """
 import re
 import zlib
@@ -22,7 +25,8 @@ import reward
 from data import Problem, encode_completion, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
-PREFIX_MODES = ("micro", "full", "copy")  # y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
+# y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
+PREFIX_MODES = ("micro", "full", "copy")
 _COLD_START = "cold start the policy (coldstart.py, for a small model --synthesis=rule), or try another template"
 DROP_REASONS = {  # reason: what mends it
     # y- and y+ do not fit the context; found before anything is sampled
@@ -36,17 +40,20 @@ DROP_REASONS = {  # reason: what mends it
     "empty_prefix": _COLD_START,         # nothing of y- is preserved
     "no_correction": _COLD_START,        # it stops after the reflection
     "no_reflection": _COLD_START,        # without tags: where it leaves y-, it voices no doubt
-    "special_token": _COLD_START,        # the new text holds a stop token, another special token, or a tag
+    # the new text holds a stop token, another special token, or a tag
+    "special_token": _COLD_START,
     "too_long": "raise max_new_tokens",  # y_ref has more
 }
 TAGS = [f"<{slash}{name}>" for slash in ("", "/") for name in (
     "analysis", "reconstruction", "reflection", "wrong", "right", "micro", "full", "solve")]
 TAG = re.compile("|".join(TAGS))
-ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*", re.ASCII)  # never cut in two: a word, a number (12.5), a LaTeX command
+# never cut in two: a word, a number (12.5), a LaTeX command
+ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*", re.ASCII)
 SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # the first one, its end included
 
-# Stand-in for the paper's judge in DSR / ERR (§4.3): a response reflects when it voices doubt about an earlier step.
-# A planned check ("let me verify by substitution") is no doubt, and "wait for 5 minutes" is a word problem.
+# Stand-in for the paper's judge in DSR / ERR (§4.3): a response reflects when it voices doubt about
+# an earlier step. A planned check ("let me verify by substitution") is no doubt, and "wait for 5
+# minutes" is a word problem.
 MARKERS = re.compile(
     r"\bWait\b(?! (?:times?|for|until)\b)|\b(?:[Bb]ut|[Nn]o|[Oo]h|[Hh]mm+),? wait\b|\bHmm+\b|\b[Hh]old on\b"
     r"|(?:^|[.!?] )Actually\b|, actually\b|\b[Oo]n second thought"
@@ -109,7 +116,8 @@ _YOUR_TURN = """
 {right}
 ## Answer"""
 
-# {question}, {wrong}, {right} are the only fields; every other brace is LaTeX. "teacher": OPSD's privileged prompt.
+# {question}, {wrong}, {right} are the only fields; every other brace is LaTeX. "teacher": OPSD's
+# privileged prompt.
 TEMPLATES = {
     "long": {  # for language models
         "micro": _ASK_MICRO + _EXAMPLE_MICRO + _YOUR_TURN,
@@ -118,7 +126,9 @@ TEMPLATES = {
                    "yourself, step by step and in your own words, without mentioning it. "
                    "Put your final answer within \\boxed{}.",
     },
-    "short": {  # for the toy world, whose vocabulary has no words for instructions: the last tag is the instruction
+    # for the toy world, whose vocabulary has no words for instructions: the last tag is the
+    # instruction
+    "short": {
         "micro": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><micro>",
         "full": "{question}\n<wrong>{wrong}</wrong><right>{right}</right><full>",
         "teacher": "{question}\n<right>{right}</right><solve>",
@@ -126,19 +136,21 @@ TEMPLATES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # before the synthesis: which pairs, which prompt
 
 
 def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
                  key: tuple[int, ...]) -> tuple[list[tuple[Rollout, Rollout]], dict[str, int]]:
-    """Difficulty-aware candidate selection, Alg. 1 lines 8-11, Eq. 3: scored rollouts -> [(y-, y+), ...], and counts.
+    """Difficulty-aware candidate selection, Alg. 1 lines 8-11, Eq. 3: scored rollouts -> [(y-, y+),
+    ...], and counts.
 
-    A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max of its wrong ones
-    are paired, each with a right one drawn uniformly from the same group. A truncated response counts as wrong but is
-    never used: it has no end to reflect from. Nor is one that the grader could not judge: it may be right. key:
-    counters, e.g. (seed, PAIRING, step). Every group draws its own noise, so its pairs do not depend on which other
-    groups this process holds (trap 7).
+    A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max
+    of its wrong ones are paired, each with a right one drawn uniformly from the same group. A
+    truncated response counts as wrong but is never used: it has no end to reflect from. Nor is one
+    that the grader could not judge: it may be right. key: counters, e.g. (seed, PAIRING, step).
+    Every group draws its own noise, so its pairs do not depend on which other groups this process
+    holds (trap 7).
     """
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
@@ -148,8 +160,10 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
         right, wrong = [r for r in group if r.reward > 0], [r for r in group if r.reward <= 0]
         if len(right) < n_pos or len(wrong) < n_neg:
             continue
-        usable = [r for r in wrong if r.finished and r.grade not in ("timeout", "error")]  # it may well be right
-        noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))  # not hash(), which is salted per process
+        # it may well be right
+        usable = [r for r in wrong if r.finished and r.grade not in ("timeout", "error")]
+        # not hash(), which is salted per process
+        noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))
         rng = np.random.Generator(np.random.Philox(noise))
         pairs += [(usable[i], right[rng.integers(len(right))]) for i in rng.permutation(len(usable))[:m_max]]
         eligible += 1
@@ -169,11 +183,13 @@ class Construction:
 def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_mode: str, template: str, decoupled: bool,
               key: tuple[int, ...], max_new_tokens: int, max_synthesis_tokens: int = 0, by_rule: bool = False,
               **sampling) -> list[Construction]:
-    """Alg. 1 lines 12-14: for every pair the policy writes a synthesis, from which y_ref is built -> one Construction each.
+    """Alg. 1 lines 12-14: for every pair the policy writes a synthesis, from which y_ref is built
+    -> one Construction each.
 
-    key: counters (seed, REFLECTION, step); a pair's noise depends on its own query alone, not on which other queries this
-    process holds. max_synthesis_tokens 0: twice max_new_tokens. by_rule: rule_synthesis stands in for the policy.
-    prefix_mode 'copy' needs no synthesis: y_ref is y+ itself.
+    key: counters (seed, REFLECTION, step); a pair's noise depends on its own query alone, not on
+    which other queries this process holds. max_synthesis_tokens 0: twice max_new_tokens. by_rule:
+    rule_synthesis stands in for the policy. prefix_mode 'copy' needs no synthesis: y_ref is y+
+    itself.
     """
     if prefix_mode == "copy":
         return [Construction(wrong, [], None, copy_correct(wrong, correct, decoupled=decoupled)) for wrong, correct in pairs]
@@ -202,12 +218,14 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
 
 def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str, template: str = "long",
                      prefix_mode: str = "micro") -> list[int]:
-    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under the question."""
+    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under
+    the question."""
     return _render(tokenizer, template, prefix_mode, problem.question, wrong_text, correct_text)
 
 
 def teacher_prompt(tokenizer, problem: Problem, correct_text: str, template: str = "long") -> list[int]:
-    """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a right solution in view."""
+    """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a right solution
+    in view."""
     return _render(tokenizer, template, "teacher", problem.question, "", correct_text)
 
 
@@ -222,10 +240,11 @@ def _render(tokenizer, template: str, kind: str, question: str, wrong: str, righ
 
 
 def _showable(tokenizer, text: str) -> str:
-    """A response without what would end its block or the chat turn (tags, special tokens) or cannot be encoded.
+    """A response without what would end its block or the chat turn (tags, special tokens) or cannot
+    be encoded.
 
-    Removed, not escaped: a small vocabulary may lack the characters. If a removed piece was part of the preserved
-    prefix, the policy's copy is not verbatim and the construction is dropped.
+    Removed, not escaped: a small vocabulary may lack the characters. If a removed piece was part of
+    the preserved prefix, the policy's copy is not verbatim and the construction is dropped.
     """
     specials = [tokenizer.convert_ids_to_tokens(i) for i in sorted(_special_ids(tokenizer))]
     while True:
@@ -236,7 +255,8 @@ def _showable(tokenizer, text: str) -> str:
 
 
 def _without(text: str, pieces: list[str]) -> str:
-    """text without any of these strings, also those that a removal creates: of "<mi<micro>cro>" nothing is left."""
+    """text without any of these strings, also those that a removal creates: of "<mi<micro>cro>"
+    nothing is left."""
     ends, longest = tuple({piece[-1] for piece in pieces}), max(map(len, pieces))
     kept: list[str] = []
     for character in text:
@@ -249,8 +269,8 @@ def _without(text: str, pieces: list[str]) -> str:
 
 
 def _without_unknown(tokenizer, text: str) -> str:
-    """text without the characters that a token of the tokenizer's unknown id stands for. Pieces smaller than a character
-    share its offsets, so characters are marked, never copied by offset."""
+    """text without the characters that a token of the tokenizer's unknown id stands for. Pieces
+    smaller than a character share its offsets, so characters are marked, never copied by offset."""
     if tokenizer.unk_token_id is None:
         return text
     encoding, unknown = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True), set()
@@ -264,17 +284,20 @@ def _special_ids(tokenizer) -> set[int]:
     return set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a synthesis written by rule, for the cold start of a model too small to follow the prompt (not in the paper)
+# --------------------------------------------------------------------------------------------------
+# a synthesis written by rule, for the cold start of a model too small to follow the prompt (not in
+# the paper)
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-EQUATION = re.compile(  # a op b = c, standing alone: not the end of a longer sum, nor the beginning of one
+# a op b = c, standing alone: not the end of a longer sum, nor the beginning of one
+EQUATION = re.compile(
     rf"(?<![\w.,])(?<![-+*/] ){_NUMBER} ?([-+*/]) ?{_NUMBER} ?= ?{_NUMBER}(?!\d|[.,]\d| ?[-+*/])")
 
 
 def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
-    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A right answer reached by an
-    equation that does not hold is no y+, and a group without a y- and a y+ that part is left out."""
+    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A right
+    answer reached by an equation that does not hold is no y+, and a group without a y- and a y+
+    that part is left out."""
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -286,24 +309,27 @@ def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
                 shared = parting(sentences(wrong.text), sentences(right.text))
                 candidates += [(shared, wrong, right)] if shared is not None else []
         if candidates:
-            pairs.append(max(candidates, key=lambda candidate: candidate[0])[1:])  # the first of equals
+            # the first of equals
+            pairs.append(max(candidates, key=lambda candidate: candidate[0])[1:])
     return pairs
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences and lines, each with its end and the whitespace before it: joined they are the text."""
+    """Sentences and lines, each with its end and the whitespace before it: joined they are the
+    text."""
     return [sentence for sentence in SENTENCE.findall(text) if sentence]
 
 
 def parting(wrong: list[str], right: list[str]) -> int | None:
-    """Index of the first sentence in which they differ; None if one is the beginning of the other."""
+    """Index of the first sentence in which they differ; None if one is the beginning of the other.
+    """
     pairs = zip(wrong, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a.strip() != b.strip()), None)
 
 
 def rule_synthesis(wrong_text: str, right_text: str) -> str:
-    r"""What the policy should write about the two: y- up to and including the first sentence that parts from y+, a
-    remark that names what it says, and y+ from there on.
+    r"""What the policy should write about the two: y- up to and including the first sentence that
+    parts from y+, a remark that names what it says, and y+ from there on.
 
         y- "3 + 4 = 7\nThe answer is 7."   y+ "3 * 4 = 12\nThe answer is 12."   gives the reconstruction
         3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\nThe answer is 12.
@@ -337,13 +363,14 @@ def holds(equation: tuple[str, str, str, str]) -> bool:
     return {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b != 0 and a == c * b}[sign]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # after the synthesis: parse, align with y-, build
 
 
 @dataclass
 class Synthesis:
-    """A parsed answer. prefix + diagnosis + correction is the reconstruction with its tags taken out, nothing else."""
+    """A parsed answer. prefix + diagnosis + correction is the reconstruction with its tags taken
+    out, nothing else."""
     analysis: str
     prefix: str      # before <reflection>; "" where there is no such tag
     diagnosis: str   # between the reflection tags; "" likewise
@@ -354,10 +381,11 @@ class Synthesis:
 def parse_synthesis(text: str) -> Synthesis | str:
     r"""The policy's answer -> its parts, or the reason to drop it, "unparsable".
 
-    Both blocks are needed, each tag once, in order; the reflection tags once, in order, inside the reconstruction, or
-    not at all. What stands around the blocks is ignored, a stop token too. Newlines just inside the reconstruction tags
-    are format and are stripped. All others are content, also those beside the reflection tags:
-    "3.\n<reflection>Wait.</reflection>\nSo" reads "3.\nWait.\nSo".
+    Both blocks are needed, each tag once, in order; the reflection tags once, in order, inside the
+    reconstruction, or not at all. What stands around the blocks is ignored, a stop token too.
+    Newlines just inside the reconstruction tags are format and are stripped. All others are
+    content, also those beside the reflection tags: "3.\n<reflection>Wait.</reflection>\nSo" reads
+    "3.\nWait.\nSo".
     """
     parts = _between(text, "analysis", "reconstruction")
     if parts is None:
@@ -370,20 +398,24 @@ def parse_synthesis(text: str) -> Synthesis | str:
 
 
 def _between(text: str, *names: str) -> list[str] | None:
-    """text cut at <a>, </a>, <b>, </b>: the pieces around the tags, or None unless each occurs once and in order."""
+    """text cut at <a>, </a>, <b>, </b>: the pieces around the tags, or None unless each occurs once
+    and in order."""
     tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
     return re.split("|".join(tags), text) if re.findall("|".join(tags), text) == tags else None
 
 
 def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str, str] | str:
-    """(preserved prefix: how y- begins, to the character; diagnosis; correction), or the reason to drop.
+    """(preserved prefix: how y- begins, to the character; diagnosis; correction), or the reason to
+    drop.
 
-    With reflection tags the prefix ends where they stand; whitespace before them that y- does not have is diagnosis.
-    Without tags y_ref diverges where it stops agreeing with y-, moved back to the start of a half-shared word or number
-    ("x = 12" and "x = 13" part before the 1); the first sentence from there on is the diagnosis if it voices a doubt,
-    and otherwise nothing is reflected upon.
+    With reflection tags the prefix ends where they stand; whitespace before them that y- does not
+    have is diagnosis. Without tags y_ref diverges where it stops agreeing with y-, moved back to
+    the start of a half-shared word or number ("x = 12" and "x = 13" part before the 1); the first
+    sentence from there on is the diagnosis if it voices a doubt, and otherwise nothing is reflected
+    upon.
     """
-    lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]  # y-'s own leading whitespace, whether copied or not
+    # y-'s own leading whitespace, whether copied or not
+    lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]
     whole = lead + (synthesis.prefix + synthesis.diagnosis + synthesis.correction).lstrip()
     if wrong_text.startswith(whole.rstrip()):
         return "no_divergence"
@@ -417,10 +449,12 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 
 def token_boundary(tokenizer, ids: list[int], prefix: str) -> int:
-    """Largest n such that ids[:n] decode to a beginning of `prefix`, which is itself a beginning of the decoded ids.
+    """Largest n such that ids[:n] decode to a beginning of `prefix`, which is itself a beginning of
+    the decoded ids.
 
-    Bisection on the decoded length, which never shrinks as ids are added. Then back over the pieces of a cut character:
-    in a byte-level vocabulary one character can be several tokens, and a part of it decodes to U+FFFD.
+    Bisection on the decoded length, which never shrinks as ids are added. Then back over the pieces
+    of a cut character: in a byte-level vocabulary one character can be several tokens, and a part
+    of it decodes to U+FFFD.
     """
     low, high = 0, len(ids)
     while low < high:
@@ -438,15 +472,17 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
                       before_role: int) -> tuple[list[int], list[int]]:
     r"""Encode the three texts as ONE string -> ids (C,), roles (C,).
 
-    before "3.", diagnosis "\n\nWait.", correction " So": tokens 3 | .\n\n | Wait | . | _So have roles 0 1 1 1 2.
-    Offsets that leave out a token's leading space (Llama 3's do) are widened back to the end of the token before it.
+    before "3.", diagnosis "\n\nWait.", correction " So": tokens 3 | .\n\n | Wait | . | _So have
+    roles 0 1 1 1 2. Offsets that leave out a token's leading space (Llama 3's do) are widened back
+    to the end of the token before it.
     """
     encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False, return_offsets_mapping=True)
     start, end = len(before), len(before) + len(diagnosis)
     spans, roles = encoding["offset_mapping"], []
     for i, (low, high) in enumerate(spans):
         low = min(low, spans[i - 1][1]) if i else 0
-        # CRITICAL: one shared character makes a token DIAGNOSIS, or the reflection would leak into the gradient
+        # CRITICAL: one shared character makes a token DIAGNOSIS, or the reflection would leak into
+        # the gradient
         touches = low < end and high > start and start < end
         roles.append(DIAGNOSIS if touches else before_role if low < start else CORRECTION)
     return encoding["input_ids"], roles
@@ -456,14 +492,16 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
                      decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
-    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full': all of it is new, with
-    role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop token is appended. A synthesis that hit
-    its cap after it had closed the reconstruction is complete. decoupled: y_ref gets a group of its own (§3.4).
+    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full':
+    all of it is new, with role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop
+    token is appended. A synthesis that hit its cap after it had closed the reconstruction is
+    complete. decoupled: y_ref gets a group of its own (§3.4).
     """
     parsed = parse_synthesis(_decode(tokenizer, synthesis.ids))
     if isinstance(parsed, str):
         return parsed if synthesis.finished else "unfinished"
-    body, stop_id = wrong.completion_ids[:-1], wrong.completion_ids[-1]  # y- has ended: see select_pairs
+    # y- has ended: see select_pairs
+    body, stop_id = wrong.completion_ids[:-1], wrong.completion_ids[-1]
     wrong_text = _decode(tokenizer, body)
     if prefix_mode == "micro":
         split = split_at_divergence(parsed, wrong_text)
@@ -471,7 +509,8 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
             return split
         preserved, diagnosis, correction = split
         prefix_ids = body[:token_boundary(tokenizer, body, preserved)]
-        before, before_role = preserved[len(_decode(tokenizer, prefix_ids)):], PREFIX  # the cut may lie inside a token
+        # the cut may lie inside a token
+        before, before_role = preserved[len(_decode(tokenizer, prefix_ids)):], PREFIX
     else:
         prefix_ids, before, before_role = [], parsed.prefix, CORRECTION
         diagnosis, correction = parsed.diagnosis, parsed.correction
@@ -488,7 +527,8 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
 
 
 def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollout:
-    """Control, prefix_mode = 'copy': y_ref is y+ itself. What TAPO gains over it cannot be imitation of y+."""
+    """Control, prefix_mode = 'copy': y_ref is y+ itself. What TAPO gains over it cannot be
+    imitation of y+."""
     roles = [CORRECTION] * len(correct.completion_ids)
     return _reflection(wrong, correct.completion_ids, roles, correct.finished, correct.text, decoupled)
 
@@ -501,10 +541,12 @@ def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool
 
 
 def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool, ots: bool) -> tuple[list[float], list[float]]:
-    """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or 0 a token.
+    """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or
+    0 a token.
 
-    diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq. 7's weights (the paper),
-    'train' with weight 1. train_prefix = False also keeps out the policy's own wrong reasoning that is preserved.
+    diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq.
+    7's weights (the paper), 'train' with weight 1. train_prefix = False also keeps out the policy's
+    own wrong reasoning that is preserved.
 
         roles 0 0 1 1 2 2, diagnosis = 'mask', ots = True   ->   1 1 0 0 1 1,  1 1 0 0 1 1
     """
@@ -516,5 +558,6 @@ def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool, ots: bo
 
 
 def reflects(text: str) -> bool:
-    """Does the response doubt a step of its own (MARKERS)? "6 is low. Wait, try 8" does, "Let me verify." does not."""
+    """Does the response doubt a step of its own (MARKERS)? "6 is low. Wait, try 8" does, "Let me
+    verify." does not."""
     return MARKERS.search(text) is not None

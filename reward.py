@@ -1,13 +1,15 @@
-r"""Is the final answer right? The only file that decides "correct"; training, evaluation and cold start ask here.
+r"""Is the final answer right? The only file that decides "correct"; training, evaluation and cold
+start ask here.
 
-The answer is the last balanced \boxed{...} outside a thinking block. It is right (reward 1) if
-1. its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
-2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not asked; or
-3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a tuple in its own.
-Step 3 runs in another process that is killed at a time limit: LaTeX from a policy can keep sympy busy for ever, and an
-alarm in a thread is no limit. What could not be decided (timeout, error) or read (unparsable, no_answer) is counted
-apart from wrong. Rules err on the side of "not correct": a right answer refused costs a sample, a wrong one accepted
-teaches it. Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
+The answer is the last balanced \boxed{...} outside a thinking block. It is right (reward 1) if 1.
+its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
+2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not
+asked; or 3. math-verify (sympy) finds them equal part by part: items of a list or set in any order,
+of a tuple in its own. Step 3 runs in another process that is killed at a time limit: LaTeX from a
+policy can keep sympy busy for ever, and an alarm in a thread is no limit. What could not be decided
+(timeout, error) or read (unparsable, no_answer) is counted apart from wrong. Rules err on the side
+of "not correct": a right answer refused costs a sample, a wrong one accepted teaches it.
+Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
 """
 import atexit
 import contextlib
@@ -27,7 +29,8 @@ from functools import lru_cache
 MAX_CHARS = 2000  # of an answer; the longest gold of the data sets we know has 92
 START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
 SLACK_S = 5.0  # beyond its limit, before a worker that should have replied is taken for dead
-MEMORY_LIMIT = 2 << 30  # bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
+# bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
+MEMORY_LIMIT = 2 << 30
 
 
 @dataclass
@@ -45,8 +48,9 @@ def grade(text: str, gold: str, *, timeout_s: float = 3.0) -> Grade:
 def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_s: float = 3.0) -> list[Grade]:
     """Grade responses against their gold answers, in order.
 
-    Most pairs are settled here by text and fractions. The others go to `workers` processes, which are started on first
-    use and kept: equal pairs once, each for at most timeout_s seconds by the clock.
+    Most pairs are settled here by text and fractions. The others go to `workers` processes, which
+    are started on first use and kept: equal pairs once, each for at most timeout_s seconds by the
+    clock.
     """
     pairs = list(zip(map(extract_boxed, texts), golds, strict=True))
     status = {pair: _settle(*pair) for pair in dict.fromkeys(pairs)}
@@ -65,7 +69,8 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_
 
 
 def score(rollouts: list) -> None:
-    """Verifiable reward of every rollout, 1 or 0. An unfinished response is wrong whatever it says."""
+    """Verifiable reward of every rollout, 1 or 0. An unfinished response is wrong whatever it says.
+    """
     grades = grade_many([r.text for r in rollouts], [r.problem.answer for r in rollouts])
     for r, grade in zip(rollouts, grades, strict=True):
         r.reward, r.grade, r.answer = grade.reward, grade.status, grade.answer
@@ -74,7 +79,8 @@ def score(rollouts: list) -> None:
 
 
 def check_gold(gold: str) -> None:
-    """Raise a one-line ValueError if `gold` cannot be read: no differently written response could be graded correct."""
+    """Raise a one-line ValueError if `gold` cannot be read: no differently written response could
+    be graded correct."""
     shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
     core = _core_and_unit(gold)[0]
     if not core or len(gold) > MAX_CHARS:
@@ -92,17 +98,19 @@ _BOX_TOKENS = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...} or \fbox{...}, the outer one of a nested pair; None if there is none.
+    r"""Content of the last balanced \boxed{...} or \fbox{...}, the outer one of a nested pair; None
+    if there is none.
 
-    A box inside a thinking block is a draft: only what follows </think> counts, and nothing after an unclosed <think>.
-    Escaped braces do not count as braces. One pass, linear in the text.
+    A box inside a thinking block is a draft: only what follows </think> counts, and nothing after
+    an unclosed <think>. Escaped braces do not count as braces. One pass, linear in the text.
     """
     if "think>" in text:
         text = text.rpartition("</think>")[2].partition("<think>")[0]
     starts = [i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0]
     if not starts:
         return None
-    opened, last = [], None  # of every open brace: where its content begins if it is a box's, else -1
+    # of every open brace: where its content begins if it is a box's, else -1
+    opened, last = [], None
     for token in _BOX_TOKENS.finditer(text, min(starts)):
         if token[0] == "}":
             begin = opened.pop() if opened else -1
@@ -114,8 +122,8 @@ def extract_boxed(text: str) -> str | None:
     return text[last[0]:last[1]].strip() if last else None
 
 
-# --- 1. canonical text ---
-# What keeps it safe: no rewriting changes the value, and where both sides name a unit it must be the same one.
+# --- 1. canonical text --- What keeps it safe: no rewriting changes the value, and where both sides
+# name a unit it must be the same one.
 
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ",
@@ -124,7 +132,8 @@ _UNICODE = str.maketrans({
 _COMMANDS = {
     **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg bf it rm boldsymbol bm "
                     "underline large Large LARGE huge small".split(), ""), **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
-    **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),  # spaces, and the math delimiters \( \) \[ \]
+    # spaces, and the math delimiters \( \) \[ \]
+    **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "degree": r"^\circ", "%": "%", "$": r"\dollar ",
     **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
     "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq", "gt": ">", "lt": "<"}
@@ -140,7 +149,8 @@ _BASES = {word: str(i) for i, word in enumerate("two three four five six seven e
 
 
 def _repeating(m: re.Match) -> str:
-    """0.1\\overline{6} = 1/6: the digits up to the end of the first period less those before it, over 9s and 0s."""
+    """0.1\\overline{6} = 1/6: the digits up to the end of the first period less those before it,
+    over 9s and 0s."""
     whole, before, period = m[1] or "0", m[2], m[3]
     over = int("9" * len(period) + "0" * len(before))
     return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
@@ -148,7 +158,8 @@ def _repeating(m: re.Match) -> str:
 
 _SPELLINGS = _rules(
     ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
-    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?", lambda m: f"_{{{_BASES[m[1]]}}}"),  # 204_{\text{five}}
+    # 204_{\text{five}}
+    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?", lambda m: f"_{{{_BASES[m[1]]}}}"),
     ("\\log", r"\\log *_ *(?:\{(\w+)\}|(\w)) *(?:\{([^{}]*)\}|(\d+)$)", lambda m: f"\\log_{{{m[1] or m[2]}}}({m[3] or m[4]})"),
     ("m", r"(?<![a-zA-Z])([apAP])\. ?[mM](?![a-zA-Z])\.?", r"\1m"),  # p.m.
     ("\\frac", r"\\frac *(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),  # \frac12
@@ -165,7 +176,8 @@ _SPACING = _rules(
     ("\\text", r"\\text *\{([^{}]*)\}", r"\1"),
     (" ", r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", "")),  # 5 000 000
     ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
-    (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))  # not in \pi r, nor in 2 3
+    # not in \pi r, nor in 2 3
+    (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
@@ -176,8 +188,9 @@ _FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?(?:\\[dt]?frac\
 def normalise(answer: str) -> str:
     r"""Canonical text of an answer: `core`, or `core [unit]`.
 
-    Rational numbers become reduced fractions, so that equal texts mean equal values: `\dfrac{2}{4}`, `.50` -> `1/2`;
-    `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1, 2\right)` -> `(1,2)`; `5\text{ meters}` -> `5 [m]`.
+    Rational numbers become reduced fractions, so that equal texts mean equal values:
+    `\dfrac{2}{4}`, `.50` -> `1/2`; `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1,
+    2\right)` -> `(1,2)`; `5\text{ meters}` -> `5 [m]`.
     """
     s = answer.strip()
     if len(s) > MAX_CHARS:
@@ -192,23 +205,28 @@ def normalise(answer: str) -> str:
     s = _without_typesetting(s)
     if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
         s = s.replace("\\\\", "\\")
-    s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s  # 11,\! 111: a comma that separates thousands, not answers
+    # 11,\! 111: a comma that separates thousands, not answers
+    s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
     s = " ".join(s.split()).rstrip(" ,;")
-    while s[:1] == "{" and _closing(s, 0) == len(s) - 1:  # what \bf and \underline leave of {\bf 42} and \underline{42}
+    # what \bf and \underline leave of {\bf 42} and \underline{42}
+    while s[:1] == "{" and _closing(s, 0) == len(s) - 1:
         s = s[1:-1].strip()
     if (m := _WHOLE_TEXT.fullmatch(s)) and re.search(r"\d", m[1]):
         s = m[1].strip()
-    s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s  # a full stop; 0.333... is not 0.333
+    # a full stop; 0.333... is not 0.333
+    s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s
     for key, pattern, by in _SPELLINGS:
         s = pattern.sub(by, s) if key in s else s
     s, unit = _take_unit(s)
-    s = s.replace(",", "") if "," in s and _THOUSANDS.fullmatch(s) else s  # 79,380, but neither 32, 349 nor (1,234)
+    # 79,380, but neither 32, 349 nor (1,234)
+    s = s.replace(",", "") if "," in s and _THOUSANDS.fullmatch(s) else s
     for key, pattern, by in _SPACING:
         s = pattern.sub(by, s) if key in s else s
     s = s.strip()
-    s = s.replace(",", ", ") if "," in s and _THOUSANDS.fullmatch(s) else s  # two answers stay two when read again
+    # two answers stay two when read again
+    s = s.replace(",", ", ") if "," in s and _THOUSANDS.fullmatch(s) else s
     for _ in range(3):
         if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
             break
@@ -270,7 +288,8 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
 def _take_unit(s: str) -> tuple[str, str]:
-    r"""`72.6 \text{ m}` -> ('72.6', 'm'). A right answer may leave its unit out but not exchange it: m is not cm."""
+    r"""`72.6 \text{ m}` -> ('72.6', 'm'). A right answer may leave its unit out but not exchange
+    it: m is not cm."""
     if s.startswith("\\dollar "):
         return s.removeprefix("\\dollar ").strip(), "$"
     if s.endswith("%"):
@@ -283,12 +302,14 @@ def _take_unit(s: str) -> tuple[str, str]:
         return m[1], "deg" + m[2]
     m = _UNIT.search(s)
     core = s[:m.start()] if m else ""
-    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":  # a number, complete without the word
+    # a number, complete without the word
+    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":
         words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
         power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
         name, _, inner = " ".join(words[1:] if power else words).partition("^")  # \text{cm^2}
         unit = _UNITS.get(name, _UNITS.get(name[:-1]) if len(name) > 2 and name[-1] == "s" else None) if name else ""
-        one_number = m["text"] or _is_rational(_rational(core.replace(",", "").strip()))  # 72 clips, but not x+2 clips
+        # 72 clips, but not x+2 clips
+        one_number = m["text"] or _is_rational(_rational(core.replace(",", "").strip()))
         if unit is None and one_number and _THINGS.fullmatch(name):
             unit = name[:-1]
         if unit is not None:
@@ -308,12 +329,14 @@ def _settle(answer: str | None, gold: str) -> str | None:
     (a, unit_a), (g, unit_g) = _core_and_unit(answer), _core_and_unit(gold)
     if not a:
         return "unparsable"
-    celsius = "deg" in (unit_a, unit_g) and unit_a[:3] == unit_g[:3]  # 20 degrees may be 20 degrees C
+    # 20 degrees may be 20 degrees C
+    celsius = "deg" in (unit_a, unit_g) and unit_a[:3] == unit_g[:3]
     if unit_a and unit_g and unit_a != unit_g and not celsius:
         return "wrong"
     if a == g:  # 28% and 28: the question asked for per cent
         return "correct"
-    if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):  # 1000,99 where the gold says 1000.99
+    # 1000,99 where the gold says 1000.99
+    if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):
         return "correct"
     if _is_rational(a) and _is_rational(g):  # 28% and 0.28
         percent = "%" in (unit_a, unit_g)
@@ -341,7 +364,8 @@ class _Unparsable(Exception):
 
 
 def _same(answer: str, gold: str) -> bool:
-    """Whether two answers are the same. _Unparsable: the answer cannot be read; any other exception is our failure."""
+    """Whether two answers are the same. _Unparsable: the answer cannot be read; any other exception
+    is our failure."""
     settled = _settle(answer, gold)
     if settled is not None:
         return settled == "correct"
@@ -353,7 +377,8 @@ def _same(answer: str, gold: str) -> bool:
         if label_a and label_g:  # two equations
             return _verify(a, g)
         letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", label_a)))
-        return bool(label_a) and (_is_name(label_a) or len(letters) != 1) and _same(value_a, g)  # m+n=5, not x^2=5
+        # m+n=5, not x^2=5
+        return bool(label_a) and (_is_name(label_a) or len(letters) != 1) and _same(value_a, g)
     (kind_a, items_a), (kind_g, items_g) = _items(a), _items(g)
     named = _names_items(items_a)
     if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
@@ -361,7 +386,8 @@ def _same(answer: str, gold: str) -> bool:
     counted = all(item[:1] not in list("([") for item in items_a + items_g) and not (a + g).count("\\{")
     if kind_a == kind_g == "list" and counted:
         return _same_items(items_a, items_g)
-    if kind_a == kind_g == "list":  # of a set, or of points, each counts once, however often it is named
+    # of a set, or of points, each counts once, however often it is named
+    if kind_a == kind_g == "list":
         return all(any(_same(x, y) for x in items_a) for y in items_g) and \
             all(any(_same(x, y) for y in items_g) for x in items_a)
     if kind_a == kind_g != "":
@@ -369,7 +395,8 @@ def _same(answer: str, gold: str) -> bool:
         return not clock and _same_in_order(items_a, items_g)
     if {kind_a, kind_g} == {"", "list"} and len(items_a) == len(items_g) == 1:  # \{2\} and 2
         return _same(items_a[0], items_g[0])
-    if kind_g == ":" and not kind_a and len(items_g) == 2:  # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
+    # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
+    if kind_g == ":" and not kind_a and len(items_g) == 2:
         return _same(a, f"\\frac{{{items_g[0]}}}{{{items_g[1]}}}")
     interval_a, interval_g = _interval(a), _interval(g)
     if (interval_a and kind_g[:1] in list("([")) or (interval_g and kind_a[:1] in list("([")):
@@ -409,7 +436,8 @@ def _same_in_order(items_a: list[str], items_g: list[str]) -> bool:
 
 
 def _closing(s: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`, of any kind ([0,1) is an interval); -1 if none does."""
+    """Index of the bracket that closes the one at `start`, of any kind ([0,1) is an interval); -1
+    if none does."""
     depth = 0
     for i in range(start, len(s)):
         depth += (s[i] in "([{") - (s[i] in ")]}")
@@ -430,8 +458,9 @@ def _split(s: str, separators: str) -> list[str]:
 
 
 def _label(s: str) -> tuple[str, str]:
-    r"""What an equation or membership is about, and its last value: `x=1+1=2` -> ('x', '2'), `x\in S` -> ('x', 'S'),
-    `5` -> ('', '5'). Approximations are dropped: `\sqrt2\approx1.41` -> ('', '\sqrt2')."""
+    r"""What an equation or membership is about, and its last value: `x=1+1=2` -> ('x', '2'), `x\in
+    S` -> ('x', 'S'), `5` -> ('', '5'). Approximations are dropped: `\sqrt2\approx1.41` -> ('',
+    '\sqrt2')."""
     s = re.sub(r"\\approx.*", "", re.sub(r"^([A-Za-z]\w*)\\approx", r"\1=", s))
     sides = _split(re.sub(r"\\in(?![a-zA-Z])", "=", s), "=")
     if len(sides) < 2 or len(_split(s, ",;")) > 1 or re.search(r"[<>]|\\(?:le|ge|neq|equiv)(?![a-zA-Z])", s):
@@ -449,7 +478,8 @@ def _names_items(items: list[str]) -> bool:
 
 
 def _items(s: str) -> tuple[str, list[str]]:
-    r"""Kind and items: 'list' of `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... of tuples and intervals; ':' of a ratio."""
+    r"""Kind and items: 'list' of `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... of tuples and
+    intervals; ':' of a ratio."""
     if s.startswith("{") and _closing(s, 0) == len(s) - 1:
         return _items(s[1:-1])
     is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
@@ -463,7 +493,8 @@ def _items(s: str) -> tuple[str, list[str]]:
 
 
 def _signs(s: str) -> list[str]:
-    r"""`1\pm\sqrt2` is two answers. Two \pm may mean two or four: left alone, and math-verify does not read them."""
+    r"""`1\pm\sqrt2` is two answers. Two \pm may mean two or four: left alone, and math-verify does
+    not read them."""
     if s.count("\\pm") != 1 or s.count("\\mp") > 1:
         return [s]
     return [re.sub(r"(?:^|(?<=[(={]))\+", "", s.replace("\\pm", x).replace("\\mp", y)) for x, y in ("+-", "-+")]
@@ -471,13 +502,15 @@ def _signs(s: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _parse(s: str, is_real: bool):
-    """sympy object of a canonical core: decimals exact, letters with their case, 2\\frac12 in a product still 5/2."""
+    """sympy object of a canonical core: decimals exact, letters with their case, 2\\frac12 in a
+    product still 5/2."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, Rational
     if re.search(r"\d \d|\\l?dots|(?:^|[^\\a-zA-Z\]{}^_])\{|[\d)}]\\\{", s):
         raise ValueError("numbers or groups side by side, or dots")
-    # The parser adds neighbours, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every product gets its dot.
+    # The parser adds neighbours, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every
+    # product gets its dot.
     s = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", s)
     s = re.sub(r"(?:(?<=\d)(?<![_^]\d)|(?<=\)))(?=\(|\\binom)|(?<=\))(?=\d|\\frac)", r"\\cdot ", s)
     s = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})(?=[\d(]|\\frac|\\binom)", r"\1\\cdot ", s)
@@ -492,7 +525,8 @@ def _verify(answer: str, gold: str) -> bool:
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
     from sympy import Eq, Expr, simplify
-    if re.match(r"-?\d+_", answer) or re.match(r"-?\d+_", gold):  # 204_5: the parser drops the base; the text decided
+    # 204_5: the parser drops the base; the text decided
+    if re.match(r"-?\d+_", answer) or re.match(r"-?\d+_", gold):
         return False
     is_real = not should_treat_as_complex(answer + " " + gold)
     g = _parse(gold, is_real)
@@ -500,12 +534,15 @@ def _verify(answer: str, gold: str) -> bool:
         a = _parse(answer, is_real)
     except Exception as problem:
         raise _Unparsable from problem
-    if isinstance(g, Eq) and isinstance(a, Eq):  # to math-verify any two equations without a solution are the same
+    # to math-verify any two equations without a solution are the same
+    if isinstance(g, Eq) and isinstance(a, Eq):
         return g == a or bool(simplify((g.lhs - g.rhs) / (a.lhs - a.rhs)).is_number)
-    if not verify(g, a, timeout_seconds=None, raise_on_error=True):  # no alarms: the process is the limit
+    # no alarms: the process is the limit
+    if not verify(g, a, timeout_seconds=None, raise_on_error=True):
         return False
     if isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite and not (g.free_symbols or a.free_symbols):
-        return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)  # it looks at 15 digits
+        # it looks at 15 digits
+        return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)
     return True
 
 
@@ -520,21 +557,24 @@ def _read(gold: str) -> None:
 
 
 def _serve() -> None:
-    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is killed; the next one
-    is there in milliseconds. Requests and replies are lines of JSON; ends when its input does."""
+    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is
+    killed; the next one is there in milliseconds. Requests and replies are lines of JSON; ends when
+    its input does."""
     import logging
     import resource
     import signal
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is not a reply
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and preemption are the parent's business
+    # Ctrl-C and preemption are the parent's business
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     logging.disable(logging.CRITICAL)
     first = {"status": "ready"}
     try:
-        for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):  # import, fill tables
+        # import, fill tables
+        for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):
             _same(answer, gold)
     except Exception as problem:
         first = {"status": f"{type(problem).__name__}: {problem}"}
@@ -567,7 +607,8 @@ def _work(requests: int, replies: int) -> None:
     import signal
     for line in os.fdopen(requests):
         request = json.loads(line)
-        # Nobody may be left to kill us. The alarm has no handler, so it ends the process, and C code with it.
+        # Nobody may be left to kill us. The alarm has no handler, so it ends the process, and C
+        # code with it.
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
@@ -594,7 +635,8 @@ _alive: set[subprocess.Popen] = set()
 
 
 def _ask(request: dict, timeout_s: float) -> dict:
-    """The reply of an idle worker, else of a new one, within timeout_s and the time it takes to start one."""
+    """The reply of an idle worker, else of a new one, within timeout_s and the time it takes to
+    start one."""
     while True:
         with _lock:
             worker = _idle.pop() if _idle else None
@@ -614,7 +656,8 @@ def _ask(request: dict, timeout_s: float) -> dict:
             with _lock:
                 _idle.append(worker)
             return reply
-        _kill(worker)  # it was dead or stopped, by no fault of the request; one that was idle is replaced
+        # it was dead or stopped, by no fault of the request; one that was idle is replaced
+        _kill(worker)
         if first_time:
             return {"status": "error", "why": "the worker died"}
 
@@ -634,10 +677,12 @@ def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
 
 
 def _start() -> subprocess.Popen | None:
-    """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to end a run."""
+    """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to
+    end a run."""
     worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              start_new_session=True)  # torchrun sends SIGTERM to the parent's whole group
+                              # torchrun sends SIGTERM to the parent's whole group
+                              start_new_session=True)
     with _lock:
         _alive.add(worker)
     reply = _receive(worker, START_LIMIT_S)
@@ -659,7 +704,8 @@ def _kill(worker: subprocess.Popen) -> None:
 
 
 def _forget() -> None:
-    """In a forked child, whose workers these are not. Its copies of their pipes would let them outlive the parent."""
+    """In a forked child, whose workers these are not. Its copies of their pipes would let them
+    outlive the parent."""
     global _lock
     _lock = threading.Lock()
     for worker in _alive:

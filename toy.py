@@ -1,20 +1,23 @@
-r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mistakes, and the truth about them.
+r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mistakes, and the truth
+about them.
 
 findx: guess and check. A bad guess shows in its evidence, so a second look can pay.
     x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}
-countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and several routes lead there.
+countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and
+several routes lead there.
     5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok. Answer: \boxed{19}
     The answer is the only value in the range that the numbers can make: why so, see the section countdown below.
 
     python toy.py findx --levels=1 --out=data/findx
 
-writes train.jsonl, validation.jsonl and test.jsonl (problems), coldstart.jsonl (worked examples of both
-formats of §3.2, for coldstart.py) and model/ (a fresh small Qwen3 with the world's tokenizer). The
-author of the examples is fallible and gives up after most failed checks, the habit that RL has to
-unlearn; the syntheses' analysis audits every statement. `audit` and `construction` are exact for any
-text, the model's own included: they are the ground truth of localisation.
+writes train.jsonl, validation.jsonl and test.jsonl (problems), coldstart.jsonl (worked examples of
+both formats of §3.2, for coldstart.py) and model/ (a fresh small Qwen3 with the world's tokenizer).
+The author of the examples is fallible and gives up after most failed checks, the habit that RL has
+to unlearn; the syntheses' analysis audits every statement. `audit` and `construction` are exact for
+any text, the model's own included: they are the ground truth of localisation.
 
-Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too slowly).
+Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too
+slowly).
 """
 import argparse
 import ast
@@ -39,14 +42,15 @@ SPLITS = ("train", "validation", "test")
 LEVELS = {"findx": ("1", "2", "3"), "countdown": ("3", "4")}
 LARGEST_X, LARGEST_VALUE = 15, 99
 
-# What the author of the cold-start set writes: share of each kind of example. The first three are ordinary solutions.
-# give_up / (give_up + reflective) is how seldom the author looks again after a mistake, well above one half on purpose.
+# What the author of the cold-start set writes: share of each kind of example. The first three are
+# ordinary solutions. give_up / (give_up + reflective) is how seldom the author looks again after a
+# mistake, well above one half on purpose.
 SHARES = {
     "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
     "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems
 
 
@@ -54,9 +58,9 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
                   levels: tuple[str, ...] | None = None) -> list[Problem]:
     """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all.
 
-    The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits are disjoint whatever
-    n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left side falls as x grows); countdown 3
-    and 4, how many numbers are given.
+    The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits
+    are disjoint whatever n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left
+    side falls as x grows); countdown 3 and 4, how many numbers are given.
     """
     if world not in WORLDS or split not in SPLITS:
         raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {tuple(WORLDS)} and {SPLITS}")
@@ -74,7 +78,8 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
 
 
 def split_of(question: str) -> str:
-    """A function of the text alone. Question x*7-21=35 is in the same split in every run, of every size."""
+    """A function of the text alone. Question x*7-21=35 is in the same split in every run, of every
+    size."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
@@ -88,13 +93,14 @@ def _all_findx() -> list[Problem]:
                 left = form.format(a=a, b=b)
                 values = {x: [true for _, _, true in calculate(left, x)] for x in range(1, LARGEST_X + 1)}
                 values = {x: v for x, v in values.items() if min(v) >= 0 and max(v) <= LARGEST_VALUE}
-                for x, v in values.items() if len(values) > 2 else ():  # room for two different wrong guesses
+                # room for two different wrong guesses
+                for x, v in values.items() if len(values) > 2 else ():
                     level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
                     problems.append(Problem(f"findx:{left}={v[-1]}", f"{left}={v[-1]}", str(x), level))
     return problems
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arithmetic: everything that is claimed about a problem goes through `calculate`
 
 OPERATIONS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub), ast.Mult: ("*", operator.mul)}
@@ -106,10 +112,11 @@ def _tree(left: str) -> ast.expr:
 
 
 def calculate(question: str, x: int | None = None, slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
-    """The left side worked out innermost first: [(operation, value written, true value of that operation)].
+    """The left side worked out innermost first: [(operation, value written, true value of that
+    operation)].
 
-    x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first operation and
-    carries it on: [('6*7', 41, 42), ('41-21', 20, 20)].
+    x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first
+    operation and carries it on: [('6*7', 41, 42), ('41-21', 20, 20)].
     """
     lines: list[tuple[str, int, int]] = []
 
@@ -154,16 +161,18 @@ def in_range(lines: list[tuple[str, int, int]]) -> bool:
     return all(0 <= v <= LARGEST_VALUE for _, written, true in lines for v in (written, true))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Worked solutions
 
 
 def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, list[tuple[int, int]]]:
-    """A solution as the fallible author writes it, and the (start, end) character spans of the planted wrong tokens.
+    """A solution as the fallible author writes it, and the (start, end) character spans of the
+    planted wrong tokens.
 
-    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its answer all the same.
-    What follows from a mistake (the evidence of a wrong guess, the steps after a slip) is stated truly and can be
-    learnt; the mistake itself must not be, or the model learns to make it: its spans are left out of the loss.
+    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its
+    answer all the same. What follows from a mistake (the evidence of a wrong guess, the steps after
+    a slip) is stated truly and can be learnt; the mistake itself must not be, or the model learns
+    to make it: its spans are left out of the loss.
     """
     wrote = _findx_pieces if is_findx(question) else _countdown_pieces
     text, no_loss = "", []
@@ -191,7 +200,8 @@ def boxed(answer: int) -> str:
 
 
 def trial(question: str, guess: int, slips: dict[int, int] | None = None) -> str:
-    """One guess with its evidence; the verdict compares the value reached with the target: 'low', 'high' or 'ok'."""
+    """One guess with its evidence; the verdict compares the value reached with the target: 'low',
+    'high' or 'ok'."""
     lines = calculate(question, guess, slips)
     return f"Try {guess}: " + ", ".join(f"{operation}={written}" for operation, written, _ in lines) + verdict(
         lines[-1][1], target_of(question), target_of(question))
@@ -211,24 +221,27 @@ def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...
 
 
 def random_slip(rng: np.random.Generator, question: str, x: int | None = None) -> tuple[int, int]:
-    """(index of an operation, a wrong value near its true one): what follows stays within 0..99, the end is spoilt."""
+    """(index of an operation, a wrong value near its true one): what follows stays within 0..99,
+    the end is spoilt."""
     true = calculate(question, x)
     for i in rng.permutation(len(true)):
         for off in rng.permutation([-10, -2, -1, -1, 1, 1, 2, 10]):
             lines = calculate(question, x, {int(i): true[i][1] + int(off)})
             if in_range(lines) and lines[-1][1] != true[-1][1]:
                 return int(i), true[i][1] + int(off)
-    raise AssertionError(f"{question}: no slip possible")  # the last operation can always be off by one
+    # the last operation can always be off by one
+    raise AssertionError(f"{question}: no slip possible")
 
 
 def wrong_solution(rng: np.random.Generator, question: str) -> str:
-    """A finished solution with a wrong answer, as a policy might write it: the y- of a planted synthesis example."""
+    """A finished solution with a wrong answer, as a policy might write it: the y- of a planted
+    synthesis example."""
     if is_countdown(question):
         return _wrong_countdown(rng, question)
     guess, draw = wrong_guess(rng, question), rng.random()
-    if draw < 0.5:                                     # an honest check, and then its answer all the same
+    if draw < 0.5:  # an honest check, and then its answer all the same
         return trial(question, guess) + boxed(guess)
-    if draw < 0.7:                                     # a reflection that did not help: check two fails, or is bent
+    if draw < 0.7:  # a reflection that did not help: check two fails, or is bent
         word = "low" if guess < answer_of(question) else "high"
         again = wrong_guess(rng, question, exclude=(guess,))
         second = trial(question, again, {1: target_of(question)} if draw < 0.6 else {})
@@ -239,16 +252,19 @@ def wrong_solution(rng: np.random.Generator, question: str) -> str:
     return trial(question, guess, {where: written}) + boxed(guess)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The truth about a solution: which statement is the first false one, and what a perfect reflection would say
+# --------------------------------------------------------------------------------------------------
+# The truth about a solution: which statement is the first false one, and what a perfect reflection
+# would say
 
 
 @dataclass
 class Judgement:
-    """One statement of a solution, compared with the truth. After the first wrong one nothing more is judged."""
-    end: int            # character index behind the statement and its delimiter: a preserved prefix may stop here
+    """One statement of a solution, compared with the truth. After the first wrong one nothing more
+    is judged."""
+    # character index behind the statement and its delimiter: a preserved prefix may stop here
+    end: int
     ok: bool
-    audit: str          # '3 vs 2 wrong. ': written, true, judgement; '' where the text has no such form
+    audit: str  # '3 vs 2 wrong. ': written, true, judgement; '' where the text has no such form
     reflection: str     # 'Wait, 3 is wrong. ': the truth about this statement
 
 
@@ -258,16 +274,19 @@ DELIMITER = re.compile(r", |\. |\n|\}")
 
 
 def malformed(text: str, position: int) -> list[Judgement]:
-    """The judgement of a text that has no statement at `position`; none yet while it is unfinished."""
+    """The judgement of a text that has no statement at `position`; none yet while it is unfinished.
+    """
     delimiter = DELIMITER.search(text, position)
     return [Judgement(delimiter.end(), False, "", "")] if delimiter else []
 
 
 def audit(question: str, text: str) -> list[Judgement]:
-    """Judge a solution statement by statement up to its first error; an unfinished text as far as it goes.
+    """Judge a solution statement by statement up to its first error; an unfinished text as far as
+    it goes.
 
-    An honest check that fails is an error too, of the guess: it is judged after its evidence, result
-    against target. Text that is no statement at all is an error that ends at its next delimiter.
+    An honest check that fails is an error too, of the guess: it is judged after its evidence,
+    result against target. Text that is no statement at all is an error that ends at its next
+    delimiter.
     """
     return (_audit_countdown if is_countdown(question) else _audit_findx)(question, text)
 
@@ -310,15 +329,16 @@ def _audit_findx(question: str, text: str) -> list[Judgement]:
 
 
 def first_error(question: str, text: str) -> int | None:
-    """Character index where a preserved prefix must end, behind the first false statement or failed check, or None."""
+    """Character index where a preserved prefix must end, behind the first false statement or failed
+    check, or None."""
     return next((judgement.end for judgement in audit(question, text) if not judgement.ok), None)
 
 
 def diagnosis_is_true(question: str, text: str) -> bool:
     """Does the first reflection of a text say something true about a real mistake of it?
 
-    A guess that is called too low right behind its check is too low; else the first false statement is followed by the
-    truth about it.
+    A guess that is called too low right behind its check is too low; else the first false statement
+    is followed by the truth about it.
     """
     said = re.search(r"Try (\d+): [^.]* (?:low|high)\. Wait, \1 is too (low|high)\. ", text)
     if said and is_findx(question):
@@ -329,7 +349,8 @@ def diagnosis_is_true(question: str, text: str) -> bool:
 
 
 def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
-    """(analysis, prefix, reflection, correction) of the perfect micro-reflective trajectory for any wrong solution.
+    """(analysis, prefix, reflection, correction) of the perfect micro-reflective trajectory for any
+    wrong solution.
 
     None if nothing is wrong, or the mistake is one of form that the audit has no words for.
     """
@@ -347,14 +368,15 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# countdown. The grader compares a box with one gold answer. A boxed expression would not do: many are right, and by value
-# the bare target, copied from the question, is as right as any. So the target is a range of ten that holds just one value
-# the numbers can make, and that value is the answer: every route ends in it and a slip spoils it. Whoever picks some number
-# of the range is right in one of ten; where the answer lay in the most similar training problems, in up to three of ten: so
-# count the right answers whose statements are true as well. The price: numbers that reach nearly everything make no problem,
-# so more than four would need values above 99.
-# A route is a list of steps [(operation, value written)], e.g. [('15+9', 24), ('24-5', 19)].
+# --------------------------------------------------------------------------------------------------
+# countdown. The grader compares a box with one gold answer. A boxed expression would not do: many
+# are right, and by value the bare target, copied from the question, is as right as any. So the
+# target is a range of ten that holds just one value the numbers can make, and that value is the
+# answer: every route ends in it and a slip spoils it. Whoever picks some number of the range is
+# right in one of ten; where the answer lay in the most similar training problems, in up to three of
+# ten: so count the right answers whose statements are true as well. The price: numbers that reach
+# nearly everything make no problem, so more than four would need values above 99. A route is a list
+# of steps [(operation, value written)], e.g. [('15+9', 24), ('24-5', 19)].
 
 LARGEST_GIVEN, RANGE = 20, 10
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)(, | low\. | high\. | ok\. )")
@@ -364,8 +386,9 @@ FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0
 
 @lru_cache(maxsize=2)
 def _all_countdown(size: int) -> list[Problem]:
-    """For `size` of the numbers 2..20, every value of two digits that they reach by different routes and that is alone in
-    its range. One range for each: two that overlap would be the same problem in two splits. 4 takes seconds."""
+    """For `size` of the numbers 2..20, every value of two digits that they reach by different
+    routes and that is alone in its range. One range for each: two that overlap would be the same
+    problem in two splits. 4 takes seconds."""
     problems, rng = [], np.random.default_rng(0)
     for numbers in itertools.combinations(range(2, LARGEST_GIVEN + 1), size):
         found = sorted(reachable(numbers).items())
@@ -373,7 +396,8 @@ def _all_countdown(size: int) -> list[Problem]:
             below = found[i - 1][0] if i else -1
             above = found[i + 1][0] if i + 1 < len(found) else LARGEST_VALUE + 1
             lows = range(max(below + 1, value - RANGE + 1), min(above - RANGE, value) + 1)
-            # of four numbers, the first two steps of a route may swap and it is still the same route
+            # of four numbers, the first two steps of a route may swap and it is still the same
+            # route
             if value >= 10 and n_routes >= size - 1 and lows:
                 low = lows[rng.integers(len(lows))]
                 question = f"{','.join(map(str, numbers))}={low}..{low + RANGE - 1}"
@@ -393,9 +417,11 @@ def range_of(question: str) -> tuple[int, int]:
 
 @lru_cache(maxsize=1 << 16)
 def moves(numbers: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
-    """What can be done with two of the numbers, the larger one first: [(operation, value, numbers then left)].
+    """What can be done with two of the numbers, the larger one first: [(operation, value, numbers
+    then left)].
 
-    (5, 9, 15) gives ('15+9', 24, (5, 24)), ('15-9', 6, (5, 6)), ('15*9', 135, (5, 135)) and six more.
+    (5, 9, 15) gives ('15+9', 24, (5, 24)), ('15-9', 6, (5, 6)), ('15*9', 135, (5, 135)) and six
+    more.
     """
     found = []
     for a, b in dict.fromkeys(itertools.combinations(sorted(numbers, reverse=True), 2)):
@@ -412,8 +438,9 @@ def moves(numbers: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
 def reachable(numbers: tuple[int, ...]) -> dict[int, int]:
     """{value 0..99 that all the numbers can make: how many routes stay within 0..99}.
 
-    No negative steps: they only spell such a route with other signs. A value above 99 on the way is no route of ours,
-    but the value it leads to counts as reached, so that an answer really is the only one.
+    No negative steps: they only spell such a route with other signs. A value above 99 on the way is
+    no route of ours, but the value it leads to counts as reached, so that an answer really is the
+    only one.
     """
     if len(numbers) == 1:
         return {numbers[0]: 1} if numbers[0] <= LARGEST_VALUE else {}
@@ -439,8 +466,9 @@ def attempt(question: str, route: list[tuple[str, int]], said: str = "") -> str:
 
 
 def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> list[tuple[str, int]]:
-    """The nearest miss of eight random tries. What `fault` plants in each: 'slip', a wrong value that is carried on;
-    'number', one that is not there or no longer; 'unused', a number left over at the end; '', nothing."""
+    """The nearest miss of eight random tries. What `fault` plants in each: 'slip', a wrong value
+    that is carried on; 'number', one that is not there or no longer; 'unused', a number left over
+    at the end; '', nothing."""
     (low, high), answer, tries = range_of(question), answer_of(question), []
     while len(tries) < 8:
         left, route = numbers_of(question), []
@@ -479,7 +507,8 @@ def _countdown_pieces(rng: np.random.Generator, question: str, kind: str) -> lis
     route = wrong_route(rng, question)
     reached = route[-1][1]
     failed = [("Try ", True)]
-    for i, (operation, value) in enumerate(route):  # what was tried is the mistake, what came of it is true
+    # what was tried is the mistake, what came of it is true
+    for i, (operation, value) in enumerate(route):
         failed += [(operation, False), (f"={value}" + (", " if i + 1 < len(route) else ""), True)]
     failed.append((verdict(reached, *range_of(question)), True))
     if kind == "give_up":
@@ -493,8 +522,9 @@ def too_far(question: str, reached: int) -> str:
 
 
 def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
-    """give_up: an honest miss, and its value all the same. again: a reflection that did not help. slip, number, unused: see
-    wrong_route. verdict: a miss that is called ok. box: the right route, and another number of the range."""
+    """give_up: an honest miss, and its value all the same. again: a reflection that did not help.
+    slip, number, unused: see wrong_route. verdict: a miss that is called ok. box: the right route,
+    and another number of the range."""
     fault = str(rng.choice(list(FAULTS), p=list(FAULTS.values())))
     answer, before = answer_of(question), ""
     if fault == "box":
@@ -509,7 +539,8 @@ def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
 
 
 def _audit_countdown(question: str, text: str) -> list[Judgement]:
-    """See audit. Where a number is not there, or some are left over, what is written is judged against all that is there."""
+    """See audit. Where a number is not there, or some are left over, what is written is judged
+    against all that is there."""
     judged: list[Judgement] = []
     if not text.startswith("Try "):
         return malformed(text, 0)
@@ -556,17 +587,19 @@ def _audit_countdown(question: str, text: str) -> list[Judgement]:
     return judged
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cold-start examples (§3.2)
 
 
 @dataclass
 class Example:
-    """One training pair. Loss falls on the completion and its stop token, except on the spans of planted mistakes."""
+    """One training pair. Loss falls on the completion and its stop token, except on the spans of
+    planted mistakes."""
     kind: str
     prompt: str                    # the user's turn, as text
     completion: str                # without the stop token
-    no_loss: list[tuple[int, int]] = field(default_factory=list)  # (start, end) character spans of the completion
+    # (start, end) character spans of the completion
+    no_loss: list[tuple[int, int]] = field(default_factory=list)
 
     def to_row(self) -> dict:
         """A line of coldstart.py's examples."""
@@ -580,8 +613,9 @@ def sft_example(rng: np.random.Generator, question: str, kind: str) -> Example:
 
 
 def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") -> Example:
-    """IFT format: synthesis prompt -> analysis + reconstruction; mode 'full' reconstructs it all instead of keeping a
-    prefix. The prompts are reflect.py's, so that what is taught here is what RL will ask for."""
+    """IFT format: synthesis prompt -> analysis + reconstruction; mode 'full' reconstructs it all
+    instead of keeping a prefix. The prompts are reflect.py's, so that what is taught here is what
+    RL will ask for."""
     wrong = wrong_solution(rng, question)
     right = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")[0]
     analysis, prefix, reflection, correction = construction(question, wrong)
@@ -592,7 +626,8 @@ def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") ->
 
 
 def teacher_example(rng: np.random.Generator, question: str) -> Example:
-    """The self-distillation teacher's format: question with a right solution -> a solution, never one that gives up."""
+    """The self-distillation teacher's format: question with a right solution -> a solution, never
+    one that gives up."""
     right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     return Example("solve", TEMPLATES["short"]["teacher"].format(question=question, right=right), *completion)
@@ -606,7 +641,7 @@ def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -
     return teacher_example(rng, question) if kind == "solve" else sft_example(rng, question, kind)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 WORDS = ("Try ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
@@ -618,13 +653,16 @@ EOS, PAD, USER, ASSISTANT, UNKNOWN = "<|im_end|>", "<|pad|>", "<|user|>", "<|ass
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
     "{% else %}{{ '<|assistant|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")  # enable_thinking is accepted and changes nothing
+    # enable_thinking is accepted and changes nothing
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
 
 
 def make_tokenizer():
-    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 60 ids in all.
+    """A transformers PreTrainedTokenizerFast of single characters, the world's words and tags, 60
+    ids in all.
 
-    Longest match first; any other character becomes the unknown id, which data.render_prompt refuses.
+    Longest match first; any other character becomes the unknown id, which data.render_prompt
+    refuses.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -649,7 +687,8 @@ N_EXAMPLES = {"findx": 48_000, "countdown": 96_000}  # seen once each, 16 a step
 
 
 def worked_examples(world: str, questions: list[str], n: int, seed: int, kinds=()) -> list[Example]:
-    """n examples for coldstart.py, their kinds in the shares of SHARES; kinds: only these of them."""
+    """n examples for coldstart.py, their kinds in the shares of SHARES; kinds: only these of them.
+    """
     shares = {kind: share for kind, share in SHARES[world].items() if not kinds or kind in kinds}
     shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
     found: list[Example] = []
