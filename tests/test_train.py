@@ -4,6 +4,7 @@ A random model writes no right answers, so `author` stands in for the sampler wh
 constructions: it writes toy solutions, right and wrong, and the perfect synthesis of each pair.
 """
 import json
+import math
 import os
 import resource
 import signal
@@ -18,6 +19,7 @@ import torch
 from conftest import HostReads
 
 import checkpoint
+import configurator
 import opsd
 import reflect
 import rollout
@@ -310,6 +312,25 @@ def test_every_variant_runs_and_trains_something_else(start, tmp_path, monkeypat
     run(start, tmp_path / "group", monkeypatch, **(DEFAULTS | base | {"ref_advantage": "group"}))
     silent = weights_of(tmp_path / "group/step_000001")
     assert all(torch.equal(p, silent[name]) for name, p in seen[str({"method": "grpo"})].items())
+
+
+def test_another_weighting_is_one_entry_of_the_dictionary(start, tmp_path, monkeypatch):
+    """README, 'A weighting of your own'. Bug: a knob that is read nowhere, or that weighs ordinary rollouts too."""
+    author(monkeypatch)
+    monkeypatch.setitem(train.WEIGHTINGS, "likelihood", lambda logprobs, _, low, high: logprobs.detach().exp().clamp(low, high))
+    monkeypatch.setitem(train.__annotations__, "weighting", configurator.one_of(*train.WEIGHTINGS))
+    knobs = {"max_steps": 1, "warmup_steps": 0, "ref_advantage": "reward"}
+    for name, more in (("ots", {}), ("likelihood", {"weighting": "likelihood"}),
+                       ("none", {"ots": False}), ("none_likelihood", {"ots": False, "weighting": "likelihood"})):
+        run(start, tmp_path / name, monkeypatch, **{"weighting": "ots", "ots": True} | knobs | more)
+    seen = {folder.name: weights_of(folder / "step_000001") for folder in tmp_path.iterdir()}
+
+    def equal(a, b):
+        return all(torch.equal(p, seen[b][name]) for name, p in seen[a].items())
+
+    assert not equal("ots", "likelihood") and not equal("none", "likelihood") and equal("none", "none_likelihood")
+    r = next(r for r in rollouts_of(tmp_path / "likelihood") if r["is_reflection"])
+    assert r["ots_weights"] == pytest.approx([max(0.01, math.exp(lp)) for lp in r["logprobs"]], rel=1e-5)
 
 
 DEFAULTS = {key: getattr(train, key) for flags in FLAGS for key in flags}
