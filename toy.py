@@ -31,10 +31,12 @@ from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import jsonl
 from configurator import run_script
 from data import Problem, save_problems
+from model import CausalLM, ModelConfig, save_hf
 from reflect import TEMPLATES
 
 WORLDS = {"findx": 0, "countdown": 2}  # number in the noise key of its problems
@@ -701,9 +703,6 @@ def worked_examples(world: str, questions: list[str], n: int, seed: int, kinds=(
 
 def make_model(folder: Path, seed: int) -> None:
     """A fresh Qwen3 of 177 thousand parameters with the tokenizer, as a Hugging Face folder."""
-    import torch  # takes seconds
-
-    from model import CausalLM, ModelConfig, save_hf
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(
