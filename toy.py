@@ -25,7 +25,7 @@ import itertools
 import operator
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
@@ -76,7 +76,7 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
     pool = [p for p in everything if wanted(p)]
     if n > len(pool):
         raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
-    return [pool[i] for i in rng.permutation(len(pool))[:n or None]]
+    return [replace(pool[i]) for i in rng.permutation(len(pool))[:n or None]]  # the caller's own
 
 
 def split_of(question: str) -> str:

@@ -103,6 +103,12 @@ def test_splits_are_disjoint_and_do_not_depend_on_n_or_seed(world):
     assert small != toy.make_problems(world, "test", 50, seed=4)
 
 
+def test_problems_are_the_callers_own():
+    """Bug: the pool is kept, so that a uid or a prompt written to a problem shows in everybody's next call."""
+    toy.make_problems("findx", "test", 2)[0].uid = "changed"
+    assert toy.make_problems("findx", "test", 2)[0].uid.startswith("findx:")
+
+
 def test_findx_holds_the_stated_problems_each_with_exactly_one_solution():
     problems = [p for split in toy.SPLITS for p in toy.make_problems("findx", split, 0)]
     assert len(problems) == len({p.uid for p in problems}) == 11_984
