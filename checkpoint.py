@@ -68,8 +68,9 @@ def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint; ValueError if another version of this file wrote it."""
     meta = json.loads((folder / "meta.json").read_text())
     if meta.get("format") != FORMAT:
-        raise ValueError(f"{folder} has checkpoint format {meta.get('format')}, this code reads {FORMAT}; resume with the "
-                         f"version that wrote it, or start a new run with --init_from={folder} and another out_dir")
+        raise ValueError(f"{folder} has checkpoint format {meta.get('format')}, this code reads "
+                         f"{FORMAT}; resume with the version that wrote it, or start a new run "
+                         f"with --init_from={folder} and another out_dir")
     return meta
 
 
@@ -145,8 +146,8 @@ class Saver:
                 os.replace(partial, folder)
         except (OSError, SafetensorError, CheckpointException) as e:  # "no space left", as each of the writers puts it
             shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"cannot save {folder} ({' '.join(str(e).split())}); free space, then --resume=True goes on from "
-                             f"{newest(self.out)}") from e
+            raise ValueError(f"cannot save {folder} ({' '.join(str(e).split())}); free space, then "
+                             f"--resume=True goes on from {newest(self.out)}") from e
         if self.first:
             self._delete_old()
         if self.group:
@@ -170,8 +171,9 @@ def load_optimizer(folder: Path, model, optimizer) -> None:
     try:
         dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
     except (OSError, CheckpointException) as e:
-        raise ValueError(f"cannot read AdamW's moments in {folder / 'optimizer'} ({' '.join(str(e).split())[:300]}); copy the "
-                         f"whole checkpoint again, or start a new run with --init_from={folder} and another out_dir") from e
+        raise ValueError(f"cannot read AdamW's moments in {folder / 'optimizer'} "
+                         f"({' '.join(str(e).split())[:300]}); copy the whole checkpoint again, or "
+                         f"start a new run with --init_from={folder} and another out_dir") from e
     set_optimizer_state_dict(model, optimizer, moments["optimizer"])
 
 
@@ -191,8 +193,9 @@ def check_same_model(folder: str, config, init_from: str, ref_config) -> None:
     """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says:
     that folder has changed."""
     if changed := diff_configs(asdict(ref_config), asdict(config)):
-        raise ValueError(f"{folder} is not a checkpoint of the model in init_from = {init_from}: {'; '.join(changed)}; put that "
-                         f"model back, or start a new run with --init_from={folder} and another out_dir")
+        raise ValueError(f"{folder} is not a checkpoint of the model in init_from = {init_from}: "
+                         f"{'; '.join(changed)}; put that model back, or start a new run with "
+                         f"--init_from={folder} and another out_dir")
 
 
 def find_start(config: dict) -> tuple[int, str]:
@@ -206,7 +209,8 @@ def find_start(config: dict) -> tuple[int, str]:
     if not config["resume"]:
         # a run that died in its first step left nothing to lose
         if jsonl.read(out / "metrics.jsonl"):
-            raise ValueError(f"out_dir = {out} already holds a run; continue it with --resume=True, or choose another out_dir")
+            raise ValueError(f"out_dir = {out} already holds a run; continue it with "
+                             "--resume=True, or choose another out_dir")
         return 0, config["init_from"]
     if not found:
         if os.environ.get("RANK", "0") == "0":
@@ -215,6 +219,7 @@ def find_start(config: dict) -> tuple[int, str]:
     meta = read_meta(found[-1])
     changed = [line for line in diff_configs(meta["config"], config) if line.split(":")[0] not in MAY_CHANGE]
     if changed:
-        raise ValueError(f"resume = True, but the config has changed since {found[-1]}: {'; '.join(changed)}; set these back, "
-                         f"or start a new run with --init_from={found[-1]} and another out_dir")
+        raise ValueError(f"resume = True, but the config has changed since {found[-1]}: "
+                         f"{'; '.join(changed)}; set these back, or start a new run with "
+                         f"--init_from={found[-1]} and another out_dir")
     return meta["step"], str(found[-1])

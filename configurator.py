@@ -104,7 +104,8 @@ def _expand_home(value):
 def print_config(config: Config, where: str | os.PathLike) -> None:
     """What differs from the script's defaults, and where the whole config will lie."""
     changed = {key: value for key, value in config.defaults.items() if config[key] != value}
-    print(f"{len(changed)} of {len(config.defaults)} knobs differ from their defaults; all of them: {where}")
+    print(f"{len(changed)} of {len(config.defaults)} knobs differ from their defaults; all of "
+          f"them: {where}")
     width = max(map(len, changed), default=0)
     for key, default in changed.items():
         print(f"  {key:<{width}} = {config[key]!r}  ({default!r})")
@@ -225,7 +226,8 @@ def _find(argument: str, knobs: dict) -> Path:
         if path.is_file():
             return path
     places = " and ".join(map(str, tried))
-    raise FileNotFoundError(f"{argument}: no such config file; tried {places} (a knob is set by --key=value)")
+    raise FileNotFoundError(f"{argument}: no such config file; tried {places} (a knob is set by "
+                            "--key=value)")
 
 
 def _read_file(path: Path, config: dict) -> dict:

@@ -48,7 +48,8 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python -m tools.prepare <name> --out={path}`")
+        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python -m "
+                                f"tools.prepare <name> --out={path}`")
     problems, seen = [], {}  # seen: uid -> line number
     for number, line in jsonl.lines(path):
         if limit and len(problems) == limit:
@@ -56,8 +57,8 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
         where = f"{path}:{number}"
         problem = _problem_of(jsonl.parse(line, where), where)
         if problem.uid in seen:
-            raise ValueError(f"{where}: uid {problem.uid!r} already stands on line {seen[problem.uid]}; "
-                             "uids name advantage groups and must be unique")
+            raise ValueError(f"{where}: uid {problem.uid!r} already stands on line "
+                             f"{seen[problem.uid]}; uids name advantage groups and must be unique")
         seen[problem.uid] = number
         problems.append(problem)
     if not problems:
@@ -69,8 +70,9 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
             raise ValueError(f"{path}:{seen[problem.uid]}: {why}")
     prose = [p for p in problems if _is_prose(p.answer)]
     if prose:
-        print(f"WARNING: {path}:{seen[prose[0].uid]}: gold answer {prose[0].answer!r} is prose"
-              f"{f' (and {len(prose) - 1} more)' if prose[1:] else ''}: only the same words would equal it; is a number meant?",
+        print(f"WARNING: {path}:{seen[prose[0].uid]}: gold answer {prose[0].answer!r} is "
+              f"prose{f' (and {len(prose) - 1} more)' if prose[1:] else ''}: only the same words "
+              "would equal it; is a number meant?",
               flush=True)
     return problems
 
@@ -143,8 +145,8 @@ def load_tokenizer(folder: str | Path):
                "elsewhere and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer at {folder} has no chat template; "
-                         "use an instruction-tuned checkpoint or add chat_template.jinja to the folder")
+        raise ValueError(f"the tokenizer at {folder} has no chat template; use an "
+                         "instruction-tuned checkpoint or add chat_template.jinja to the folder")
     _check_generation_prompt(tokenizer, folder)
     _check_vocabulary(tokenizer, Path(folder) / "config.json")
     return tokenizer
@@ -170,9 +172,11 @@ def _check_vocabulary(tokenizer, config: Path) -> None:
     rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0) if config.is_file() else 0
     extra = [token for token, i in tokenizer.get_vocab().items() if rows and i >= rows]
     if extra:
-        raise ValueError(f"the tokenizer has {', '.join(sorted(extra)[:5])} beyond the {rows} rows of the embedding ({config}: "
-                         "vocab_size); take such added tokens out of the tokenizer's files, or add rows "
-                         "(model.resize_token_embeddings(len(tokenizer)) in transformers) and save both")
+        raise ValueError(f"the tokenizer has {', '.join(sorted(extra)[:5])} beyond the {rows} rows "
+                         f"of the embedding ({config}: vocab_size); take such added tokens out of "
+                         "the tokenizer's files, or add rows "
+                         "(model.resize_token_embeddings(len(tokenizer)) in transformers) and "
+                         "save both")
 
 
 def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION) -> list[int]:
@@ -190,7 +194,8 @@ def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION
                  if unknown in tokenizer(c, add_special_tokens=False)["input_ids"]]
         missing = " ".join(map(repr, chars[:9])) or "the chat template's own words"
         raise ValueError(f"the tokenizer has no token for {missing} in the prompt "
-                         f"{question[:60]!r}; is this the tokenizer these problems and this instruction were made for?")
+                         f"{question[:60]!r}; is this the tokenizer these problems and this "
+                         "instruction were made for?")
     return ids
 
 
@@ -210,7 +215,8 @@ def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...
     ids |= {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
     ids.discard(None)
     if not ids:
-        raise ValueError("neither the tokenizer nor the model config names an end-of-sequence token; set eos_token_id")
+        raise ValueError("neither the tokenizer nor the model config names an end-of-sequence "
+                         "token; set eos_token_id")
     return tuple(sorted(ids))
 
 

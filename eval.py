@@ -74,7 +74,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, hold one of
     the c right ones."""
     if not 1 <= k <= n:
-        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; raise samples or lower k")
+        raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; raise "
+                         "samples or lower k")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -157,11 +158,13 @@ def load_sets(c) -> dict[str, list[Problem]]:
     for path in c.problems.split(","):
         name = Path(path).stem
         if name in sets:
-            raise ValueError(f"two problem files are called {name}; rename one, results are kept by name")
+            raise ValueError(f"two problem files are called {name}; rename one, results are kept "
+                             "by name")
         sets[name] = load_problems(path, c.n_problems)
         for p in sets[name]:
             if p.uid in holder:
-                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; make them unique")
+                raise ValueError(f"uid {p.uid!r} is in {holder[p.uid]} and in {name}; make them "
+                                 "unique")
         holder |= {p.uid: name for p in sets[name]}
     return sets
 
@@ -302,8 +305,9 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
                 verdicts[sample_key(row)] = verdict
                 done += 1
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:  # absent, late, cut off, no chat reply
-            print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} verdicts "
-                  f"({type(e).__name__}: {e}); no sample is lost, the same command asks for the rest", flush=True)
+            print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} "
+                  f"verdicts ({type(e).__name__}: {e}); no sample is lost, the same command asks "
+                  "for the rest", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     return {sample_key(row): verdicts[sample_key(row)] for row in rows if sample_key(row) in verdicts}
@@ -367,13 +371,17 @@ def check_config(c) -> None:
         if not getattr(c, key):
             raise ValueError(f"{key} is not set; pass --{key}=PATH")
     if len(c.temperatures) != len(c.top_ps) or not c.temperatures:
-        raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; give as many of both")
+        raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; "
+                         "give as many of both")
     if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
-        raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise samples or lower k")
+        raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise "
+                         "samples or lower k")
     if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
-        raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 <= low <= high <= 1")
+        raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 "
+                         "<= low <= high <= 1")
     if bool(c.judge_url) != bool(c.judge_model):
-        raise ValueError(f"judge_url = {c.judge_url!r} and judge_model = {c.judge_model!r}: set both or neither")
+        raise ValueError(f"judge_url = {c.judge_url!r} and judge_model = {c.judge_model!r}: set "
+                         "both or neither")
 
 
 def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -> None:
@@ -383,8 +391,9 @@ def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -
     kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
     if not kept:
         mean = sum(accuracy.values()) / len(accuracy)
-        raise ValueError(f"this run cannot learn: no problem's accuracy is within [{c.filter_low}, {c.filter_high}], the mean is "
-                         f"{mean:.2f}; take {'a stronger model or easier' if mean < 0.5 else 'harder'} problems")
+        raise ValueError(f"this run cannot learn: no problem's accuracy is within [{c.filter_low}, "
+                         f"{c.filter_high}], the mean is {mean:.2f}; take "
+                         f"{'a stronger model or easier' if mean < 0.5 else 'harder'} problems")
     save_problems(kept, c.filter_out, {p.uid: {"accuracy": accuracy[p.uid]} for p in kept})
     too_hard = sum(value < c.filter_low for value in accuracy.values())
     print(f"filter: {c.filter_out} has {len(kept):,} of {len(problems):,} problems; "
@@ -414,7 +423,8 @@ def main() -> None:
     write_json(result_path, result)
     Path(c.out + ".problems.txt").write_text(problems_table(settings) + "\n", encoding="utf-8")
 
-    print(f"\n{c.init_from}, at most {c.max_new_tokens:,} tokens; in %, 95 % intervals over problems")
+    print(f"\n{c.init_from}, at most {c.max_new_tokens:,} tokens; in %, 95 % intervals over "
+          "problems")
     print(results_table(settings), flush=True)
     if c.judge_url:
         verdicts = judge_all(c, problems, sum(to_judge, []), samples_path, judge_path)
@@ -422,8 +432,8 @@ def main() -> None:
             judged = [(is_correct(row), verdicts[sample_key(row)]) for row in rows if verdicts.get(sample_key(row))]
             right = sum(correct and v["located"] and v["diagnosed"] for correct, v in judged)
             s |= {"judged": len(judged), "to_judge": len(rows), "ERR_judge": right / len(judged) if judged else None}
-            print(f"{s['set']} T {s['temperature']:g}: ERR {percent(s['ERR_judge'])} by {c.judge_model}, "
-                  f"{len(judged)} of {len(rows)} reflecting responses judged")
+            print(f"{s['set']} T {s['temperature']:g}: ERR {percent(s['ERR_judge'])} by "
+                  f"{c.judge_model}, {len(judged)} of {len(rows)} reflecting responses judged")
         write_json(result_path, result)
     if c.filter_out:
         write_filtered(c, problems, next(iter(sampled.values())))

@@ -73,7 +73,8 @@ def _own_errors_first(main) -> None:
         late = re.search("[Tt]imed out", text)
         time.sleep(1 if late else PATIENCE)
         hint = ("it hangs, or may need longer than that: raise timeout_minutes" if late else "read its message, not this one")
-        print(f"rank {os.environ['RANK']} lost another process ({text[:200]}): {hint}", file=sys.stderr)
+        print(f"rank {os.environ['RANK']} lost another process ({text[:200]}): "
+              f"{hint}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -123,5 +124,5 @@ def out_of_memory_names(out_dir, **knobs):
         what = ". ".join(str(e).split(". ")[:2])
         values = ", ".join(f"{knob} = {value}" for knob, value in knobs.items())
         values = values.replace("max_rows = 0", "max_rows = 0 (as many as fit)")
-        raise ValueError(f"{what}; change {values} (what a change saves: python -m tools.plan), then "
-                         f"--resume=True goes on from {newest(out_dir)}") from e
+        raise ValueError(f"{what}; change {values} (what a change saves: python -m tools.plan), "
+                         f"then --resume=True goes on from {newest(out_dir)}") from e

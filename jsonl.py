@@ -21,7 +21,8 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as e:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); save the file as UTF-8") from None
+                raise ValueError(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start}); save "
+                                 "the file as UTF-8") from None
             if text.strip():
                 yield number, text
 

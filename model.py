@@ -71,12 +71,14 @@ class ModelConfig:
         eos = self.eos_token_id
         eos = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
         if not all(str(i).isdecimal() for i in eos):
-            raise ValueError(f"eos_token_id = {self.eos_token_id!r} is no token id; write numbers, such as 2 or [2, 0]")
+            raise ValueError(f"eos_token_id = {self.eos_token_id!r} is no token id; write numbers, "
+                             "such as 2 or [2, 0]")
         self.eos_token_id = tuple(map(int, eos))  # "2" is 2
         self.num_tokens = self.num_tokens or self.vocab_size
         self.attention_bias = self.model_type == "qwen2"
         if self.model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type = {self.model_type!r} is not supported; use {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"model_type = {self.model_type!r} is not supported; use "
+                             f"{', '.join(ARCHITECTURES)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads = {self.num_attention_heads} is not divisible by "
@@ -100,10 +102,12 @@ class ModelConfig:
         it. ValueError for whatever this file would otherwise silently compute differently."""
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
-            raise ValueError(f"model_type = {model_type!r} is not supported; use {', '.join(ARCHITECTURES)}")
+            raise ValueError(f"model_type = {model_type!r} is not supported; use "
+                             f"{', '.join(ARCHITECTURES)}")
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method", "some method")
-            raise ValueError(f"the weights are quantised ({method}); training needs the original fp32, bf16 or fp16 ones")
+            raise ValueError(f"the weights are quantised ({method}); training needs the original "
+                             "fp32, bf16 or fp16 ones")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -112,7 +116,8 @@ class ModelConfig:
         if kind == "llama3":
             absent += [key for key in LLAMA3_ROPE if key not in rope]
         if absent:
-            raise ValueError(f"config.json lacks {', '.join(absent)}; use the config.json that came with the weights")
+            raise ValueError(f"config.json lacks {', '.join(absent)}; use the config.json that "
+                             "came with the weights")
         unsupported = {
             "rope_type": kind if kind not in ("default", "llama3") else None,
             "hidden_act": hf.get("hidden_act") if hf.get("hidden_act", "silu") != "silu" else None,
@@ -122,7 +127,8 @@ class ModelConfig:
         }
         for key, value in unsupported.items():
             if value:
-                raise ValueError(f"{key} = {value!r} is not supported for {model_type}; use a model without it")
+                raise ValueError(f"{key} = {value!r} is not supported for {model_type}; use a "
+                                 "model without it")
         optional = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False}
         return cls(
             model_type=model_type,
@@ -689,15 +695,18 @@ def load_hf(
                     _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
                     tensor = tensors.get_tensor(name)
                     if not tensor.is_floating_point():
-                        raise ValueError(f"{name} in {file} is {tensor.dtype}: quantised; use the original weights")
+                        raise ValueError(f"{name} in {file} is {tensor.dtype}: quantised; use the "
+                                         "original weights")
                     if not tensor.isfinite().all():
-                        raise ValueError(f"{name} in {file} holds NaN or inf; take an earlier checkpoint")
+                        raise ValueError(f"{name} in {file} holds NaN or inf; take an earlier "
+                                         "checkpoint")
                     _fill(parameters[name], tensor)
                     missing.discard(name)
         except SafetensorError as e:
             raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of its safetensors files")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of "
+                         "its safetensors files")
     if compile:
         model.compile_blocks()
     return model
@@ -775,7 +784,8 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
                          f"{name} is a file; pass the folder that holds config.json and the weights")
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub id (owner/name)")
+            raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub "
+                                    "id (owner/name)")
         from huggingface_hub import snapshot_download
 
         # weights and the tokenizer's files
@@ -794,12 +804,13 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
 def check_folder(folder: Path) -> None:
     """Refuse a folder whose config.json, if it has one, does not describe whole weights."""
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is a LoRA adapter; merge it into its base model (peft: merge_and_unload), save that, and "
-                         "pass its folder")
+        raise ValueError(f"{folder} is a LoRA adapter; merge it into its base model (peft: "
+                         "merge_and_unload), save that, and pass its folder")
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.gguf")):
             raise ValueError(f"{folder} holds GGUF files; " + CONVERT_GGUF)
-        raise FileNotFoundError(f"{folder} has no config.json; pass --init_from=FOLDER in Hugging Face's layout")
+        raise FileNotFoundError(f"{folder} has no config.json; pass --init_from=FOLDER in Hugging "
+                                "Face's layout")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -809,15 +820,18 @@ def _weight_files(folder: Path) -> list[Path]:
         files = sorted(set(_read_json(index).get("weight_map", {}).values()))
     for file in files:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} lacks {file}; copy all of its files (only safetensors weights are read)")
+            raise FileNotFoundError(f"{folder} lacks {file}; copy all of its files (only "
+                                    "safetensors weights are read)")
     return [folder / file for file in files]
 
 
 def _check_tensor(file: Path, name: str, shape: tuple, expected: dict[str, tuple]) -> None:
     if name not in expected:
-        raise ValueError(f"{file} holds the unexpected tensor {name}; config.json must describe the weights beside it")
+        raise ValueError(f"{file} holds the unexpected tensor {name}; config.json must describe "
+                         "the weights beside it")
     if shape != expected[name]:
-        raise ValueError(f"{name} in {file} is {shape}, config.json implies {expected[name]}; use its own config.json")
+        raise ValueError(f"{name} in {file} is {shape}, config.json implies {expected[name]}; use "
+                         "its own config.json")
 
 
 def _some(names) -> str:

@@ -231,8 +231,8 @@ def teacher_prompt(tokenizer, problem: Problem, correct_text: str, template: str
 
 def _render(tokenizer, template: str, kind: str, question: str, wrong: str, right: str) -> list[int]:
     if kind not in TEMPLATES.get(template, {}):
-        raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = 'long' | 'short' "
-                         "with prefix_mode = 'micro' | 'full'")
+        raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = "
+                         "'long' | 'short' with prefix_mode = 'micro' | 'full'")
     fields = {"question": question, "wrong": _showable(tokenizer, wrong), "right": _showable(tokenizer, right)}
     # One pass, no str.format: braces of the template's and of the inserted LaTeX stay as they are.
     text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]], TEMPLATES[template][kind])

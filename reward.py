@@ -84,12 +84,14 @@ def check_gold(gold: str) -> None:
     shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
     core = _core_and_unit(gold)[0]
     if not core or len(gold) > MAX_CHARS:
-        raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or drop the problem")
+        raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or "
+                         "drop the problem")
     if not _is_rational(core) and not core.isalpha():
         reply = _ask({"gold": core}, 10.0)
         if reply["status"] != "correct":
             why = reply.get("why", reply["status"])
-            raise ValueError(f"gold answer {shown} cannot be read ({why}); correct it or drop the problem")
+            raise ValueError(f"gold answer {shown} cannot be read ({why}); correct it or drop the "
+                             "problem")
 
 
 # --- the answer in the text ---
@@ -690,7 +692,8 @@ def _start() -> subprocess.Popen | None:
         return worker
     _kill(worker)
     if reply:
-        raise ValueError(f"the grader's worker cannot work ({reply['status']}); is math-verify installed?")
+        raise ValueError(f"the grader's worker cannot work ({reply['status']}); is math-verify "
+                         "installed?")
     return None
 
 

@@ -65,7 +65,8 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
     side falls as x grows); countdown 3 and 4, how many numbers are given.
     """
     if world not in WORLDS or split not in SPLITS:
-        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use {tuple(WORLDS)} and {SPLITS}")
+        raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use "
+                         f"{tuple(WORLDS)} and {SPLITS}")
     rng = np.random.default_rng((seed, WORLDS[world], SPLITS.index(split)))
 
     def wanted(p: Problem) -> bool:
@@ -75,7 +76,8 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
         p for size in (3, 4) if levels is None or str(size) in levels for p in _all_countdown(size)]
     pool = [p for p in everything if wanted(p)]
     if n > len(pool):
-        raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = {levels}; ask for fewer")
+        raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = "
+                         f"{levels}; ask for fewer")
     return [replace(pool[i]) for i in rng.permutation(len(pool))[:n or None]]  # the caller's own
 
 
