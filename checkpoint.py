@@ -1,8 +1,9 @@
 """What a run leaves on disk: whole or not at all.
 
-    out_dir/step_000040/     a plain Hugging Face folder (transformers and vLLM load it) with, beside the weights,
-        optimizer/           AdamW's moments, by torch.distributed.checkpoint: saved by N processes, loaded by any M
-        meta.json            format, step, config, held-out Pass@1; written last, a folder without it does not count
+    out_dir/step_000040/     a Hugging Face folder (transformers loads it), and beside the weights:
+        optimizer/           AdamW's moments (torch.distributed.checkpoint: N processes save, M load)
+        meta.json            format, step, config, held-out Pass@1; written last: without it a
+                             folder does not count
     out_dir/metrics.jsonl    one row a step
     out_dir/rollouts/        every rollout and reflection of every step
 
@@ -37,7 +38,7 @@ from configurator import diff_configs
 from model import find_folder, save_hf
 
 # With one process dcp warns that it assumes one process.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
 FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
 
@@ -91,7 +92,8 @@ class Saver:
         # a group of its own, as collectives of two threads must not meet in one
         if dist.is_initialized():
             timeout = datetime.timedelta(minutes=config["timeout_minutes"])
-            self.group, self.first = dist.new_group(backend="gloo", timeout=timeout), dist.get_rank() == 0
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+            self.first = dist.get_rank() == 0
         if self.first:
             # what a killed run was writing, or deleting
             for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:
@@ -106,14 +108,16 @@ class Saver:
         """
         self.wait()
         background = self.thread is not None
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        weights = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         # no update yet, all were skipped: torch makes the state by a step with gradient 0, and
         # counts it
         if not optimizer.state:
             get_optimizer_state_dict(model, optimizer)
             for state in optimizer.state.values():
                 state["step"].zero_()
-        moments = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=background))
+        moments = get_optimizer_state_dict(
+            model, optimizer, options=StateDictOptions(cpu_offload=background))
         meta = {"format": FORMAT, "step": step, "eval/pass1": pass1, "config": self.config}
         if not background:
             return self._write(folder, model, weights, moments, meta)
@@ -138,13 +142,14 @@ class Saver:
         try:
             if self.first:
                 save_hf(model, self.tokenizer, partial, state_dict=weights)
-            dcp.save({"optimizer": moments}, checkpoint_id=partial / "optimizer", process_group=self.group,
-                     no_dist=self.group is None)
+            dcp.save({"optimizer": moments}, checkpoint_id=partial / "optimizer",
+                     process_group=self.group, no_dist=self.group is None)
             if self.first:  # every process has written its part
                 (partial / "meta.json").write_text(json.dumps(meta, indent=1))
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
-        except (OSError, SafetensorError, CheckpointException) as e:  # "no space left", as each of the writers puts it
+        # "no space left", as each of the writers puts it
+        except (OSError, SafetensorError, CheckpointException) as e:
             shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"cannot save {folder} ({' '.join(str(e).split())}); free space, then "
                              f"--resume=True goes on from {newest(self.out)}") from e
@@ -157,7 +162,8 @@ class Saver:
     def _delete_old(self) -> None:
         found = checkpoints(self.out)
         pass1 = {folder: read_meta(folder)["eval/pass1"] for folder in found}
-        best = max((folder for folder in found if pass1[folder] is not None), key=pass1.get, default=None)
+        measured = [folder for folder in found if pass1[folder] is not None]
+        best = max(measured, key=pass1.get, default=None)
         for old in found[:-self.config["keep_last"]]:
             if old != best:
                 # hidden first: a kill leaves no half of it
@@ -217,7 +223,8 @@ def find_start(config: dict) -> tuple[int, str]:
             print(f"no checkpoint in {out}: starting from {config['init_from']}")
         return 0, config["init_from"]
     meta = read_meta(found[-1])
-    changed = [line for line in diff_configs(meta["config"], config) if line.split(":")[0] not in MAY_CHANGE]
+    changed = [line for line in diff_configs(meta["config"], config)
+               if line.split(":")[0] not in MAY_CHANGE]
     if changed:
         raise ValueError(f"resume = True, but the config has changed since {found[-1]}: "
                          f"{'; '.join(changed)}; set these back, or start a new run with "

@@ -67,7 +67,8 @@ def configure(knobs: dict, argv: list[str] | None = None) -> Config:
         if knobs.get("__name__") != "__main__":
             return configure(knobs, [])
         return run_script(lambda: configure(knobs, sys.argv[1:]))
-    config = {k: v for k, v in knobs.items() if _public(k) and k == k.lower() and type(v) in KNOB_TYPES}
+    config = {k: v for k, v in knobs.items()
+              if _public(k) and k == k.lower() and type(v) in KNOB_TYPES}
     if "--help" in argv or "-h" in argv:
         print(_help(config, _annotations(knobs), knobs.get("__file__", "script.py")))
         raise SystemExit(0)
@@ -98,7 +99,9 @@ def configure(knobs: dict, argv: list[str] | None = None) -> Config:
 def _expand_home(value):
     """~/model as a shell would have it, which leaves it alone behind `=`; also within lists of
     paths (a,b and a+b)."""
-    return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value) if type(value) is str else value
+    if type(value) is not str:
+        return value
+    return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value)
 
 
 def print_config(config: Config, where: str | os.PathLike) -> None:
@@ -143,7 +146,8 @@ def run_script(main: Callable):
         sys.exit(130)
     except Exception as problem:
         time.sleep(os.environ.get("LOCAL_RANK", "0") != "0")
-        if isinstance(problem, (ValueError, FileNotFoundError)) or getattr(problem, "errno", None) in DISK_FULL:
+        disk_full = getattr(problem, "errno", None) in DISK_FULL
+        if isinstance(problem, (ValueError, FileNotFoundError)) or disk_full:
             print("error: " + " ".join(str(problem).split()), file=sys.stderr, flush=True)
             sys.exit(1)
         raise
@@ -158,7 +162,8 @@ def _public(name: str) -> bool:
 def _check_key(key: str, config: dict, where: str) -> None:
     if key not in config:
         nearest = difflib.get_close_matches(key.lower(), config, n=1, cutoff=0.0)
-        raise ValueError(f"{where}: no such knob" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise ValueError(f"{where}: no such knob{hint}")
 
 
 def _annotations(knobs: dict) -> dict:
@@ -179,7 +184,8 @@ def _allowed_types(config: dict, knobs: dict) -> dict:
         hint = eval(hint, dict(knobs)) if isinstance(hint, str) else hint
         hint = type(default) if isinstance(hint, Rule) else hint
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        members = {typing.get_origin(t) or t or type(None) for t in (typing.get_args(hint) if union else (hint,))}
+        hints = typing.get_args(hint) if union else (hint,)
+        members = {typing.get_origin(t) or t or type(None) for t in hints}
         members |= {type(None)} if default is None else set()
         allowed[key] = members if members <= set(KNOB_TYPES) else set(KNOB_TYPES)
     return allowed
@@ -194,7 +200,8 @@ def _fit(value, allowed: set, default, where: str):
         return value
     if type(value) is int and float in allowed:
         return float(value)
-    names = " | ".join("None" if t is type(None) else t.__name__ for t in KNOB_TYPES if t in allowed)
+    types = [t for t in KNOB_TYPES if t in allowed]
+    names = " | ".join("None" if t is type(None) else t.__name__ for t in types)
     raise ValueError(f"{where}: expected {names} (default {default!r}), got {value!r}")
 
 
@@ -220,7 +227,8 @@ def _parse(text: str, allowed: set, default, where: str):
 def _find(argument: str, knobs: dict) -> Path:
     """The current folder first, then the script's, then the repository's: a launch line works from
     any folder."""
-    folders = [Path.cwd(), Path(knobs.get("__file__") or __file__).resolve().parent, Path(__file__).resolve().parent]
+    folders = [Path.cwd(), Path(knobs.get("__file__") or __file__).resolve().parent,
+               Path(__file__).resolve().parent]
     tried = list(dict.fromkeys(folder / argument for folder in folders))
     for path in tried:
         if path.is_file():
@@ -255,7 +263,8 @@ def _help(config: dict, annotations: dict, script: str) -> str:
     source = Path(script).read_text(encoding="utf-8") if Path(script).is_file() else ""
     reasons = dict(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=[^\n]*?\s#\s*([^\n]*)$", source, flags=re.M))
     rules = {k: f"({rule.text}) " for k, rule in annotations.items() if isinstance(rule, Rule)}
-    lines = [f"--{k}={v!r}".ljust(40) + f"  {rules.get(k, '')}{reasons.get(k, '')}".rstrip() for k, v in config.items()]
+    lines = [f"--{k}={v!r}".ljust(40) + f"  {rules.get(k, '')}{reasons.get(k, '')}".rstrip()
+             for k, v in config.items()]
     path = Path(script)
     name = f"-m tools.{path.stem}" if path.parent.name == "tools" else path.name
     return "\n".join([f"usage: python {name} [config.py ...] [--key=value ...]", "", *lines])

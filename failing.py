@@ -3,11 +3,11 @@ happened to, within seconds.
 
     bad value, full disk     one line, exit status 1 (configurator.run_script)
     out of memory            one line: the knob of the phase and the last good checkpoint
-    non-finite numbers       the update is skipped by all processes alike; after MAX_BAD_STEPS in a row, one line
-    SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143; --resume=True goes on
+    non-finite numbers       all processes skip the update; after MAX_BAD_STEPS in a row, one line
+    SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143
     Ctrl-C                   the same, exit status 130; a second one ends at once
-    another process ended    its own message comes first, ours is one line; torchrun ends the whole job
-    another process hangs    the collective ends after timeout_minutes, and the message names that knob
+    another process ended    its message comes first, ours is one line; torchrun ends the job
+    another process hangs    the collective ends after timeout_minutes; the message names the knob
 """
 import contextlib
 import os
@@ -30,7 +30,8 @@ STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
 SAME_CTRL_C = 2  # seconds: torchrun passes on the signal that the terminal has sent to all
 # seconds in which torchrun ends a process whose peer has died, before it says so itself
 PATIENCE = 5
-PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|Timed out waiting")
+PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
+                  "|Timed out waiting")
 
 
 def run(main) -> None:
@@ -72,7 +73,8 @@ def _own_errors_first(main) -> None:
             raise
         late = re.search("[Tt]imed out", text)
         time.sleep(1 if late else PATIENCE)
-        hint = ("it hangs, or may need longer than that: raise timeout_minutes" if late else "read its message, not this one")
+        hint = ("it hangs, or may need longer than that: raise timeout_minutes" if late
+                else "read its message, not this one")
         print(f"rank {os.environ['RANK']} lost another process ({text[:200]}): "
               f"{hint}", file=sys.stderr)
         sys.exit(1)
@@ -95,7 +97,8 @@ class Stop:
             self.signal, self.since = number, time.monotonic()
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
                 # os.write: a print within a print of the interrupted line would fail
-                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once, without saving\n")
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once, "
+                            b"without saving\n")
 
 
 def end_after_signal(number: int, done: int, max_steps: int, out_dir) -> None:
