@@ -1,7 +1,7 @@
 """What a run leaves on disk: whole or not at all.
 
     out_dir/step_000040/     a Hugging Face folder (transformers loads it), and beside the weights:
-        optimizer/           AdamW's moments (torch.distributed.checkpoint: N processes save, M load)
+        optimizer/           AdamW's moments (torch.distributed.checkpoint: saved by N, loaded by M)
         meta.json            format, step, config, held-out Pass@1; written last: without it a
                              folder does not count
     out_dir/metrics.jsonl    one row a step

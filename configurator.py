@@ -254,8 +254,11 @@ def _read_file(path: Path, config: dict) -> dict:
         raise ValueError(f"{path}:{line or 1}: {type(problem).__name__}: {problem}") from problem
     imported = {(alias.asname or alias.name).split(".")[0] for node in ast.walk(tree)
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    return {k: v for k, v in names.items() if _public(k) and (k in config or k.lower() in config or (
-        k == k.lower() and k not in imported and type(v) in (*KNOB_TYPES, list)))}
+    def is_setting(k, v):
+        return k == k.lower() and k not in imported and type(v) in (*KNOB_TYPES, list)
+
+    return {k: v for k, v in names.items()
+            if _public(k) and (k in config or k.lower() in config or is_setting(k, v))}
 
 
 def _help(config: dict, annotations: dict, script: str) -> str:

@@ -81,7 +81,8 @@ def _is_prose(answer: str) -> bool:
     """Three words or more and a number among them, and no mathematics: "Ann has 72 clips.", not
     "July 4, 2011"."""
     words = re.findall(r"[A-Za-z]+", answer)
-    return len(words) >= 3 and any(c.isdigit() for c in answer) and not re.search(r"[\\$={}^_<>]", answer)
+    mathematics = re.search(r"[\\$={}^_<>]", answer)
+    return len(words) >= 3 and any(c.isdigit() for c in answer) and not mathematics
 
 
 def unusable_answers(answers: list[str]) -> list[str]:
@@ -107,19 +108,22 @@ def _problem_of(row: dict, where: str) -> Problem:
     fields = {}
     for name, other in (("uid", "id"), ("question", "problem"), ("answer", "answer")):
         value = row.get(name, row.get(other))
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        if not is_text or not str(value).strip():
             raise ValueError(f"{where}: no {name} (keys: {', '.join(map(str, row)) or 'none'}); "
                              f"each line needs \"uid\", \"question\" and \"answer\"")
         fields[name] = str(value)
     return Problem(**fields, level=str(row.get("level", "")))
 
 
-def save_problems(problems: list[Problem], path: str | Path, extra: dict[str, dict] | None = None) -> None:
+def save_problems(problems: list[Problem], path: str | Path,
+                  extra: dict[str, dict] | None = None) -> None:
     """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems
     ignores."""
     rows = []
     for p in problems:
-        row = {"uid": p.uid, "question": p.question, "answer": p.answer} | ({"level": p.level} if p.level else {})
+        row = {"uid": p.uid, "question": p.question, "answer": p.answer}
+        row |= {"level": p.level} if p.level else {}
         rows.append(row | (extra or {}).get(p.uid, {}))
     jsonl.write(path, rows)
 
@@ -140,8 +144,10 @@ def load_tokenizer(folder: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
-        why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it" if Path(folder).is_dir() else
-               "no folder here, and the hub did not serve it; check the name and the network, or download the model "
+        why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it"
+               if Path(folder).is_dir() else
+               "no folder here, and the hub did not serve it; check the name and the network, or "
+               "download the model "
                "elsewhere and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
@@ -156,20 +162,25 @@ def _check_generation_prompt(tokenizer, folder) -> None:
     """Refuse a template that ends after the user's turn: the policy would be trained without its
     assistant header."""
     def render(*contents: str, add_generation_prompt: bool) -> str:
-        turns = [{"role": role, "content": content} for role, content in zip(("user", "assistant"), contents)]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+        turns = [{"role": role, "content": content}
+                 for role, content in zip(("user", "assistant"), contents)]
+        return tokenizer.apply_chat_template(turns, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
 
     prompt = render("Q", add_generation_prompt=True)
     if prompt == render("Q", add_generation_prompt=False):  # as [INST] Q [/INST] rightly does
         header = render("Q", "ANSWER", add_generation_prompt=False).partition("ANSWER")[0]
         if header.strip() != prompt.strip():
-            raise ValueError(f"the chat template at {folder} ignores add_generation_prompt: after the user's turn it lacks "
-                             f"{header.removeprefix(prompt)!r}; add it, inside {{% if add_generation_prompt %}}")
+            raise ValueError(f"the chat template at {folder} ignores add_generation_prompt: after "
+                             f"the user's turn it lacks {header.removeprefix(prompt)!r}; add it, "
+                             "inside {% if add_generation_prompt %}")
 
 
 def _check_vocabulary(tokenizer, config: Path) -> None:
     """Refuse tokens that the embedding beside the tokenizer has no row for, by name."""
-    rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0) if config.is_file() else 0
+    rows = 0
+    if config.is_file():
+        rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0)
     extra = [token for token, i in tokenizer.get_vocab().items() if rows and i >= rows]
     if extra:
         raise ValueError(f"the tokenizer has {', '.join(sorted(extra)[:5])} beyond the {rows} rows "
@@ -185,7 +196,8 @@ def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION
     The template writes every special token itself, BOS included, so the tokenizer must add none of
     its own. Raises ValueError when the text holds characters that the tokenizer does not know.
     """
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question + instruction}], tokenize=False,
+    turns = [{"role": "user", "content": question + instruction}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False,
                                          add_generation_prompt=True, enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     unknown = tokenizer.unk_token_id
@@ -246,7 +258,8 @@ def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(noise)).permutation(n_problems)
 
 
-def problems_for_step(problems: list[Problem], seed: int, step: int, per_step: int) -> list[tuple[int, Problem]]:
+def problems_for_step(problems: list[Problem], seed: int, step: int,
+                      per_step: int) -> list[tuple[int, Problem]]:
     """The `per_step` queries of step `step` as (query_index, problem); query_index counts over the
     whole run.
 
