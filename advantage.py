@@ -97,7 +97,21 @@ def ots_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.
     return s.nan_to_num(0.0).clamp(-30.0, 30.0).exp().clamp(w_min, w_max)
 
 
-WEIGHTINGS = {"ots": ots_weights}  # the w_t of Eq. 8, by the knob `weighting`
+def luffy_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.01,
+                  w_max: float = 10.0, gamma: float = 0.1) -> torch.Tensor:
+    """Policy shaping of LUFFY (arXiv 2504.14945), the opposite of Eq. 7: w = g p / (p + g)^2.
+
+    Its surrogate for tokens that the policy did not sample is f(p) = p / (p + g), whose gradient is
+    f'(p) p grad log p. At most 1/4, at p = g; for small p it falls like p / g, ten times slower
+    than p itself. w_min and w_max, Eq. 7's, are not LUFFY's. (B,T) -> (B,T), no gradient.
+
+        p 1 0.1 0.001  ->  w 0.08 0.25 0.01
+    """
+    p = logprobs.detach().exp()
+    return gamma * p / (p + gamma) ** 2
+
+
+WEIGHTINGS = {"ots": ots_weights, "luffy": luffy_weights}  # w_t of Eq. 8, by the knob `weighting`
 
 
 # --------------------------------------------------------------------------------------------------

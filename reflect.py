@@ -25,8 +25,9 @@ import reward
 from data import Problem, encode_completion, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
-# y_ref keeps y-'s prefix (the paper) | is a fresh solution | is y+ (control)
-PREFIX_MODES = ("micro", "full", "copy")
+# y_ref keeps y- with its error (the paper) | up to its error, and inserts nothing (as InT does, arXiv
+# 2601.14209) | is a fresh solution | is y+ (control)
+PREFIX_MODES = ("micro", "replace", "full", "copy")
 _COLD_START = "cold start the policy (coldstart.py, for a small model --synthesis=rule), or try another template"
 DROP_REASONS = {  # reason: what mends it
     # y- and y+ do not fit the context; found before anything is sampled
@@ -230,6 +231,7 @@ def teacher_prompt(tokenizer, problem: Problem, correct_text: str, template: str
 
 
 def _render(tokenizer, template: str, kind: str, question: str, wrong: str, right: str) -> list[int]:
+    kind = "micro" if kind == "replace" else kind
     if kind not in TEMPLATES.get(template, {}):
         raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = "
                          "'long' | 'short' with prefix_mode = 'micro' | 'full'")
@@ -492,10 +494,11 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
                      decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
-    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'full':
-    all of it is new, with role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop
-    token is appended. A synthesis that hit its cap after it had closed the reconstruction is
-    complete. decoupled: y_ref gets a group of its own (§3.4).
+    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'replace':
+    y-'s own ids up to the start of the sentence with the error, then the correction. 'full': all of
+    it is new, with role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop token
+    is appended. A synthesis that hit its cap after it had closed the reconstruction is complete.
+    decoupled: y_ref gets a group of its own (§3.4).
     """
     parsed = parse_synthesis(_decode(tokenizer, synthesis.ids))
     if isinstance(parsed, str):
@@ -503,19 +506,21 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
     # y- has ended: see select_pairs
     body, stop_id = wrong.completion_ids[:-1], wrong.completion_ids[-1]
     wrong_text = _decode(tokenizer, body)
-    if prefix_mode == "micro":
+    if prefix_mode in ("micro", "replace"):
         split = split_at_divergence(parsed, wrong_text)
         if isinstance(split, str):
             return split
         preserved, diagnosis, correction = split
+        if prefix_mode == "replace":
+            preserved, diagnosis, correction = before_error(preserved), "", correction.lstrip()
         prefix_ids = body[:token_boundary(tokenizer, body, preserved)]
         # the cut may lie inside a token
         before, before_role = preserved[len(_decode(tokenizer, prefix_ids)):], PREFIX
     else:
         prefix_ids, before, before_role = [], parsed.prefix, CORRECTION
-        diagnosis, correction = parsed.diagnosis, parsed.correction
-        if wrong_text.strip().startswith((before + diagnosis + correction).strip()):
-            return "no_divergence"
+        preserved, diagnosis, correction = parsed.prefix, parsed.diagnosis, parsed.correction
+    if wrong_text.strip().startswith((preserved + diagnosis + correction).strip()):
+        return "no_divergence"
     new_ids, new_roles = encode_with_roles(tokenizer, before, diagnosis, correction, before_role)
     if TAG.search(before + diagnosis + correction) or not (_special_ids(tokenizer) | {stop_id}).isdisjoint(new_ids):
         return "special_token"
@@ -523,21 +528,42 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
     if len(ids) > max_new_tokens:
         return "too_long"
     return _reflection(wrong, ids, [PREFIX] * len(prefix_ids) + new_roles + [CORRECTION], True,
-                       _decode(tokenizer, ids[:-1]), decoupled)
+                       _decode(tokenizer, ids[:-1]), decoupled, new=diagnosis + correction)
 
 
 def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollout:
     """Control, prefix_mode = 'copy': y_ref is y+ itself. What TAPO gains over it cannot be
     imitation of y+."""
     roles = [CORRECTION] * len(correct.completion_ids)
-    return _reflection(wrong, correct.completion_ids, roles, correct.finished, correct.text, decoupled)
+    return _reflection(wrong, correct.completion_ids, roles, correct.finished, correct.text,
+                       decoupled, new=correct.text)
 
 
 def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool, text: str,
-                decoupled: bool) -> Rollout:
-    return Rollout(wrong.problem, query=wrong.query, group=wrong.group + "_reflected" if decoupled else wrong.group,
-                   prompt_ids=wrong.prompt_ids, completion_ids=list(ids), roles=roles, finished=finished, text=text,
-                   is_reflection=True)
+                decoupled: bool, new: str) -> Rollout:
+    equations = EQUATION.findall(new)
+    return Rollout(
+        wrong.problem, query=wrong.query,
+        group=wrong.group + "_reflected" if decoupled else wrong.group,
+        prompt_ids=wrong.prompt_ids, completion_ids=list(ids), roles=roles, finished=finished,
+        text=text, is_reflection=True,
+        faithful=all(map(holds, equations)) if equations else None)
+
+
+def before_error(preserved: str) -> str:
+    """The preserved prefix without its last sentence, the one that holds the error; "" of one."""
+    preserved = preserved.rstrip()
+    return preserved[:len(preserved) - len(sentences(preserved)[-1].lstrip())]
+
+
+def is_kept(r: Rollout, keep: str) -> bool:
+    """Is this scored construction trained on? keep = 'all' | 'right', by its reward ('w/o Negative',
+    Table 4) | 'faithful', unless one of its equations is false (not in the paper).
+
+    A construction is rewarded for its answer, which its writer was shown: it can be right without
+    having been worked out.
+    """
+    return keep == "all" or (r.reward > 0 if keep == "right" else r.faithful is not False)
 
 
 def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool, ots: bool) -> tuple[list[float], list[float]]:

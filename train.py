@@ -93,8 +93,8 @@ n_pos: at_least(1) = 2                  # Eq. 3: a group is eligible with at lea
 n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
 m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
-prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro keeps y- up to its error
-ref_negatives = True                    # train on wrong constructions too ('w/o Negative', Table 4)
+prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # keeps y- up to its error, see reflect.py
+keep: one_of("all", "right", "faithful") = "all"  # constructions trained on; right: 'w/o Negative'
 max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
 decoupled = True            # G_ref normalised alone (Eq. 4, 5); False: 'w/o DAE'
@@ -292,7 +292,7 @@ def main() -> None:
         rollouts = sorted(gather(rollouts), key=lambda r: r.query)
         outcomes, selected = gather(outcomes), reduce_sums(selected)
         reflections = [r for r in outcomes if isinstance(r, Rollout)
-                       and (r.reward > 0 or c.ref_negatives)]
+                       and reflect.is_kept(r, c.keep)]
         batch = rollouts + sorted(reflections, key=lambda r: r.query)
 
         # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5)

@@ -27,7 +27,7 @@ rate_of() {  # the best on validation problems, where it is not the world's conf
 tapo() { row "$1" "$2" "${SEEDS:-$FOUR}" config/tapo.py $QUIET "${@:3}"; }
 
 jobs() {
-  local world method rate seed kl
+  local world method flag rate seed kl
   # Learning rates, by held-out validation problems, with seeds that count nowhere else.
   for method in grpo tapo published opsd; do
     for rate in 3e-4 6e-4 1.2e-3; do
@@ -43,6 +43,15 @@ jobs() {
   for rate in 3e-5 1e-4 3e-4; do  # SFT on y_ref alone: what is best for RL is far too much
     row findx tune_sft_$rate "8 9" config/tapo.py --method=sft --learning_rate=$rate $QUIET
   done
+  for method in luffy replace; do
+    case $method in luffy) flag=--weighting=luffy ;; replace) flag=--prefix_mode=replace ;; esac
+    for rate in 3e-4 6e-4 1.2e-3; do
+      row findx tune_${method}_$rate "8 9" config/tapo.py $flag --learning_rate=$rate $QUIET
+    done
+    for rate in 6e-4 1.2e-3 2.4e-3; do
+      row countdown tune_${method}_$rate "8 9" config/tapo.py $flag --learning_rate=$rate $QUIET
+    done
+  done
   for seed in $EIGHT; do for world in findx countdown; do  # Table 1, a whole seed before the next
     kl=$QUIET; if [ "$seed" -lt 2 ]; then kl=; fi
     row $world grpo $seed config/grpo.py $kl
@@ -56,11 +65,14 @@ jobs() {
   for world in findx countdown; do                         # ours: what the published one is made of
     tapo $world ref_group --ref_advantage=group
     tapo $world separate --loss_norm=separate
+    tapo $world luffy --weighting=luffy                    # the closest relatives: unlikely tokens,
+    tapo $world replace --prefix_mode=replace              # repaired instead of kept
+    tapo $world faithful --keep=faithful                   # nothing that was not worked out
   done
   row findx sft "$FOUR" config/tapo.py --method=sft $(rate_of findx sft) $QUIET  # Table 3
   tapo findx full --prefix_mode=full
-  tapo findx wo_dae_ots_neg --decoupled=False --ots=False --ref_negatives=False  # Table 4
-  tapo findx wo_ots_neg --ots=False --ref_negatives=False
+  tapo findx wo_dae_ots_neg --decoupled=False --ots=False --keep=right  # Table 4
+  tapo findx wo_ots_neg --ots=False --keep=right
   tapo findx wo_ots --ots=False
   tapo findx wo_dae --decoupled=False                      # (ours: alone)
   tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO

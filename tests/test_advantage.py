@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from advantage import (
+    WEIGHTINGS,
     advantages,
     distillation_loss,
     generalised_jsd,
@@ -256,6 +257,17 @@ def test_train_mask_never_touches_ordinary_rollouts_nor_adds_padding():
         flags = dict(diagnosis=diagnosis, train_prefix=train_prefix)
         assert torch.equal(train_mask(completion_mask, roles, torch.zeros(2), **flags), completion_mask)
         assert (train_mask(completion_mask, roles, torch.ones(2), **flags) <= completion_mask).all()
+
+
+def test_luffy_weights_give_the_gradient_of_its_shaped_probability():
+    """arXiv 2504.14945: the gradient is that of p / (p + 0.1). Bug: a gradient through the weight itself."""
+    logp = torch.tensor([[-0.01, -1.0, -2.3, -9.0]], dtype=torch.float64, requires_grad=True)
+    (shaped,) = torch.autograd.grad((logp.exp() / (logp.exp() + 0.1)).sum(), logp)
+    w = WEIGHTINGS["luffy"](logp, torch.zeros_like(logp), 0.01, 10.0)
+    ratio = (logp - logp.detach()).exp()  # 1, as in policy_loss at a step's first update
+    (ours,) = torch.autograd.grad((w * ratio).sum(), logp)
+    torch.testing.assert_close(ours, shaped)
+    assert not w.requires_grad
 
 
 def test_ots_weights_are_eq_7_with_both_clamps():

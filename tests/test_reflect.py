@@ -457,6 +457,38 @@ def test_full_reconstruction_is_correction_throughout_except_for_a_tagged_reflec
     assert build(tokenizer, WRONG, WRONG, prefix_mode="full") == "no_divergence"
 
 
+@pytest.mark.parametrize("wrong,body,kept,correction", [
+    ("Let x = 3.\nThen 2x = 5.\nSo \\boxed{5}.",
+     "Let x = 3.\nThen 2x = 5.\n<reflection>Wait, 2x = 6.</reflection>\nThen 2x = 6. So \\boxed{6}.",
+     "Let x = 3.\n", "Then 2x = 6. So \\boxed{6}."),
+    ("Let x = 3. Then 2x = 5, so \\boxed{5}.",
+     "Let x = 3. Then 2x = 5,<reflection> no wait, 6.</reflection> Then 2x = 6. So \\boxed{6}.",
+     "Let x = 3. ", "Then 2x = 6. So \\boxed{6}."),
+    ("So 2x = 5. \\boxed{5}", "So 2x = 5.<reflection> Wait.</reflection> So 2x = 6. \\boxed{6}", "",
+     "So 2x = 6. \\boxed{6}")])
+def test_replace_keeps_what_stands_before_the_sentence_with_the_error(wrong, body, kept, correction):
+    """InT's construction. Bug: the error stays, or the diagnosis does, or the kept part has new ids."""
+    tokenizer = tokenizer_of("bpe")
+    r = rollout(tokenizer, wrong)
+    y = build(tokenizer, r, body, prefix_mode="replace")
+    assert y.text == kept + correction and DIAGNOSIS not in y.roles
+    n = y.roles.count(PREFIX)
+    assert y.completion_ids[:n] == r.completion_ids[:n] and kept.startswith(decode(tokenizer, y.completion_ids[:n]))
+    again = "So 2x = 5.<reflection> Wait.</reflection> So 2x = 5. \\boxed{5}"  # repairs nothing
+    assert build(tokenizer, "So 2x = 5. \\boxed{5}", again, prefix_mode="replace") == "no_divergence"
+
+
+@pytest.mark.parametrize("correction,faithful", [
+    ("19 + 9 = 28, \\boxed{28}.", True), ("19 + 9 = 11. \\boxed{28}", False), ("It is \\boxed{28}.", None),
+    ("2 * 3 = 6, 6 - 1 = 4.", False)])
+def test_a_construction_is_faithful_where_every_new_equation_holds(correction, faithful):
+    """Bug: the preserved mistake counts against it, or a text without equations for it."""
+    y = build(tokenizer_of("bpe"), WRONG + " 1 + 1 = 3.",
+              WRONG + " 1 + 1 = 3.<reflection> Wait.</reflection> " + correction)
+    assert y.faithful is faithful
+    assert reflect.is_kept(y, "faithful") == (faithful is not False) and reflect.is_kept(y, "all")
+
+
 def test_copy_mode_takes_the_ids_of_the_right_response():
     tokenizer = tokenizer_of("bpe")
     wrong = rollout(tokenizer, WRONG)
@@ -650,8 +682,8 @@ def y_ref(group, reward, roles, **fields):
 def test_metrics_match_a_count_by_hand():
     roles = [PREFIX, PREFIX, DIAGNOSIS, DIAGNOSIS, CORRECTION]
     outcomes = [
-        y_ref("a_reflected", 1.0, roles, logprobs=[-1, -2, -6, -4, -3], ots_weights=[1, 2, 0.1, 0.5, 4]),
-        y_ref("a_reflected", 0.0, roles[1:], logprobs=[-3, -2, -4, -5], ots_weights=[3, 0.3, 0.5, 2]),
+        y_ref("a_reflected", 1.0, roles, logprobs=[-1, -2, -6, -4, -3], ots_weights=[1, 2, 0.1, 0.5, 4], faithful=False),
+        y_ref("a_reflected", 0.0, roles[1:], faithful=True, logprobs=[-3, -2, -4, -5], ots_weights=[3, 0.3, 0.5, 2]),
         y_ref("b_reflected", 1.0, roles),  # not part of the update: no log-probs, but it counts elsewhere
         "unparsable", "unfinished", "prefix_not_verbatim", "too_long", "prompt_too_long",
     ]
@@ -659,6 +691,7 @@ def test_metrics_match_a_count_by_hand():
     m = means(reflect_sums(selected, outcomes))
     expected = selected | {
         "kept": 3, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3, "mixed_groups": 1 / 2, "length": 14 / 3,
+        "faithful": 1 / 2, "faithful_right": 0,
         "logprob_prefix": -2, "logprob_diagnosis": -4, "logprob_correction": -4,
         "ots_prefix": 2, "ots_diagnosis": 0.35, "ots_correction": 3, "ots_first_diagnosis": 0.2}
     expected |= {f"dropped_{reason}": float(reason in outcomes) for reason in reflect.DROP_REASONS}

@@ -348,13 +348,13 @@ def test_dropping_negatives_drops_wrong_constructions_only(start, tmp_path, monk
 
     monkeypatch.setattr(train, "score", half_wrong)
     kept = {}
-    for keep in (True, False):
-        row = run(start, tmp_path / str(keep), monkeypatch, max_steps=1, ref_negatives=keep)[0]
-        rollouts = rollouts_of(tmp_path / str(keep))
+    for keep in ("all", "right"):
+        row = run(start, tmp_path / keep, monkeypatch, max_steps=1, keep=keep)[0]
+        rollouts = rollouts_of(tmp_path / keep)
         kept[keep] = [r["reward"] for r in rollouts if r["is_reflection"]]
         assert sum(r["reward"] == 0 for r in rollouts if not r["is_reflection"]) == 12
         assert row["reflect/correct"] == 0.5  # the log still tells how many were right
-    assert sorted(kept[True]) == [0.0] * 4 + [1.0] * 4 and kept[False] == [1.0] * 4
+    assert sorted(kept["all"]) == [0.0] * 4 + [1.0] * 4 and kept["right"] == [1.0] * 4
 
 
 def test_a_prompt_belongs_to_its_problem_whatever_uids_other_files_use(start, tmp_path, monkeypatch):

@@ -44,6 +44,8 @@ ROWS = {  # row: what it is
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions against each other (Eq. 5)",
     "ref_orig": "constructions against the rollouts",
+    "luffy": "LUFFY's weights", "replace": "the error repaired, nothing inserted (as InT)",
+    "faithful": "constructions without a false equation",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
     "base": "start that never reflects", "base_grpo": "GRPO without cold start",
     "base_tapo": "TAPO without cold start",
@@ -60,6 +62,7 @@ TABLES = {  # name: (rows, what the differences refer to)
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
     "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots",
              "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
+    "relatives": (["grpo", "copy", "luffy", "replace", "faithful", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
 STARTS = ("coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
 # Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and
