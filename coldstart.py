@@ -48,9 +48,9 @@ from data import (
 )
 from metrics import evaluate, means, open_log
 from model import load_hf, num_params
-from parallel import gather, rank, say, unsharded, world_size
+from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
-from rollout import PAIRING, PREFIX, REFLECTION, ROLLOUT, Rollout, sample_rollouts
+from rollout import PAIRING, PREFIX, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
 from update import set_learning_rate, set_loss_scales, update
 
 # --- what is learned ------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def imitated(prompt_ids: list[int], ids: list[int], mask: list[float]) -> Rollou
 # the paper's examples: the policy's own mistakes
 
 
-def construct_round(model, tokenizer, queries: list, number: int, *, by_rule: bool, seed: int,
+def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: str, seed: int,
                     samples_per_prompt: int, template: str, max_synthesis_tokens: int,
                     **sampling) -> list[dict]:
     """One (wrong, right) pair of each query where there is one, and what became of it: [result].
@@ -182,6 +182,7 @@ def construct_round(model, tokenizer, queries: list, number: int, *, by_rule: bo
     rollouts = sample_rollouts(model, tokenizer, queries, samples_per_prompt,
                                key=(seed, ROLLOUT, number), **sampling)
     score(rollouts)
+    by_rule = synthesis == "rule"
     if by_rule:
         pairs = reflect.rule_pairs(rollouts)
     else:
@@ -209,44 +210,44 @@ def construct_round(model, tokenizer, queries: list, number: int, *, by_rule: bo
     return results
 
 
-def sample_examples(tokenizer, c: SimpleNamespace, load, stop_ids, autocast) -> list[Rollout]:
-    """§3.2: visit every query once, at most one example from each, until n_sft + n_ift are found.
+def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict, resume: bool,
+                    wanted: int, queries_per_round: int, max_rows: int, instruction: str, dtype: str,
+                    autocast, **how) -> list[dict]:
+    """§3.2: visit every query once, at most one example from each, until so many are wanted.
 
-    A round of queries is appended to examples.jsonl as one line, below a header that says how they
-    are made; with resume what stands there is not sampled again. All ranks go by what rank 0 finds
-    in the file. load() -> the model, called if there is anything to sample.
+    -> results of construct_round that have both formats. A round of queries is appended to `path`
+    as one line, below a header that says how they are made; with resume what stands there is not
+    sampled again. All ranks go by what rank 0 finds in the file. load() -> the model, called if
+    there is anything to sample. how: see construct_round.
     """
-    path, training = Path(c.out_dir) / "examples.jsonl", load_problems(c.problems)
     rounds = []
     if rank() == 0:
-        header = {"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)}
-        header |= {knob: getattr(c, knob) for knob in EXAMPLE_KNOBS}
-        if c.resume:
+        if resume:
             rounds = jsonl.read_headed(path, header,
                                        "choose another out_dir, or --resume=False to sample anew")
         if not rounds:
             jsonl.write(path, [header])
     rounds = [row["results"] for row in gather(rounds)]
-    n_rounds = -(-len(training) // c.queries_per_round)
+    n_rounds = -(-len(training) // queries_per_round)
     bar = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds",
                disable=True if rank() else None)  # None: shown on a terminal only
     usable = [result for results in rounds for result in results if "completion_ids" in result]
-    model = None
-    while len(rounds) < n_rounds and len(usable) < c.n_sft + c.n_ift:
-        model, number = model or load(), len(rounds)
-        queries = problems_for_step(training, c.seed, number, c.queries_per_round)
+    model, decoder = None, Decoder()
+    while len(rounds) < n_rounds and len(usable) < wanted:
+        if model is None:
+            model = load()
+            unsharded = Unsharded(model, dtype)
+        number = len(rounds)
+        queries = problems_for_step(training, how["seed"], number, queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)]  # one epoch
         queries = queries[rank()::world_size()]
-        encode_prompts(tokenizer, [p for _, p in queries], c.instruction)
-        check_prompts_fit([p for _, p in queries], c.max_new_tokens,
+        encode_prompts(tokenizer, [p for _, p in queries], instruction)
+        check_prompts_fit([p for _, p in queries], how["max_new_tokens"],
                           model.config.max_position_embeddings)
-        with failing.out_of_memory_names(c.out_dir, max_rows=c.max_rows), \
-                unsharded(model) as sampler, autocast:
-            results = construct_round(
-                sampler, tokenizer, queries, number, by_rule=c.synthesis == "rule", seed=c.seed,
-                samples_per_prompt=c.samples_per_prompt, template=c.template,
-                max_synthesis_tokens=c.max_synthesis_tokens, max_new_tokens=c.max_new_tokens,
-                temperature=c.temperature, max_rows=c.max_rows, stop_ids=stop_ids)
+        with failing.out_of_memory_names(path.parent, max_rows=max_rows), \
+                unsharded as sampler, autocast:
+            results = construct_round(sampler, tokenizer, queries, number, max_rows=max_rows,
+                                      decoder=decoder, **how)
         rounds.append(sorted(gather(results), key=lambda result: result["query"]))
         if rank() == 0:
             with open(path, "a", encoding="utf-8") as file:
@@ -260,14 +261,17 @@ def sample_examples(tokenizer, c: SimpleNamespace, load, stop_ids, autocast) -> 
         raise ValueError(f"this run cannot learn: {len(training)} problems gave no example (what "
                          f"came of their pairs: {', '.join(outcomes) or 'none'}); start from a "
                          "model that solves some of them, or raise samples_per_prompt")
-    # distinct trajectories while there are enough of them, else some are seen in both formats
-    sft, ift = usable[:c.n_sft], usable[max(0, len(usable) - c.n_ift):]
-    say(f"{len(training):,} problems -> {len(usable):,} trajectories -> {len(sft):,} SFT + "
-        f"{len(ift):,} IFT examples")
+    return usable
+
+
+def both_formats(usable: list[dict], *, n_sft: int, n_ift: int, train_prefix: bool) -> list[Rollout]:
+    """Rows to imitate: distinct trajectories while there are enough, else some in both formats."""
+    sft, ift = usable[:n_sft], usable[max(0, len(usable) - n_ift):]
+    say(f"{len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
     rows = []
     for x in sft:
         mask, _ = reflect.token_masks(x["roles"], diagnosis="train", ots=False,
-                                      train_prefix=c.train_prefix)
+                                      train_prefix=train_prefix)
         rows.append(imitated(x["prompt_ids"], x["completion_ids"], mask))
     for x in ift:
         rows.append(imitated(x["synthesis_prompt_ids"], x["synthesis_ids"],
@@ -321,8 +325,14 @@ def main() -> None:
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
     if c.problems:
-        rows = sample_examples(tokenizer, c, functools.partial(load, c.init_from), stop_ids,
-                               autocast)
+        usable = sample_examples(
+            tokenizer, load_problems(c.problems), functools.partial(load, c.init_from),
+            path=out / "examples.jsonl", resume=c.resume, wanted=c.n_sft + c.n_ift,
+            header={"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)} |
+            {knob: config[knob] for knob in EXAMPLE_KNOBS},
+            max_rows=c.max_rows, stop_ids=stop_ids, dtype=c.dtype, autocast=autocast,
+            **{knob: config[knob] for knob in EXAMPLE_KNOBS})
+        rows = both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
     else:
         rows = read_examples(c.examples, tokenizer, c.instruction, context)
     max_steps = -(-c.epochs * len(rows) // c.batch_size)
@@ -356,7 +366,7 @@ def main() -> None:
         bar.update()
         good_enough = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with no_memory(max_rows=c.max_rows), unsharded(model) as sampler, autocast:
+            with no_memory(max_rows=c.max_rows), Unsharded(model, c.dtype) as sampler, autocast:
                 metrics |= evaluate(sampler, tokenizer, held_out, c.eval_samples, seed=c.seed,
                                     max_new_tokens=c.max_new_tokens, temperature=c.temperature,
                                     max_rows=c.max_rows, stop_ids=stop_ids)

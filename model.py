@@ -4,9 +4,9 @@ Qwen3 exactly; by configuration alone also Qwen2 / Qwen2.5 (bias on q, k, v, no 
 3 (scaled RoPE). Parameters carry Hugging Face's names, so loading is a copy and needs no key map.
 One `forward`, three uses:
 
-    model(inputs, targets)                   -> logprobs (B,T), entropy (B,T)    old, reference and policy alike
-    model(inputs, positions=..., cache=...)  -> logits (B,V) of the last column  prefill and decode
-    model(inputs)                            -> hidden (B,T,d)                   states of an OPSD teacher
+    model(inputs, targets)            -> logprobs (B,T), entropy (B,T)   policy, old and reference
+    model(inputs, cache=..., last=..) -> logits (B,V)                    prefill and decode
+    model(inputs)                     -> hidden (B,T,d)                  states of an OPSD teacher
 
 The output head lives inside `forward`: (B,T,V) never exists (0.6 MB a token at Qwen's vocabulary),
 the head stays in the root's FSDP unit, and all that follows the head's product is fp32. Shapes: B
@@ -32,9 +32,6 @@ from advantage import generalised_jsd
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 CONVERT_GGUF = "only safetensors are read: take the original model, or convert it (from_pretrained(gguf_file=...))"
-# columns the cache grows by: a copy every 64 tokens, against attention over 32 unused ones on
-# average
-CACHE_BLOCK = 64
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # logits alive at once in the head; a toy batch is one chunk
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
@@ -324,95 +321,66 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
 # key-value cache
 
 
-def roll_rows(x: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
-    """Row b of x (B,T,...) moved left by shifts[b], around the end: [[_,_,7,8]] by [2] ->
-    [[7,8,_,_]]."""
-    B, T = x.shape[:2]
-    columns = (torch.arange(T, device=x.device) + shifts[:, None]) % T  # (B,T)
-    return x[torch.arange(B, device=x.device)[:, None], columns]
-
-
 class KVCache:
-    """Keys and values of left-padded rows; all rows write the same column, row b is valid from
-    column starts[b] on.
+    """Keys and values of R rows by C columns: per layer and kind one contiguous tensor (R,nkv,C,hs).
 
-        prompts  [_ _ 5 6]  starts [2, 0]      after one decoded token   [_ _ 5 6 9 . .]   length 5, S 7
-                 [1 2 3 4]                                               [1 2 3 4 8 . .]
+        prompts  [1 2 3 4]     and after one token   [1 2 3 4 9 .]    lengths 5, C 6
+                 [5 6 _ _]                           [5 6 8 _ . .]            3
 
-    One contiguous tensor (B,nkv,S,hs) per layer and kind, grown by whole blocks of columns and read
-    whole under a mask: slices of a larger tensor are not contiguous, and batched products over
-    those are 1.5-3x slower. The device counts the columns for itself, so that a decoding step has
-    no host sync and can be captured (rollout.capture); the host, which allocates, counts those it
-    has reserved."""
+    Column t holds a row's t-th token. What lies behind its last one is finite and never seen: a mask
+    follows from the positions of the new tokens. Tensors are read whole, as products over slices of
+    larger ones are 1.5-3x slower. Those of every shape begin in the same memory: a step captured
+    for a shape (rollout.capture) can be replayed whenever the cache has that shape again.
+    """
 
-    def __init__(self, config: ModelConfig, starts, dtype=torch.float32, device="cpu", head=None):
-        self.head = head  # (V,d) of decoding_head; None: made by the first forward
-        self.starts = torch.as_tensor(starts, dtype=torch.long, device=device)  # (B,)
-        self.length = torch.zeros((), dtype=torch.long, device=device)  # columns written
-        self.reserved = 0  # columns written or about to be
-        shape = len(self.starts), config.num_key_value_heads, 0, config.head_dim
-        self.k = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = list(self.k)
-        self.groups = config.num_attention_heads // config.num_key_value_heads
+    def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
+                 device="cpu", head: torch.Tensor | None = None):
+        """Memory for rows * columns, or any shape that has fewer. head: of `decoding_head`."""
+        self.head, self.sizes = head, (config.num_key_value_heads, config.head_dim)
+        numbers = rows * columns * config.num_key_value_heads * config.head_dim
+        # zeros: masked memory must still be finite, 0 * NaN is NaN
+        self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
+                       for _ in range(2 * config.num_hidden_layers)]
+        self.tensors = [self._view(memory, rows, columns) for memory in self.memory]
+        self.rows = torch.arange(rows, device=device)
 
-    def reserve(self, columns: int) -> bool:
-        """Room for more columns, all of which the caller goes on to write; the prefill reserves
-        those of the prompt. -> whether the tensors have moved."""
-        self.reserved += columns
-        return self._grow(self.reserved)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C)"""
+        return self.tensors[0].shape[0], self.tensors[0].shape[2]
 
-    def mask(self, columns: torch.Tensor) -> torch.Tensor:
-        """columns (T,) of the new tokens -> (B,1,1 or groups*T,S): 0 where each may look, else
-        -inf; rows as Attention folds the heads."""
-        keys = torch.arange(self.k[0].size(2), device=columns.device)  # (S,)
-        seen = (keys >= self.starts[:, None, None]) & (keys <= columns[:, None])  # (B,T,S)
-        mask = torch.zeros(seen.shape, dtype=self.k[0].dtype, device=keys.device).masked_fill_(~seen, -torch.inf)[:, None]
-        return mask if len(columns) == 1 else mask.repeat(1, 1, self.groups, 1)
+    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (R,nkv,C,hs) of layer i."""
+        return self.tensors[2 * i], self.tensors[2 * i + 1]
 
-    def align(self) -> None:
-        """Prompts that were written right-padded (CausalLM.forward) become left-padded."""
-        self._replace(lambda t: roll_rows(t.transpose(1, 2), -self.starts).transpose(1, 2).contiguous())
+    def index(self, positions: torch.Tensor) -> torch.Tensor:
+        """positions (R,T) of new tokens -> (R*nkv*T,): where they lie among all R*nkv*C columns."""
+        (R, C), nkv = self.shape, self.sizes[0]
+        heads = torch.arange(R * nkv, device=positions.device).view(R, nkv, 1)
+        return (heads * C + positions[:, None]).flatten()
 
-    def keep(self, rows: torch.Tensor) -> "KVCache":
-        """Only these rows (index tensor, repetitions allowed), in place: finished ones then cost
-        nothing, and a prompt is prefilled once for its n samples. Columns that only dropped rows
-        used go with them."""
-        self.starts = self.starts[rows]
-        unused = int(self.starts.min()) // CACHE_BLOCK * CACHE_BLOCK
-        self._move(-unused)
-        return self._replace(lambda t: t[rows, :, unused:])
+    def mask(self, positions: torch.Tensor) -> torch.Tensor:
+        """positions (R,1) -> (R,1,1,C): 0 where the row's new token may look, else -inf."""
+        hidden = torch.arange(self.shape[1], device=positions.device) > positions[:, :, None]
+        zeros = torch.zeros(hidden.shape, dtype=self.tensors[0].dtype, device=positions.device)
+        return zeros.masked_fill_(hidden, -torch.inf)[:, None]
 
-    def append(self, other: "KVCache") -> "KVCache":
-        """The rows of another cache below these. Both then end in the same column, so all go on
-        writing the same one."""
-        for cache, behind in (self, other.reserved - self.reserved), (other, self.reserved - other.reserved):
-            if behind > 0:
-                cache._move(behind)
-                cache._replace(lambda t, n=behind: F.pad(t, (0, 0, n, -n % CACHE_BLOCK)))
-        columns = max(self.k[0].size(2), other.k[0].size(2))
-        self._grow(columns), other._grow(columns)
-        self.starts = torch.cat([self.starts, other.starts])
-        for mine, more in (self.k, other.k), (self.v, other.v):
-            for layer in range(len(mine)):
-                mine[layer], more[layer] = torch.cat([mine[layer], more[layer]]), None
-        return self
+    def write(self, rows: torch.Tensor, other: "KVCache", which: torch.Tensor) -> None:
+        """Rows `which` of another cache, all its columns, over these rows of this one."""
+        for mine, new in zip(self.tensors, other.tensors, strict=True):
+            mine[rows, :, :new.shape[2]] = new[which]
 
-    def _move(self, columns: int) -> None:
-        """All that is written lies so many columns further right."""
-        self.starts, self.length, self.reserved = self.starts + columns, self.length + columns, self.reserved + columns
+    def reshape(self, rows: torch.Tensor, R: int, C: int) -> None:
+        """These rows (index tensor) become the first of R rows by C columns, in the same memory."""
+        columns = min(C, self.shape[1])
+        for i, old in enumerate(self.tensors):  # one by one: never two whole caches
+            kept = old[rows, :, :columns]
+            self.tensors[i] = self._view(self.memory[i], R, C)
+            self.tensors[i][:len(rows), :, :columns] = kept
 
-    def _grow(self, columns: int) -> bool:
-        """To at least so many columns, in whole blocks; -> whether that moved the tensors."""
-        missing = -(-columns // CACHE_BLOCK) * CACHE_BLOCK - self.k[0].size(2)
-        if missing > 0:  # with zeros: masked memory must still be finite, 0 * NaN is NaN
-            self._replace(lambda t: F.pad(t, (0, 0, 0, missing)))
-        return missing > 0
-
-    def _replace(self, f) -> "KVCache":
-        for tensors in (self.k, self.v):
-            for layer, t in enumerate(tensors):  # one by one: never two whole caches
-                tensors[layer] = f(t)
-        return self
+    def _view(self, memory: torch.Tensor, R: int, C: int) -> torch.Tensor:
+        nkv, hs = self.sizes
+        return memory[:R * nkv * C * hs].view(R, nkv, C, hs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,6 +424,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def attend_cache(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                 mask: torch.Tensor) -> torch.Tensor:
+    """One query a row over its cache: q (R,nh,1,hs), keys, values (R,nkv,C,hs), mask (R,1,1,C)
+    -> (R,nh,1,hs). The query heads of a group become rows over their one key head: keys are read
+    once, never repeated."""
+    folded = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # (R,nkv,groups,hs)
+    if q.is_cuda:  # fused
+        y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    else:  # 2x to 4x faster there than the fused kernel, which is made for many queries
+        scores = (folded * q.shape[-1]**-0.5) @ keys.transpose(2, 3) + mask
+        y = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
+    return y.reshape(q.shape)
+
+
 class Attention(nn.Module):
     """Grouped-query attention."""
 
@@ -474,8 +456,9 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
-        """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: over
-        the cache. cache: this layer's keys and values (B,nkv,S,hs) and the columns (T,) to write.
+        """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: one
+        token over the cache. cache: this layer's keys and values (B,nkv,C,hs), and KVCache.index of
+        the new ones.
         """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.nh, self.hs)).transpose(1, 2)  # (B,nh,T,hs)
@@ -484,21 +467,16 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            keys, values, columns = cache
+            keys, values, index = cache
             # on a GPU autocast leaves the norm of k in fp32
-            keys.index_copy_(2, columns, k.to(keys.dtype))
-            values.index_copy_(2, columns, v)
+            k, v = k.to(keys.dtype), v.to(values.dtype)
+            keys.view(-1, self.hs).index_copy_(0, index, k.reshape(-1, self.hs))
+            values.view(-1, self.hs).index_copy_(0, index, v.reshape(-1, self.hs))
         if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.nh != self.nkv)
-        else:  # the query heads of a group become rows over their one key head: keys are read once, never repeated
-            q = q.reshape(B, self.nkv, -1, self.hs)  # (B,nkv,groups*T,hs)
-            # on a CPU 2x to 4x faster than the fused kernel, which is made for many queries
-            if not q.is_cuda:
-                scores = (q * self.hs**-0.5) @ keys.transpose(2, 3) + mask
-                y = torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ values
-            else:  # fused
-                y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-            y = y.reshape(B, self.nh, T, self.hs)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=self.nh != self.nkv)
+        else:
+            y = attend_cache(q, keys, values, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.nh * self.hs))
 
 
@@ -582,32 +560,23 @@ class CausalLM(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=True)
 
-    def forward(self, inputs, targets=None, *, positions=None, cache=None, temperature=1.0, teacher=None):
+    def forward(self, inputs, targets=None, *, positions=None, cache=None, last=None,
+                temperature=1.0, teacher=None):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
-        Training: rows right-padded; results of padding are finite and to be masked by the caller.
-        Log-probs and entropy are of softmax(logits / temperature), what was sampled (trap 2).
-        teacher, see teacher_divergence, adds a divergence (B,T). Decoding: rows left-padded, the
-        first call on a cache holds the whole prompt, for later ones the caller has reserved
-        columns; positions (B,T) follow from the cache where not given; logits are not divided by
-        the temperature."""
-        (B, T), dtype, mask = inputs.shape, self.compute_dtype, None
-        # (T,) those of the cache that are written, if there is one
-        columns = torch.arange(T, device=inputs.device)
-        prefill = cache is not None and cache.reserved == 0
-        if prefill:
-            cache.reserve(T)
-        elif cache is not None:
-            columns = columns + cache.length
-            mask = cache.mask(columns)  # once for all layers
-        # right-padded rows start at column 0, those of a cache at its `starts`
+        Rows are right-padded; results of padding are finite and to be masked by the caller.
+        Training: log-probs and entropy are of softmax(logits / temperature), what was sampled
+        (trap 2). teacher, see teacher_divergence, adds a divergence (B,T). With a cache: a prefill
+        writes its first columns and gives the logits of the tokens at `last` (B,); a decoding step
+        has one token a row, T = 1, at `positions` (B,1). Logits are not divided by the temperature.
+        """
+        (B, T), dtype, mask, index = inputs.shape, self.compute_dtype, None, None
+        decoding = cache is not None and last is None
         if positions is None:
-            # (1 or B,T)
-            positions = (columns[None] - (0 if cache is None else cache.starts[:, None])).clamp(min=0)
-        # right-padded, a prompt takes training's very path: causal, no (T,S) mask, no row without
-        # keys
-        if prefill:
-            inputs, positions = roll_rows(inputs, cache.starts), roll_rows(positions, cache.starts)
+            positions = torch.arange(T, device=inputs.device)[None]  # (1,T)
+        if cache is not None:  # once for all layers
+            index = cache.index(positions.expand(B, T))
+            mask = cache.mask(positions) if decoding else None
         cos, sin = rope(positions, self.config, dtype)
 
         x = self.model.embed_tokens(inputs)  # (B,T,d)
@@ -615,17 +584,11 @@ class CausalLM(nn.Module):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache and (cache.k[i], cache.v[i], columns))
+                x = layer(x, cos, sin, mask, cache and (*cache.layer(i), index))
 
         if cache is not None:
-            if prefill:
-                cache.align()
-            cache.length += T
-            # (B,d)
-            x = x[torch.arange(B, device=x.device), T - 1 - cache.starts] if prefill else x[:, -1]
-            if cache.head is None:
-                cache.head = decoding_head(self.head_weight, dtype)
-            return head_logits(self.model.norm(x).to(dtype), cache.head)  # (B,V)
+            x = x[:, -1] if decoding else x[torch.arange(B, device=x.device), last]  # (B,d)
+            return head_logits(self.model.norm(x).to(dtype), cache.head)             # (B,V)
         x = self.model.norm(x)
         if targets is None:
             return x

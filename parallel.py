@@ -2,7 +2,7 @@
 
 torchrun starts the processes; without it there is one, no process group and no wrapping. Every
 rank owns a slice of each weight. Three rules keep ranks together (trap 21): sampling runs inside
-`unsharded`, where a forward needs no collective, so ranks may decode for different lengths of
+`Unsharded`, where a forward needs no collective, so ranks may decode for different lengths of
 time; outside it every rank runs the same number of forwards and backwards (`balance` sees to it);
 whatever decides control flow is the same on every rank.
 
@@ -109,29 +109,46 @@ def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple
     return None, torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-@contextlib.contextmanager
-def unsharded(model):
-    """Gather every unit once and yield a plain model made of the gathered tensors, to sample with.
+class Unsharded:
+    """`with Unsharded(model, dtype) as sampler`: a plain model of the whole weights, to sample with.
 
-    Its forwards (under no_grad) use no collective and run without FSDP's hooks, which cost a fifth
-    of a small step and cannot be captured in a CUDA graph. A forward of `model` itself inside
-    would free the gathered tensors. A model that is not sharded is yielded as it is.
+    FSDP: every unit is gathered once, and freed at the end. Forwards of the sampler (under no_grad)
+    use no collective and run without FSDP's hooks, which cost a fifth of a small step and cannot be
+    captured in a CUDA graph. A forward of `model` itself inside would free the gathered tensors.
+    One process, bf16: the matrices that autocast would cast at every token are bf16 copies, made
+    anew each time in the same memory, which captured steps go on reading; the rest is the model's.
+    One process, fp32: the model itself.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not units:
-        yield model
-        return
-    with torch.device("meta"):
-        plain = CausalLM(model.config)
-    try:
-        for unit in units:
-            unit.unshard()
-        plain.load_state_dict(dict(model.named_parameters()), assign=True)  # in compute dtype
+
+    def __init__(self, model, dtype: str = "float32"):
+        self.model, self.sampler, self.copies = model, model, []
+        self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        if not self.units and dtype == "float32":
+            return
+        with torch.device("meta"):
+            self.sampler = CausalLM(model.config)
         if model.compiled:
-            plain.compile_blocks()
-        yield plain
-    finally:
-        for unit in units:
+            self.sampler.compile_blocks()
+        if not self.units:
+            weights = dict(model.named_parameters())
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    for key, master in module.named_parameters(prefix=name):
+                        weights[key] = master.detach().to(getattr(torch, dtype))
+                        self.copies.append((weights[key], master))
+            self.sampler.load_state_dict(weights, assign=True)
+
+    def __enter__(self):
+        for unit in self.units:
+            unit.unshard()
+        if self.units:  # the gathered tensors, in compute dtype
+            self.sampler.load_state_dict(dict(self.model.named_parameters()), assign=True)
+        for copy, master in self.copies:
+            copy.copy_(master.detach())
+        return self.sampler
+
+    def __exit__(self, *_):
+        for unit in self.units:
             unit.reshard()
 
 

@@ -1,8 +1,8 @@
 """Rollouts: batched sampling with a KV cache.
 
 `generate` is the whole sampler. Every distinct prompt is prefilled once and its cache copied to its
-n rows; rows decode in lockstep; rows that have ended leave and waiting rows join (continuous
-batching). It knows token ids, never problems. Training consumes the very ids that were sampled here
+n rows; all rows decode one token a step; rows that have ended leave and waiting rows join
+(continuous batching). It knows token ids, never problems. Training consumes the very ids that were sampled here
 (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
 
 Noise is a function of counters (trap 7): row (seed, stream, step, query, sample) owns a stream of
@@ -14,21 +14,28 @@ for evaluation only: the trainer scores the full softmax, so rollouts are drawn 
 """
 import os
 import time
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Problem
-from model import KVCache
+from model import KVCache, decoding_head
+from parallel import microbatches
 
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2  # roles of tokens; those of ordinary rollouts are PREFIX
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
 LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
-LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all: leaving copies the cache
+LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all
+COLUMNS = 64           # smallest bucket of columns
+PREFILL_TOKENS = 2**14  # padded tokens of one pass over prompts
+BLOCK = 256            # of the vocabulary, see inverse_cdf
 CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
+KEEP_SHARE = 1 / 8     # of all memory: a decoder that has more gives it back after each call
 MEMORY_SHARE = 0.8     # of free memory, that max_rows = 0 fills with rows ...
 MOST_ROWS = 4096       # ... up to so many: more gain nothing
 
@@ -120,7 +127,7 @@ def row_noise(key: tuple[int, ...], n: int) -> np.ndarray:
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
            top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row by inverse CDF. logits (B,V) fp32, uniforms (B,) fp64 -> tokens, logprobs.
+    """One token per row. logits (B,V) fp32, uniforms (B,) fp64 -> tokens, logprobs (B,).
 
     The log-prob is that of the distribution drawn from: softmax(logits / temperature), renormalised
     over the nucleus if top_p < 1. temperature 0 is greedy, with log-prob 0. One uniform per row
@@ -128,19 +135,44 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(logits.shape[0])
-    logprobs = logits / temperature
-    # not log_softmax, whose sum on a CPU drops the tail: 1e-4 off at V = 150k
-    logprobs -= logprobs.logsumexp(-1, keepdim=True)
+    if temperature != 1:
+        logits = logits / temperature
+    # not softmax, whose sum on a CPU drops the tail: 1e-4 off at V = 150k
+    total = logits.logsumexp(-1, keepdim=True)
+    p = (logits - total).exp_()
     if top_p < 1:
-        ranked, index = logprobs.exp().sort(dim=-1, descending=True)
+        ranked, index = p.sort(dim=-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token reaches top_p
-        outside = torch.zeros_like(outside).scatter(-1, index, outside)
-        logprobs = torch.log_softmax(logprobs.masked_fill(outside, float("-inf")), dim=-1)
-    cdf = logprobs.exp().double().cumsum(-1)  # fp32 would round away the tail of a 150k vocabulary
-    # right=True finds the first entry ABOVE the threshold: a token of probability 0 is never drawn
-    tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)
-    tokens = tokens.clamp_(max=cdf.shape[-1] - 1)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+        p.scatter_(-1, index, ranked.masked_fill_(outside, 0))
+        total = total + p.sum(-1, keepdim=True).log()
+    tokens = inverse_cdf(p, uniforms[:, None])
+    return tokens[:, 0], (logits.gather(-1, tokens) - total)[:, 0]
+
+
+def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Index drawn with probability p / p.sum(): p (B,V) fp32, uniforms (B,1) fp64 -> (B,1).
+
+    In fp64, as fp32 rounds away the tail of a large vocabulary; that is drawn from in two levels, a
+    block and then within it, so that all of p is read once and never written in fp64.
+    """
+    B, V = p.shape
+    if V <= 16 * BLOCK:
+        cdf = p.double().cumsum(-1)
+        return first_above(cdf, uniforms * cdf[:, -1:])
+    blocks = F.pad(p, (0, -V % BLOCK)).view(B, -1, BLOCK)
+    cdf = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B,V / BLOCK)
+    target = uniforms * cdf[:, -1:]
+    block = first_above(cdf, target)
+    before = F.pad(cdf, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(B, device=p.device), block[:, 0]].double().cumsum(-1)
+    return block * BLOCK + first_above(inside, target - before)
+
+
+def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """First entry of cdf (B,n) above target (B,1) -> (B,1): never one of probability 0. A target
+    that was rounded up to the last entry is taken to lie just below it."""
+    below = torch.nextafter(cdf[:, -1:], torch.zeros_like(target))
+    return torch.searchsorted(cdf, torch.minimum(target, below), right=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,12 +182,14 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
 @torch.no_grad()  # not inference_mode: its tensors could not be reused by FSDP's next forward
 def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, ...]],
              max_new_tokens: int, stop_ids: tuple[int, ...], temperature: float = 1.0,
-             top_p: float = 1.0, max_rows: int = 256, progress: str = "") -> list[list[Completion]]:
+             top_p: float = 1.0, max_rows: int = 256, progress: str = "",
+             decoder: "Decoder | None" = None) -> list[list[Completion]]:
     """Sample n completions for every prompt -> one list of n Completions per prompt, in order.
 
     keys: one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is
     appended. At most max_rows rows decode at once (0: as many as free memory holds). `progress`
-    labels a bar with tokens/s, shown on a terminal only; "" shows none.
+    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: that of earlier
+    calls, whose memory and captured steps then serve again.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad
     sampling knobs.
     """
@@ -170,150 +204,239 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
                              "drop the problem")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # less padding
     waiting = deque((i, j) for i in by_length for j in range(n))
+    longest = max(map(len, prompts), default=1)
+    decoder = decoder or Decoder()
     if not max_rows:
-        max_rows = rows_that_fit(model, max(map(len, prompts), default=1), max_new_tokens)
-    decoder = Decoder(model, min(max_rows, len(waiting)), max_new_tokens=max_new_tokens,
-                      stop_ids=stop_ids, temperature=temperature, top_p=top_p)
+        max_rows = rows_that_fit(model, longest, max_new_tokens, held=decoder.bytes)
+    decoder.prepare(model, len(waiting), longest + max_new_tokens, max_rows=max_rows,
+                    stop_ids=stop_ids, temperature=temperature, top_p=top_p)
     completions = [[None] * n for _ in prompts]
-    free, owner = list(range(len(decoder.tokens))), {}  # slots; slot -> (prompt, sample)
 
     training = model.training
     model.eval()
     bar = tqdm(total=len(waiting), desc=progress, unit=" rows", leave=False,
                disable=None if progress else True)
     start, n_tokens = time.perf_counter(), 0
-    while waiting or owner:
-        if waiting and free:
-            slots = [free.pop() for _ in range(min(len(free), len(waiting)))]
-            owner |= {slot: waiting.popleft() for slot in slots}
-            noise = [row_noise((*keys[i], j), max_new_tokens + 1)
-                     for i, j in map(owner.get, slots)]
-            decoder.join(slots, [prompts[owner[slot][0]] for slot in slots], np.stack(noise))
+    while waiting or decoder.live:
+        if joining := min(len(waiting), max_rows - len(decoder.live)):
+            names = [waiting.popleft() for _ in range(joining)]
+            noise = [row_noise((*keys[i], j), max_new_tokens + 1) for i, j in names]
+            decoder.join(names, [prompts[i] for i, _ in names], np.stack(noise))
         decoder.decode()
-        for slot, ids, logprobs in decoder.leave():
-            i, j = owner.pop(slot)
+        for (i, j), ids, logprobs in decoder.leave():
             completions[i][j] = Completion(ids, logprobs, finished=ids[-1] in stop_ids)
-            free.append(slot)
             n_tokens += len(ids)
             bar.update()
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - start):,.0f} tokens/s", False)
     bar.close()
     model.train(training)
+    if decoder.bytes > KEEP_SHARE * total_memory(model.head_weight.device):
+        decoder.release()
     return completions
 
 
-class Decoder:
-    """Rows that decode together: their KV cache, and their state in slots on the device.
+def bucket(n: int, least: int = 1) -> int:
+    """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond 16
+    of it. Rows 1 2 .. 16 18 20 .. 32 36 40 .. 64 72 ..; columns 64 128 .. 1024 1152 1280 .. 2048 .."""
+    step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
+    return -(-n // step) * step
 
-    A row keeps its slot from `join` to `leave`; row b of the cache belongs to slot[b].
+
+class Decoder:
+    """Rows that decode together: KV cache and per-row state, in memory that outlives `generate`.
+
+    Row b of every tensor is one completion in the making, column t its t-th token, prompt included.
+    Live rows move only into another bucket of rows or columns. What a decoding step needs to know
+    it reads on the device, so it is captured once a shape and replayed whenever the cache has that
+    shape again, in this call of `generate` or a later one.
     """
 
-    def __init__(self, model, n_slots: int, *, max_new_tokens: int, stop_ids, temperature, top_p):
-        self.model, self.device = model, model.head_weight.device
-        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
-        shape = n_slots, max_new_tokens + 1  # the last column: scratch, see `draw`
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(shape, device=self.device)
-        self.uniforms = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        self.drawn = torch.zeros(n_slots, dtype=torch.int64, device=self.device)  # tokens so far
-        self.ended = torch.zeros(n_slots, dtype=torch.bool, device=self.device)
-        vocabulary = torch.arange(model.config.vocab_size, device=self.device)
-        self.is_stop = torch.isin(vocabulary, torch.tensor(stop_ids, device=self.device))  # (V,)
-        self.slot, self.cache, self.replay = self.drawn[:0], None, None
+    def __init__(self):
+        self.release()
 
-    def join(self, slots: list[int], prompts: list[list[int]], noise: np.ndarray) -> None:
-        """Prefill new rows, draw their first token, append them to the cache. noise (n, width)."""
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        cache, logits = prefill(self.model, distinct, head=self.cache and self.cache.head)
-        number = {prompt: k for k, prompt in enumerate(distinct)}
-        rows = torch.tensor([number[tuple(p)] for p in prompts], device=self.device)
-        cache.keep(rows)
-        self.cache = cache if self.cache is None else self.cache.append(cache)
-        slots = torch.tensor(slots, device=self.device)
-        self.uniforms[slots] = torch.from_numpy(noise).to(self.device)
-        self.drawn[slots], self.ended[slots] = 0, False
-        self.draw(logits[rows], slots)
-        self.slot, self.replay = torch.cat([self.slot, slots]), None
+    def release(self) -> None:
+        """Give all memory back."""
+        self.cache, self.made_for, self.captured, self.weights = None, None, {}, []
+        self.cells = self.rows = self.columns = 0  # of the cache; of the per-row state
+        self.live: dict[int, object] = {}          # row -> name
 
-    def draw(self, logits: torch.Tensor, slot: torch.Tensor) -> None:
-        """The next token of the rows in these slots. A row that has ended draws on until it leaves,
-        into the scratch column behind its last token."""
-        at = slot, self.drawn[slot]
+    @property
+    def bytes(self) -> int:
+        return sum(memory.nbytes for memory in self.cache.memory) if self.cache else 0
+
+    def prepare(self, model, n: int, columns: int, *, max_rows: int, stop_ids, temperature: float,
+                top_p: float) -> None:
+        """Memory for n rows, at most max_rows at once, of so many columns. Captured steps stay valid
+        unless it has grown or the weights have moved."""
+        self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
+        self.temperature, self.top_p = temperature, top_p
+        made_for = model.config, model.compute_dtype, self.device
+        if made_for != self.made_for:
+            self.release()
+        R, C = min(bucket(max(1, n)), max_rows), bucket(columns + 1, COLUMNS)  # + 1: see `draw`
+        if R > self.rows or C > self.columns or R * C > self.cells:
+            grown = max(R * C, self.cells), max(R, self.rows), max(C, self.columns)
+            self.release()
+            self.made_for, (self.cells, self.rows, self.columns) = made_for, grown
+            self.allocate()
+        self.live, self.length[:], self.ended[:] = {}, 1, True
+        stops = torch.tensor(stop_ids, device=self.device)
+        self.is_stop.copy_(torch.isin(torch.arange(len(self.is_stop), device=self.device), stops))
+        head = decoding_head(model.head_weight, model.compute_dtype)
+        if self.cache.head is not None and head.data_ptr() != model.head_weight.data_ptr():
+            head = self.cache.head.copy_(head)  # a cast: of other weights now, in the same memory
+        self.cache.head = head
+        weights = [tensor.data_ptr() for tensor in (*model.parameters(), head)]
+        if weights != self.weights:
+            self.weights, self.captured = weights, {}
+
+    def allocate(self) -> None:
+        config, dtype, device = self.made_for
+        self.cache = KVCache(config, 1, self.cells, dtype, device)
+        shape = self.rows, self.columns
+        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(shape, device=device)
+        self.uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.length = torch.ones(self.rows, dtype=torch.int64, device=device)  # tokens so far
+        self.end = torch.ones_like(self.length)                                # the cap's length
+        self.ended = torch.ones_like(self.length, dtype=torch.bool)
+        self.index = torch.arange(self.rows, device=device)
+        self.is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
+        # what the host knows: length of the prompt; at most so many tokens now, and in the end
+        self.prompt, self.reach, self.limit = np.ones((3, self.rows), dtype=int)
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def fit(self, n: int, columns: int) -> None:
+        """Move live rows to the front of buckets that hold n rows of so many columns."""
+        R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
+        if R == self.cache.shape[0] and C <= self.cache.shape[1]:
+            return
+        rows, n_live = list(self.live), len(self.live)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.cache.reshape(index, R, C)
+        for state in (self.tokens, self.logprobs, self.uniforms, self.length, self.end, self.ended):
+            state[:n_live] = state[index]
+        for known in (self.prompt, self.reach, self.limit):
+            known[:n_live] = known[rows]
+        self.length[n_live:], self.ended[n_live:] = 1, True
+        self.live = dict(enumerate(self.live.values()))
+
+    def join(self, names: list, prompts: list[list[int]], noise: np.ndarray) -> None:
+        """Prefill new rows and draw their first token. noise: uniforms (n, max_new_tokens + 1)."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self.fit(len(self.live) + len(names), int(max(lengths)) + 1)
+        free = (b for b in range(self.cache.shape[0]) if b not in self.live)
+        rows = [b for b, _ in zip(free, names, strict=False)]
+        self.live |= dict(zip(rows, names, strict=True))
+        self.prompt[rows], self.reach[rows] = lengths, lengths + 1
+        self.limit[rows] = lengths + noise.shape[1] - 1
+
+        index = torch.tensor(rows, device=self.device)
+        length = torch.from_numpy(lengths).to(self.device)
+        columns = length[:, None] + torch.arange(noise.shape[1], device=self.device)
+        self.uniforms[index[:, None], columns] = torch.from_numpy(noise).to(self.device)
+        self.length[index], self.end[index] = length, length + noise.shape[1] - 1
+        self.ended[index] = False
+        rows_of: dict[tuple, list[int]] = {}  # of every distinct prompt
+        for row, prompt in zip(rows, prompts, strict=True):
+            rows_of.setdefault(tuple(prompt), []).append(row)
+        distinct = list(rows_of)
+        for part in microbatches([len(prompt) for prompt in distinct], PREFILL_TOKENS):
+            part = [distinct[i] for i in part]
+            cache, logits = prefill(self.model, part, self.cache.head)
+            which = [k for k, prompt in enumerate(part) for _ in rows_of[prompt]]
+            which = torch.tensor(which, device=self.device)
+            index = torch.tensor(sum(map(rows_of.get, part), []), device=self.device)
+            self.cache.write(index, cache, which)
+            self.draw(logits[which], index)
+
+    def draw(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
+        """The next token of these rows. One that has ended draws on until it leaves, into the
+        scratch column behind its last token."""
+        at = rows, self.length[rows]
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
         self.tokens[at] = token
-        self.drawn[slot] += ~self.ended[slot]
-        self.ended[slot] |= self.is_stop[token] | (self.drawn[slot] == self.max_new_tokens)
+        self.length[rows] += ~self.ended[rows]
+        self.ended[rows] |= self.is_stop[token] | (self.length[rows] == self.end[rows])
 
     def step(self) -> None:
         """Decode one token per row. CUDA-graph safe: no host sync, no scalar that changes."""
-        last = self.tokens[self.slot, self.drawn[self.slot] - 1]
-        self.draw(self.model(last[:, None], cache=self.cache), self.slot)
+        rows = self.index[:self.cache.shape[0]]
+        newest = self.length[rows] - 1
+        logits = self.model(self.tokens[rows, newest][:, None], positions=newest[:, None],
+                            cache=self.cache)
+        self.draw(logits, rows)
 
     def decode(self) -> None:
         """Decode LEAVE_EVERY tokens, fewer if the youngest row is nearer to its cap."""
-        ended, drawn = self.ended[self.slot], self.drawn[self.slot]
-        youngest = torch.where(ended, self.max_new_tokens, drawn).min()
-        steps = min(LEAVE_EVERY, int(self.max_new_tokens - youngest))
-        if self.cache.reserve(steps):  # the cache has moved
-            self.replay = None
+        rows = list(self.live)
+        steps = min(LEAVE_EVERY, int(max(self.limit[rows] - self.reach[rows])))
+        self.fit(len(rows), int(max(self.reach[rows])) + steps + 1)
+        self.reach = np.minimum(self.reach + steps, self.limit)
+        key = *self.cache.shape, self.temperature, self.top_p
         for _ in range(steps):
-            if self.replay:
-                self.replay()
+            if key in self.captured:
+                self.captured[key]()
             else:
-                self.replay = capture(self.step, self.device)
+                self.captured[key] = capture(self.step, self.device, self.pool)
 
-    def leave(self) -> list[tuple[int, list[int], list[float]]]:
-        """Remove ended rows once they are LEAVE_SHARE of all -> [(slot, ids, logprobs)]."""
-        live = ~self.ended[self.slot]
-        if live.sum() > len(self.slot) * (1 - LEAVE_SHARE):
+    def leave(self) -> list[tuple[object, list[int], list[float]]]:
+        """Remove ended rows once they are LEAVE_SHARE of all -> [(name, ids, logprobs)]."""
+        length, ended = torch.stack([self.length, self.ended.long()]).cpu().numpy()
+        self.reach, self.limit = length, np.where(ended, length, self.limit)
+        gone = [b for b in self.live if ended[b]]
+        if len(gone) < max(1, LEAVE_SHARE * len(self.live)):
             return []
-        gone, self.slot, self.replay = self.slot[~live], self.slot[live], None
-        self.cache = self.cache.keep(live.nonzero()[:, 0]) if len(self.slot) else None
-        rows = zip(*(x[gone].tolist() for x in (self.drawn, self.tokens, self.logprobs)),
-                   strict=True)
-        return [(slot, ids[:end], logprobs[:end])
-                for slot, (end, ids, logprobs) in zip(gone.tolist(), rows, strict=True)]
+        index = torch.tensor(gone, device=self.device)
+        columns = slice(int(max(length[gone])))
+        tokens, logprobs = (x[index, columns].tolist() for x in (self.tokens, self.logprobs))
+        return [(self.live.pop(b), ids[self.prompt[b]:length[b]], row[self.prompt[b]:length[b]])
+                for b, ids, row in zip(gone, tokens, logprobs, strict=True)]
 
 
-def capture(step, device: torch.device):
+def capture(step, device: torch.device, pool):
     """Run a step; -> a callable that runs it again. On a GPU that replays a CUDA graph: a step is
     hundreds of small kernels, and launching them takes longer than running them. A graph reads and
-    writes the memory that step() did, so it dies with a change of rows or cache; only one lives at
-    a time, as two would share cuBLAS's workspace."""
+    writes the memory that step() did. Those of one pool share their temporaries: one replays at a
+    time, and what a step leaves lies outside."""
     step()  # also creates what must not be created while capturing: workspaces, compiled code
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # its casts would end with the context, the graph not
     # thread_local: other threads, a checkpoint's writer, may use the GPU meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()  # recorded, not run
+    torch.set_autocast_cache_enabled(cached)
     return graph.replay
 
 
-def prefill(model, prompts: list, head: torch.Tensor | None = None) -> tuple[KVCache, torch.Tensor]:
-    """Keys and values of D prompts, and logits (D,V) of the next token.
-
-    head: of an earlier cache, so that it is cast once.
-    """
+def prefill(model, prompts: list, head: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
+    """Keys and values of D prompts, and logits (D,V) of the next token. head: see KVCache."""
     device, width = model.head_weight.device, max(map(len, prompts))
-    # Left-padded: all rows write the same cache column. Padding is masked by length, not by id.
-    inputs = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    starts = [width - len(p) for p in prompts]
-    cache = KVCache(model.config, starts, model.compute_dtype, device, head)
-    return cache, model(inputs, cache=cache)
+    # Right-padded, as in training. Padding is masked by length, not by id.
+    inputs = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
+    last = torch.tensor([len(p) - 1 for p in prompts], device=device)
+    cache = KVCache(model.config, len(prompts), width, model.compute_dtype, device, head)
+    return cache, model(inputs, cache=cache, last=last)
 
 
-def row_bytes(config, prompt: int, new: int, size: int) -> float:
-    """About what one row of `prompt` + `new` tokens takes at its peak; size: bytes of a number."""
-    column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
-    prefilling = prompt * (column + (3 * config.intermediate_size + 8 * config.hidden_size) * size)
-    # growing copies one layer's keys; sampling holds logits, log-probs, their exp and its fp64 sum
-    decoding = 1.1 * (prompt + new) * column + 24 * config.num_tokens
-    return max(prefilling, decoding)
+def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
+    """About the bytes that `rows` rows of `prompt` + `new` tokens take; size: bytes of a number."""
+    tensors = 2 * config.num_hidden_layers  # keys and values; one is copied where rows move
+    column = tensors * config.num_key_value_heads * config.head_dim * size
+    cache = (1 + 1 / tensors) * bucket(prompt + new + 1, COLUMNS) * column
+    decoding = cache + 24 * config.num_tokens  # logits, p and its sums in fp64
+    prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
+    return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
 
 
-def rows_that_fit(model, prompt: int, new: int) -> int:
-    """max_rows = 0: rows of `prompt` + `new` tokens in MEMORY_SHARE of free memory, at least 1."""
+def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
+    """max_rows = 0: rows of `prompt` + `new` tokens in MEMORY_SHARE of free memory, at least 1.
+
+    held: bytes that a decoder already has for them.
+    """
     device = model.head_weight.device
     if device.type == "cuda":  # what the driver has left, and what torch holds without using it
         free = torch.cuda.mem_get_info(device)[0]
@@ -321,5 +444,19 @@ def rows_that_fit(model, prompt: int, new: int) -> int:
     else:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    row = row_bytes(model.config, prompt, new, model.compute_dtype.itemsize)
-    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
+    return most_rows(model.config, free + held, prompt, new, model.compute_dtype.itemsize)
+
+
+def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
+    """The most rows, of 1 .. MOST_ROWS, that take no more than MEMORY_SHARE of so many bytes."""
+    fit = bisect_right(range(1, MOST_ROWS + 1), MEMORY_SHARE * free,
+                       key=lambda rows: memory_of(config, rows, prompt, new, size))
+    return max(1, fit)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device, of a CPU shared by the processes on it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -67,9 +67,9 @@ from metrics import (
     warnings_of,
 )
 from model import load_hf
-from parallel import gather, rank, say, unsharded, world_size
+from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
-from rollout import PAIRING, REFLECTION, ROLLOUT, Rollout, sample_rollouts
+from rollout import PAIRING, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
 from update import set_learning_rate, set_loss_scales, set_old_logprobs, update
 
 # --- what is learned ------------------------------------------------------------------------------
@@ -250,8 +250,9 @@ def main() -> None:
         tokenizer.save_pretrained(out / "tokenizer")
         keep_log(out / "metrics.jsonl", first_step)
 
+    unsharded = Unsharded(model, c.dtype)
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
-                "temperature": c.temperature, "max_rows": c.max_rows}
+                "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
     on_device = {"tokens_per_microbatch": c.tokens_per_microbatch, "device": device,
                  "autocast": autocast}
     loss_fn = functools.partial(
@@ -266,7 +267,7 @@ def main() -> None:
     for step in range(first_step, c.max_steps):
         clock = Clock()
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
-        with no_memory(max_rows=c.max_rows), unsharded(model) as sampler, autocast:
+        with no_memory(max_rows=c.max_rows), unsharded as sampler, autocast:
             # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each rank has its queries.
             rollouts = sample_rollouts(
                 sampler, tokenizer, queries[rank()::world_size()], c.samples_per_prompt,
@@ -345,7 +346,7 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with no_memory(max_rows=c.max_rows), unsharded(model) as sampler, autocast:
+            with no_memory(max_rows=c.max_rows), unsharded as sampler, autocast:
                 metrics |= evaluate(sampler, tokenizer, held_out, c.eval_samples, seed=c.seed,
                                     **sampling)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")

@@ -105,12 +105,12 @@ def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
 
     With one update per step the old policy is the policy itself: no pass is spent on it (trap 9).
     """
-    for rows in microbatches_of(rollouts, tokens_per_microbatch):
-        batch = collate(rows).to(device)
-        with autocast:
+    with autocast:
+        for rows in microbatches_of(rollouts, tokens_per_microbatch):
+            batch = collate(rows).to(device)
             logprobs = model(batch.inputs, batch.targets, temperature=temperature)[0]
-        for b, r in enumerate(rows):
-            r.old_logprobs = logprobs[b, batch.columns_of(b)].tolist()
+            for b, r in enumerate(rows):
+                r.old_logprobs = logprobs[b, batch.columns_of(b)].tolist()
 
 
 def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch], tuple], *,
@@ -124,12 +124,14 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
     """
     model.train()
     sums: dict = {}
-    for rows in microbatches_of(rollouts, tokens_per_microbatch):
-        batch = collate(rows).to(device)
-        with autocast:
+    with autocast:  # around the loop: weights are cast once for all micro-batches
+        for rows in microbatches_of(rollouts, tokens_per_microbatch):
+            batch = collate(rows).to(device)
             loss, more = loss_fn(batch)
-        (loss * world_size()).backward()  # FSDP averages over ranks; loss_scale is of all of them
-        add_up(sums, more | {"train/loss": loss.detach()})
+            with torch.autocast(device, enabled=False):
+                # FSDP averages over ranks; loss_scale is of all of them
+                (loss * world_size()).backward()
+            add_up(sums, more | {"train/loss": loss.detach()})
     return optimizer_step(model, optimizer, sums, grad_clip)
 
 

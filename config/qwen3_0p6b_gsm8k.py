@@ -10,8 +10,8 @@
 #   python eval.py --init_from=out/gsm8k/tapo/step_000200 --problems=data/gsm8k.jsonl \
 #     --max_new_tokens=512 --samples=4 --dtype=bfloat16 --max_rows=64 --out=out/gsm8k/eval_tapo
 # Baseline: add --method=grpo --out_dir=out/gsm8k/grpo. None of these numbers is the paper's but K,
-# Eq. 3's and lr. tools.plan --gpus=1 --gpu_gb=24, prompts taken for 1,024 tokens: peak 19.0 GiB =
-# persistent 8.9 + sampling 10.1 (update 7.4).
+# Eq. 3's and lr. tools.plan --gpus=1 --gpu_gb=24, prompts taken for 1,024 tokens: peak 21.4 GiB =
+# persistent 9.7 + sampling 11.7 (update 7.4).
 init_from = "out/gsm8k/coldstart/final"
 problems = "data/gsm8k_train.jsonl"
 eval_problems = "data/gsm8k.jsonl"

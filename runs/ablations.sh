@@ -20,7 +20,7 @@ EIGHT="0 1 2 3 4 5 6 7" FOUR="0 1 2 3"
 QUIET=--log_kl=False                    # the KL is only logged; without it a step is a fifth faster
 rate_of() {  # the best on validation problems, where it is not the world's config file's
   case $1-$2 in
-    countdown-opsd) echo --learning_rate=2.4e-3 ;;
+    countdown-opsd | countdown-luffy) echo --learning_rate=2.4e-3 ;;
     *-sft) echo --learning_rate=3e-5 ;;
   esac
 }
@@ -65,7 +65,7 @@ jobs() {
   for world in findx countdown; do                         # ours: what the published one is made of
     tapo $world ref_group --ref_advantage=group
     tapo $world separate --loss_norm=separate
-    tapo $world luffy --weighting=luffy                    # the closest relatives: unlikely tokens,
+    tapo $world luffy --weighting=luffy $(rate_of $world luffy)  # the closest relatives: unlikely tokens,
     tapo $world replace --prefix_mode=replace              # repaired instead of kept
     tapo $world faithful --keep=faithful                   # nothing that was not worked out
   done
@@ -198,6 +198,7 @@ for world in "$OUT"/*/; do
       [[ " ${evals[*]} " == *" $file "* ]] || evals+=("$file")
     done
   done
+  ((${#evals[@]})) || continue  # learning rates alone
   python -m tools.report "${runs[@]}" --evals="$(IFS=,; echo "${evals[*]}")" \
     --measured="$(ls "$world"measured/*.json | paste -sd,)" \
     --out="${world%/}.html" --png="${world}figures"

@@ -18,7 +18,7 @@ import reward
 import rollout
 import toy
 from checkpoint import checkpoints
-from data import Problem, load_tokenizer, render_prompt, save_problems
+from data import Problem, file_mark, load_tokenizer, render_prompt, save_problems
 from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import Completion
 
@@ -338,7 +338,12 @@ def rollout_config(folder, tokenizer, **changes):
 def rollout_rows(tokenizer, c):
     def load():
         return load_hf(c.init_from, num_tokens=len(tokenizer))
-    return coldstart.sample_examples(tokenizer, c, load, (tokenizer.eos_token_id,), contextlib.nullcontext())
+    how = {knob: getattr(c, knob) for knob in coldstart.EXAMPLE_KNOBS}
+    usable = coldstart.sample_examples(
+        tokenizer, coldstart.load_problems(c.problems), load, path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
+        wanted=c.n_sft + c.n_ift, header={"weights": coldstart.weights_mark(c.init_from), "problems": file_mark(c.problems)} | how,
+        max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype, autocast=contextlib.nullcontext(), **how)
+    return coldstart.both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
 
 
 def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(tmp_path, tokenizer, scripted):

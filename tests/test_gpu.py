@@ -48,13 +48,13 @@ def test_the_sampler_is_the_trainer(autocast):
 
 def test_no_token_waits_for_the_device(monkeypatch):
     """The host may look at the device between the steps, never in one; as single kernels, since recording would fail anyway."""
-    def strict(step, device):
+    def strict(step, device, pool):
         torch.cuda.set_sync_debug_mode("error")
         try:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        return lambda: strict(step, device)
+        return lambda: strict(step, device, pool)
 
     model = tiny_model().cuda()
     expected = draw(model, **KNOBS)

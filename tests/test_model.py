@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import advantage
 import model as model_file
-from model import CausalLM, KVCache, ModelConfig, TokenLogprobs, flops_per_token, load_hf, num_params, save_hf
+from model import CausalLM, KVCache, ModelConfig, TokenLogprobs, decoding_head, flops_per_token, load_hf, num_params, save_hf
+from rollout import prefill
 from tools import plan
 
 LLAMA3 = dict(
@@ -334,8 +335,7 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
         expected = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         rounded = F.log_softmax(logits.bfloat16().float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        cache = KVCache(model.config, [0] * 4, dtype=model.compute_dtype)
-        decoded = model(ids[:, :-1], positions=torch.arange(15).expand(4, 15), cache=cache)
+        decoded = prefill(model, ids[:, :-1].tolist(), decoding_head(model.head_weight, torch.bfloat16))[1]
     assert logprobs.dtype == entropy.dtype == decoded.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5 < 1e-3 < (rounded - expected).abs().max()
     torch.testing.assert_close(decoded, logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -370,9 +370,9 @@ def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         with torch.no_grad():
             assert model.compute_dtype == torch.bfloat16
-            cache = KVCache(model.config, [0, 0, 0], dtype=model.compute_dtype)
-            model(ids[:, :8], positions=torch.arange(8).expand(3, 8), cache=cache)
-            cache.reserve(1)
+            cache, _ = prefill(model, ids[:, :8].tolist(), decoding_head(model.head_weight, torch.bfloat16))
+            assert cache.tensors[0].dtype == torch.bfloat16
+            cache = room(cache, 3, 9)
             logits = model(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
         (logprobs.sum() + entropy.sum()).backward()  # inside autocast on purpose: the head's backward must not mind
     assert logprobs.dtype == torch.float32 and logits.dtype == torch.float32
@@ -386,81 +386,60 @@ def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
 # decoding
 
 
-def left_padded(rows, garbage=50):
-    """[[5,6],[1,2,3,4]] -> ids (B,P) with garbage on the left, starts (B,), positions (B,P)."""
-    width = max(map(len, rows))
-    starts = torch.tensor([width - len(r) for r in rows])
-    ids = torch.tensor([[garbage] * (width - len(r)) + r for r in rows])
-    return ids, starts, (torch.arange(width) - starts[:, None]).clamp(min=0)
+def room(cache, rows, columns, which=None):
+    """A cache of rows x columns that begins with rows `which` of another one."""
+    head, dtype = cache.head, cache.tensors[0].dtype
+    config = tiny(num_hidden_layers=len(cache.tensors) // 2, kv_heads=cache.sizes[0], head_dim=cache.sizes[1])
+    larger = KVCache(config, rows, columns, dtype, head=head)
+    which = torch.arange(cache.shape[0]) if which is None else which
+    larger.write(torch.arange(len(which)), cache, which)
+    return larger
 
 
 @pytest.mark.parametrize("family", FAMILIES[:4] + FAMILIES[-1:], ids=str)
-@pytest.mark.parametrize("block", [4, 64])
-def test_prefill_and_decode_equal_the_training_forward(family, block, monkeypatch):
-    """Guards trap 8: positions or masks of left-padded rows, cache growth over a block's edge, rows mixed up by keep
-    or keep, a padded row's NaN."""
-    monkeypatch.setattr(model_file, "CACHE_BLOCK", block)
+@torch.no_grad()
+def test_prefill_and_decode_equal_the_training_forward(family):
+    """Guards trap 8: positions or masks of rows of unlike length, a cache that changes its shape, rows mixed up by it, a
+    NaN in memory that nobody wrote."""
     model = random_model(tiny(*family)).eval()
     rows = [row[:n].tolist() for row, n in zip(ids_of(4, 9), (2, 9, 1, 5), strict=True)]
-    ids, starts, positions = left_padded(rows)
     continuations = ids_of(8, 7, seed=2)
     texts = [rows[i // 2] + continuations[i].tolist() for i in range(8)]
-    with torch.no_grad():
-        expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]  # each row alone, no padding
-        cache = KVCache(model.config, starts)
-        logits = model(ids, positions=positions, cache=cache)
-        for i in range(4):
-            torch.testing.assert_close(logits[i], expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
-        cache.keep(torch.arange(4).repeat_interleave(2))
-        live, lengths = list(range(8)), torch.tensor([len(rows[i // 2]) for i in range(8)])
-        for t in range(7):
-            cache.reserve(1)
-            if t == 3:
-                live = [1, 2, 4, 7]
-                cache.keep(torch.tensor(live))
-            step = continuations[live, t : t + 1]
-            logits = model(step, positions=(lengths[live] + t)[:, None], cache=cache)
-            assert logits.shape == (len(live), 97) and logits.isfinite().all()
-            for b, i in enumerate(live):
-                torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
-    assert cache.length == cache.reserved == 16 and cache.k[0].shape[2] == (16 if block == 4 else 64)
-    assert all(t.is_contiguous() for t in cache.k + cache.v)
-
-
-def test_several_tokens_at_once_can_follow_a_prompt_at_positions_the_cache_knows():
-    """Guards: the mask of folded query heads for more than one new token; positions that restart after it."""
-    model, ids = random_model(tiny(kv_heads=1)), ids_of(2, 11)
-    prompts, starts, _ = left_padded([ids[0, :6].tolist(), ids[1, :4].tolist()])
-    with torch.no_grad():
-        cache = KVCache(model.config, starts)
-        model(prompts, cache=cache)
-        cache.reserve(5)
-        logits = model(torch.stack([ids[0, 6:11], ids[1, 4:9]]), cache=cache)
-        expected = logits_of(model, ids)
-        torch.testing.assert_close(logits, torch.stack([expected[0, 10], expected[1, 8]]), atol=1e-5, rtol=1e-5)
-
-
-def test_reserve_says_whether_the_cache_has_moved():
-    """Guards: a CUDA graph replayed on memory that is no longer the cache's."""
-    model = random_model()
-    cache = KVCache(model.config, [0, 0])
-    with torch.no_grad():
-        model(ids_of(2, 5), cache=cache)
-    before = cache.k[0].data_ptr()
-    assert not cache.reserve(3) and cache.k[0].data_ptr() == before, "there was room for these"
-    assert cache.reserve(64) and cache.k[0].data_ptr() != before
+    expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]  # each row alone, no padding
+    cache, logits = prefill(model, rows, model.head_weight)
+    for i in range(4):
+        torch.testing.assert_close(logits[i], expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
+    larger = KVCache(model.config, 10, 20, head=model.head_weight)
+    larger.reshape(torch.tensor([], dtype=torch.long), 9, 12)
+    larger.write(torch.arange(8), cache, torch.arange(4).repeat_interleave(2))
+    live, lengths = list(range(8)), torch.tensor([len(rows[i // 2]) for i in range(8)])
+    shapes = {0: (9, 12), 2: (9, 16), 4: (5, 16), 6: (6, 20)}
+    for t in range(7):
+        if t == 4:
+            live = [1, 2, 4, 7]
+            larger.reshape(torch.tensor(live), *shapes[t])
+        elif t in shapes:
+            larger.reshape(torch.arange(len(live)), *shapes[t])
+        R, n = larger.shape[0], len(live)
+        step, positions = torch.full((R, 1), 96), torch.zeros(R, 1, dtype=torch.long)  # rows nobody lives in
+        step[:n], positions[:n, 0] = continuations[live, t : t + 1], lengths[live] + t
+        logits = model(step, positions=positions, cache=larger)
+        assert logits.shape == (R, 97) and logits.isfinite().all()
+        for b, i in enumerate(live):
+            torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
+    assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr() for t, m in zip(larger.tensors, larger.memory, strict=True))
 
 
 def test_padding_of_a_prompt_is_never_read():
-    """Guards trap 5: padding found by token value, or attended to."""
+    """Guards trap 5: padding found by token value, or attended to; columns behind a row's last token that are."""
     model, results = random_model(), []
-    for garbage in (0, 50):
-        ids, starts, positions = left_padded([[1, 2, 3], [4, 5, 6, 7, 8, 9]], garbage)
+    for garbage in (0.0, 50.0):
         with torch.no_grad():
-            cache = KVCache(model.config, starts)
-            first = model(ids, positions=positions, cache=cache)
-            cache.reserve(1)
-            second = model(ids[:, -1:], positions=positions[:, -1:] + 1, cache=cache)
+            cache, first = prefill(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9]], model.head_weight)
+            cache = room(cache, 2, 12)
+            for tensor in cache.tensors:
+                tensor[0, :, 3:], tensor[1, :, 6:] = garbage, garbage
+            second = model(torch.tensor([[7], [3]]), positions=torch.tensor([[3], [6]]), cache=cache)
         results.append(torch.stack([first, second]))
     assert torch.equal(*results)
 
@@ -475,14 +454,14 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
             ids = ids_of(rows, 9 + rows)
             logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
             (logprobs.sum() + entropy.sum()).backward()
-        cache, decoded = KVCache(model.config, [0, 1, 0, 2]), []
+        decoded = []
         with torch.no_grad():
-            model(ids[:, :5], cache=cache)
-            cache.reserve(5)
+            cache, _ = prefill(model, ids[:, :5].tolist(), model.head_weight)
+            cache = room(cache, 4, 12)
             for t in range(5, 9):
-                decoded.append(model(ids[:, t : t + 1], cache=cache))
-            cache.keep(torch.tensor([3, 1]))
-            decoded.append(model(ids[:2, 9:10], cache=cache))
+                decoded.append(model(ids[:, t : t + 1], positions=torch.full((4, 1), t), cache=cache))
+            cache.reshape(torch.tensor([3, 1]), 2, 20)
+            decoded.append(model(ids[:2, 9:10], positions=torch.full((2, 1), 9), cache=cache))
         results.append([logprobs.detach(), *decoded, *(p.grad for p in model.parameters())])
     assert all(block._compiled_call_impl for block in model.model.layers)
     for plain, compiled in zip(*results, strict=True):
@@ -498,8 +477,7 @@ def test_rows_beyond_the_tokenizer_exist_neither_for_trainer_nor_sampler():
     full, model = random_model(), random_model(tiny(num_tokens=90))
     ids = ids_of(2, 8, vocab=90)
     with torch.no_grad():
-        cache = KVCache(model.config, [0, 0])
-        logits = model(ids[:, :-1], positions=torch.arange(7).expand(2, 7), cache=cache)
+        logits = prefill(model, ids[:, :-1].tolist(), model.head_weight)[1]
         assert model.head_weight.shape == (90, 48) and logits.shape == (2, 90)
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         logp = F.log_softmax(logits, -1)
@@ -727,9 +705,9 @@ def test_positions_in_the_thousands_are_those_of_transformers(model_type):
     with torch.no_grad():
         logits = theirs(ids).logits[:, -2:].float()                                   # of the last two columns
         training = model(ids)[:, -2:] @ model.head_weight.T
-        cache = KVCache(model.config, [0])
-        prefilled = model(ids[:, :-1], cache=cache)
-        cache.reserve(1)
-        decoded = model(ids[:, -1:], cache=cache)
+        cache, prefilled = prefill(model, ids[:, :-1].tolist(), model.head_weight)
+        larger = KVCache(model.config, 1, 3008, head=model.head_weight)
+        larger.write(torch.tensor([0]), cache, torch.tensor([0]))
+        decoded = model(ids[:, -1:], positions=torch.tensor([[3000]]), cache=larger)
     torch.testing.assert_close(training, logits, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(torch.stack([prefilled, decoded], dim=1), logits, atol=2e-5, rtol=1e-4)

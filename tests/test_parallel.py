@@ -247,7 +247,7 @@ def sample_under_fsdp(folder: str, dtype: str) -> None:
     for _ in range(2):
         with torch.no_grad():
             expected = model(inputs, inputs)[0]
-            with parallel.unsharded(model) as sampler:
+            with parallel.Unsharded(model) as sampler:
                 for _ in range(2 + 3 * rank):  # each rank as many as it likes
                     assert torch.equal(sampler(inputs, inputs)[0], expected)
                 assert not any(isinstance(module, FSDPModule) for module in sampler.modules())
@@ -257,7 +257,7 @@ def sample_under_fsdp(folder: str, dtype: str) -> None:
             for p in model.parameters():  # sharded again, and the next sampler has the new weights
                 p.add_(0.1 * torch.ones_like(p))
     model.compile_blocks()
-    with parallel.unsharded(model) as sampler:
+    with parallel.Unsharded(model) as sampler:
         assert all(block._compiled_call_impl for block in sampler.model.layers)
     dist.barrier()
     dist.destroy_process_group()

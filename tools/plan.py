@@ -29,7 +29,6 @@ import torch
 from configurator import configure, run_script
 from data import load_problems
 from model import (
-    CACHE_BLOCK,
     LOGITS_PER_CHUNK,
     CausalLM,
     ModelConfig,
@@ -37,7 +36,7 @@ from model import (
     flops_per_token,
     num_params,
 )
-from rollout import MEMORY_SHARE, MOST_ROWS, row_bytes
+from rollout import BLOCK, COLUMNS, KEEP_SHARE, MOST_ROWS, PREFILL_TOKENS, bucket, most_rows
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
@@ -114,8 +113,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
-    """Keys and values of `rows` rows; columns come in whole blocks."""
-    columns = -(-columns // CACHE_BLOCK) * CACHE_BLOCK
+    """Keys and values of `rows` rows of so many columns."""
     per_column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return rows * columns * per_column * (2 if dtype == "bfloat16" else 4)
 
@@ -126,23 +124,20 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     weights. Lengths in tokens."""
     c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
     _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
-    cache = cache_bytes(config, rows, prompt + new - 1, dtype)
-    # beside it: the head that decoding_head casts; growing copies one layer's keys, sampling holds
-    # logits, log-probs, their exp and its sum in fp64
+    columns = bucket(prompt + new + 1, COLUMNS)
+    cache = cache_bytes(config, rows, columns, dtype)
+    # beside it: tokens, log-probs, uniforms; the head that decoding_head casts
+    state = rows * columns * 20
     head = V * config.hidden_size * (4 if device == "cpu" and c == 2 else 2 * autocast)
     casting = 2 * config.vocab_size * config.hidden_size * autocast * (device == "cpu")
-    decode = cache + head + max(cache // (2 * config.num_hidden_layers), rows * V * 24, casting)
-    # rows that join later are few at a time: their prefill beside a full cache is the reserve's
-    prompts = -(-rows // samples_per_prompt)
+    # another bucket copies one layer's keys; sampling holds logits, p and its sums in fp64
+    of_logit = 24 if V <= 16 * BLOCK else 12
+    decode = max(cache // (2 * config.num_hidden_layers), rows * V * of_logit, casting)
+    prompts = min(-(-rows // samples_per_prompt), max(1, PREFILL_TOKENS // prompt))
     in_prefill = 3 * config.intermediate_size * c + 4 * of_input
     prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * in_prefill
-    return {"KV cache": cache, "prefill": prefill, "peak": max(prefill, decode)}
-
-
-def rows_that_fit(config: ModelConfig, free: float, prompt: int, new: int, dtype: str) -> int:
-    """max_rows = 0: the rows that rollout.rows_that_fit takes where so many bytes are free."""
-    row = row_bytes(config, prompt, new, getattr(torch, dtype).itemsize)
-    return max(1, min(MOST_ROWS, int(MEMORY_SHARE * free / row)))
+    return {"KV cache": cache, "prefill": prefill,
+            "peak": cache + state + head + max(prefill, decode)}
 
 
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int,
@@ -169,7 +164,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     autocast = c == 2 and not sharded
     share = 0 if offload else 4 * -(-total // world_size)  # fp32, one number a parameter
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
-             "reference": share * reference_model}
+             "reference": share * reference_model,
+             "sampler": 2 * matrices * autocast}  # parallel.Unsharded
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
@@ -209,7 +205,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     # Sampling: rollouts, then reflections, whose prompts hold two whole responses. A prompt is
     # prefilled once.
     gathered = c * (total + root * reference_model)
-    parts["unsharded"] = gathered if sharded else parts["compute copies"]
+    parts["unsharded"] = gathered if sharded else 0
     # Held-out problems may be more than a step's rollouts: up to max_rows of them decode at once,
     # too.
     jobs = {"rollouts": (max_rows or rollouts or MOST_ROWS, samples_per_prompt, longest_prompt,
@@ -226,11 +222,14 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     room = limit - persistent - parts["unsharded"]
     for name, (most, *shape) in jobs.items():
-        rows = min(most, max_rows or rows_that_fit(config, room, *shape[1:], dtype))
+        rows = min(most, max_rows or most_rows(config, room, *shape[1:], c))
         needed = need(rows, *shape)
         parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"],
                   f"{name}: prefill": needed["prefill"], name: needed["peak"]}
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
+    # a small cache is kept, with the steps captured on it
+    kept = max(parts[f"{name}: KV cache"] for name in jobs)
+    update += kept if kept <= KEEP_SHARE * limit else 0
     return parts | {"persistent": persistent, "update": update, "sampling": sampling,
                     "peak": persistent + max(update, sampling)}
 
@@ -355,7 +354,8 @@ def eval_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         return eval_bytes(model, c.dtype, device, max_rows=rows, samples_per_prompt=c.samples,
                           longest_prompt=prompt, max_new_tokens=c.max_new_tokens)
 
-    rows = c.max_rows or rows_that_fit(model, limit - peak(0), prompt, c.max_new_tokens, c.dtype)
+    size = getattr(torch, c.dtype).itemsize
+    rows = c.max_rows or most_rows(model, limit - peak(0), prompt, c.max_new_tokens, size)
     text = [*head, f"memory      {rows} rows at once, peak {peak(rows) / GIB:.2f} GiB of "
                    f"{limit / GIB:.2f} ({USABLE:.0%} of {memory / GIB:.0f}); without rows "
                    f"{peak(0) / GIB:.2f}"]
@@ -402,7 +402,7 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
     largest, limit = max(jobs, key=p.get), USABLE * memory
     text = [
         "memory of a process, GiB",
-        line("persistent", weights="weights", AdamW="moments", reference="reference"),
+        line("persistent", weights="weights", AdamW="moments", reference="reference", sampler="sampler"),
         line("update", gradients="gradients", copies="compute copies", activations="activations",
              temporaries="temporaries"),
         line("sampling", whole_model="unsharded", **{largest: largest})]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
+import parallel
 import rollout
 from configurator import configure
 from model import CausalLM, ModelConfig, num_params
@@ -163,7 +164,7 @@ def test_the_cache_is_exact(dtype, monkeypatch):
     with autocast(dtype):
         rollout.generate(CausalLM(config), [[1] * 30, [2] * 50], 4, max_new_tokens=16,
                          stop_ids=(-1,), keys=[(0,), (1,)])
-    measured = sum(x.nbytes for x in caches[0].k + caches[0].v)
+    measured = sum(x.nbytes for x in caches[0].memory)
     p = small_plan(config, dtype, longest_prompt=50, max_new_tokens=16, samples_per_prompt=4)
     assert p["rollouts: KV cache"] == measured == plan.cache_bytes(config, 8, 128, dtype)
 
@@ -183,7 +184,8 @@ def test_an_update_peaks_where_planned(shape, dtype, checkpointing, chunk, monke
     model, reference = CausalLM(config), CausalLM(config).requires_grad_(False)
     model.checkpoint_activations = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    with LiveBytes(*model.parameters(), *reference.parameters()) as live:
+    sampler = parallel.Unsharded(model, dtype)  # whose copies stay
+    with LiveBytes(*(copy for copy, _ in sampler.copies), *model.parameters(), *reference.parameters()) as live:
         # the moments exist from the second step on, the gradients from the second micro-batch on
         for width in (2, T, T):
             ids = torch.zeros(B, width, dtype=torch.long)
@@ -225,20 +227,20 @@ def test_sampling_peaks_where_planned(rows, n, prompt, new, dtype):
     """Eight long prompts peak in their prefill, sixteen rows of short ones while decoding."""
     config = ModelConfig(**SMALL)
     model = CausalLM(config)
-    with LiveBytes(*model.parameters()) as live, autocast(dtype):
-        rollout.generate(model, [[1 + i] * prompt for i in range(rows // n)], n, max_new_tokens=new,
+    sampler = parallel.Unsharded(model, dtype)
+    with LiveBytes(*model.parameters(), *(copy for copy, _ in sampler.copies)) as live, \
+            autocast(dtype):
+        rollout.generate(sampler.sampler, [[1 + i] * prompt for i in range(rows // n)], n, max_new_tokens=new,
                          stop_ids=(-1,), keys=[(i,) for i in range(rows // n)])
     p = small_plan(config, dtype, max_rows=rows, samples_per_prompt=n, longest_prompt=prompt,
                    max_new_tokens=new)
-    assert p["weights"] + p["sampling"] == pytest.approx(live.peak, rel=0.1)
+    assert p["weights"] + p["sampler"] + p["sampling"] == pytest.approx(live.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("prompt,new", [(50, 70), (20, 120)])
 def test_rows_that_wait_do_not_raise_the_peak(prompt, new, monkeypatch):
-    """Guards: two caches at once where newcomers join, columns kept that no row uses any more.
-    (Small blocks: rows of different age need one more than the plan says, which is nothing at real
-    lengths.)"""
-    monkeypatch.setattr(model_file, "CACHE_BLOCK", 8), monkeypatch.setattr(plan, "CACHE_BLOCK", 8)
+    """Guards: two caches at once where newcomers join, columns kept that no row uses any more."""
+    monkeypatch.setattr(rollout, "COLUMNS", 8), monkeypatch.setattr(plan, "COLUMNS", 8)
     config = ModelConfig(**SMALL)
     model = CausalLM(config)
     with LiveBytes(*model.parameters()) as live:
@@ -280,7 +282,7 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     config = ModelConfig.from_hf(QWEN_06B)
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
-    columns = 100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 - 1
+    columns = rollout.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, 64)
     assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns,
         "bfloat16") > p["rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
@@ -386,8 +388,8 @@ def test_max_rows_0_is_counted_as_a_run_counts_it(monkeypatch):
     for free in (0, 10**6, 10**7, 10**12):
         monkeypatch.setattr(rollout.os, "sysconf", lambda name, free=free: {
             "SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
-        assert rollout.rows_that_fit(model, 20, 50) == plan.rows_that_fit(
-            model.config, free, 20, 50, "float32")
+        assert rollout.rows_that_fit(model, 20, 50) == plan.most_rows(
+            model.config, free, 20, 50, 4)
 
 
 @pytest.mark.parametrize("argv,machine", [
