@@ -402,9 +402,9 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B,T) -> cos, sin (B,1,T,hs/2) in `dtype`. Computed from the configuration at every
-    forward: it is hs/2 numbers, and a buffer would be rounded by `.to(bfloat16)` and left behind on
-    the meta device by load_hf."""
+    """positions (B,T) -> cos, signed sin (B,1,T,hs) in `dtype`, see `rotate`. Computed from the
+    configuration at every forward: it is hs numbers, and a buffer would be rounded by
+    `.to(bfloat16)` and left behind on the meta device by load_hf."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # (hs/2,)
     # Llama 3: long wavelengths slowed by `factor`, short ones kept, those between blended
@@ -414,14 +414,14 @@ def rope(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tu
         turns = original_context * freqs / (2 * torch.pi)
         freqs = torch.lerp(freqs / factor, freqs, ((turns - low) / (high - low)).clamp(0, 1))
     angles = positions[:, None, :, None].float() * freqs  # fp32: bf16 cannot count beyond 256
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B,heads,T,hs) by its positions' angles; Hugging Face's layout pairs dimension i with i +
-    hs/2."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """x (B,heads,T,hs) by its positions' angles: [a, b] -> [a cos - b sin, b cos + a sin], as Hugging
+    Face's layout pairs dimension i with i + hs/2."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attend_cache(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,

@@ -353,11 +353,12 @@ class Decoder:
     def draw(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
         """The next token of these rows. One that has ended draws on until it leaves, into the
         scratch column behind its last token."""
-        at = rows, self.length[rows]
+        length, ended = self.length[rows], self.ended[rows]
+        at = rows, length
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
         self.tokens[at] = token
-        self.length[rows] += ~self.ended[rows]
-        self.ended[rows] |= self.is_stop[token] | (self.length[rows] == self.end[rows])
+        self.length[rows] = length = length + ~ended
+        self.ended[rows] = ended | self.is_stop[token] | (length == self.end[rows])
 
     def step(self) -> None:
         """Decode one token per row. CUDA-graph safe: no host sync, no scalar that changes."""
