@@ -221,7 +221,8 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             if missing and not rows:
                 longest = max(len(p.prompt_ids) for p in missing)
                 rows = rows_that_fit(model, longest, c.max_new_tokens)
-            at_once = max(1, -(-rows // c.samples))  # problems between two writes to disk
+            # problems between two writes to disk: several batches, as the last rows of each wait
+            at_once = max(1, -(-4 * rows // c.samples))
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
                        desc=f"T {temperature} top-p {top_p}", disable=not missing)
             for start in range(0, len(missing), at_once):

@@ -339,9 +339,10 @@ def rollout_rows(tokenizer, c):
     def load():
         return load_hf(c.init_from, num_tokens=len(tokenizer))
     how = {knob: getattr(c, knob) for knob in coldstart.EXAMPLE_KNOBS}
+    header = {"weights": coldstart.weights_mark(c.init_from), "problems": file_mark(c.problems)} | how
     usable = coldstart.sample_examples(
         tokenizer, coldstart.load_problems(c.problems), load, path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
-        wanted=c.n_sft + c.n_ift, header={"weights": coldstart.weights_mark(c.init_from), "problems": file_mark(c.problems)} | how,
+        wanted=c.n_sft + c.n_ift, header=header,
         max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype, autocast=contextlib.nullcontext(), **how)
     return coldstart.both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
 

@@ -3,7 +3,6 @@ import itertools
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import HostReads, Recorded

@@ -6,6 +6,7 @@ one run.
     python -m tools.bench --what=step                        # against TRL, if `pip install trl` ran
     python -m tools.bench --what=tapo --init_from=out/toy/coldstart/final  # a TAPO over a GRPO step
     python -m tools.bench --what=rollout,update --size=qwen3_0p6b --dtype=bfloat16 --rows=256  # GPU
+    python -m tools.bench --what=nano,profile --size=qwen3_0p6b --dtype=bfloat16 --rows=256
 
 Medians; the ratio is the median of the ratios of neighbours, since machines are noisy. Only useful
 tokens count: up to a row's stop. `limit` is what the machine's own matrix products and copies,
@@ -15,6 +16,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import jsonl
 import reward
@@ -33,14 +36,22 @@ import toy
 from advantage import advantages
 from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
-from model import CausalLM, ModelConfig, TokenLogprobs, flops_per_token, save_hf
-from parallel import pick_device, precision
-from rollout import PREFIX, ROLLOUT, Rollout, generate, sample_rollouts
+from model import (
+    CausalLM,
+    ModelConfig,
+    TokenLogprobs,
+    attend_cache,
+    flops_per_token,
+    save_hf,
+)
+from parallel import Unsharded, pick_device, precision
+from rollout import PREFIX, ROLLOUT, Decoder, Rollout, generate, sample_rollouts
 from tools.plan import cache_bytes, memory_plan
 from train import loss_of
 from update import set_loss_scales, update
 
 what = "limits,rollout,step,tapo,update,logprobs,scale,memory,grading"
+# and for a GPU: nano, evaluation, phases, attention, profile
 size = "tiny"                  # of SIZES
 dtype: one_of("float32", "bfloat16") = "float32"
 device: one_of("auto", "cpu", "cuda") = "auto"
@@ -49,21 +60,25 @@ rows: at_least(8) = 64         # that decode together: 8 samples of rows / 8 pro
 prompt_length: at_least(1) = 32
 max_new_tokens: at_least(1) = 128
 repeats: at_least(1) = 5       # pairs of measurements
+tokens_per_microbatch: at_least(0) = 0  # of updates; 0 = 16384 on a GPU, 4096 on a CPU
 compile = False                # the policy's blocks through torch.compile, too
 init_from = "out/toy/coldstart/final"  # of 'tapo'; runs/toy.sh makes it
 out = "bench.json"
 
 SIZES = {  # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary, tied
     "tiny": (192, 4, 6, 2, 32, 512, 128, True), "small": (1024, 4, 16, 8, 128, 3072, 8192, True),
+    "smollm2_135m": (576, 30, 9, 3, 64, 1536, 49152, True),
     "qwen3_0p6b": (1024, 28, 16, 8, 128, 3072, 151936, True),
     "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, False)}
 RESULTS: list[dict] = []
+RECORD = {"results": RESULTS}  # the JSON file
 
 
 def report(name: str, value: float, unit: str, **more) -> None:
-    """One line of the table, and of the JSON file."""
+    """One line of the table, and of the JSON file, which is written as it goes."""
     RESULTS.append({"name": name, "value": value, "unit": unit} | more)
+    Path(out).write_text(json.dumps(RECORD, indent=1))
     extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                      for key, value in more.items())
     print(f"{name:<52}{value:>12,.4g} {unit:<12}{extra}", flush=True)
@@ -147,6 +162,156 @@ def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> f
                       step_bytes / limit["bytes"])
 
 
+class Counting(Decoder):
+    """Keeps the seconds of each captured step; and, of `caps`, one cap for each prompt."""
+
+    def __init__(self, caps: list[int] | None = None):
+        super().__init__()
+        self.captures, self.caps = [], caps
+
+    def decode(self) -> None:
+        known, start = len(self.captured), time.perf_counter()
+        super().decode()
+        if len(self.captured) > known:
+            self.captures.append(time.perf_counter() - start)
+
+    def join(self, names, prompts, noise) -> None:
+        super().join(names, prompts, noise)
+        if self.caps:
+            for row, (i, _) in self.live.items():
+                self.limit[row] = self.prompt[row] + self.caps[i]
+            self.end.copy_(torch.from_numpy(self.limit))
+
+
+def rate_of(model, prompts: list[list[int]], n: int, stop_ids, decoder=None, temperature=1.0,
+            max_new=None, max_rows=None) -> float:
+    """Useful tokens/s of one call of `generate`."""
+    start = time.perf_counter()
+    groups = generate(model, prompts, n, max_new_tokens=max_new or max_new_tokens, decoder=decoder,
+                      stop_ids=stop_ids, keys=[(0, 0, 0, i) for i in range(len(prompts))],
+                      max_rows=max_rows or rows, temperature=temperature)
+    return sum(len(c.ids) for group in groups for c in group) / (time.perf_counter() - start)
+
+
+def nano_vllm_workload(n: int, longest: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts and numbers of new tokens of nano-vllm's bench.py (GeeeekExplorer/nano-vllm): 100 to
+    `longest` each, uniformly, by its seed; 256 and 1,024 there, 133,966 new tokens in all."""
+    draw = random.Random(0).randint
+    prompts = [[draw(0, 10000) for _ in range(draw(100, longest))] for _ in range(n)]
+    return prompts, [draw(100, longest) for _ in range(n)]
+
+
+def bench_nano(_: dict) -> None:
+    """nano-vllm's own workload, random weights, T 0.6: lengths known beforehand, rows that end at
+    different times."""
+    model = model_of(size).to(getattr(torch, dtype))
+    n, longest = (256, 1024) if device == "cuda" else (16, 120)
+    prompts, caps = nano_vllm_workload(n, longest)
+    prompts = [[i % model.config.vocab_size for i in prompt] for prompt in prompts]
+    decoder = Counting(caps)
+    rates = in_turn(ours=lambda: rate_of(model, prompts, 1, (), decoder, temperature=0.6,
+                                         max_new=longest))["ours"]
+    report(f"nano-vllm's workload, {size} {dtype}, {sum(caps):,} tokens", statistics.median(rates),
+           "tokens/s", captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+
+
+def bench_evaluation(_: dict) -> None:
+    """27,900 samples, 16 a prompt, of which one token in 77 is the last: words_eval.py's load."""
+    model = model_of(size, model_type="llama").to(getattr(torch, dtype))
+    V, n = model.config.vocab_size, 27_900 // 16 if device == "cuda" else 4
+    prompts = torch.randint(4, V, (n, prompt_length)).tolist()
+    stop_ids, decoder = tuple(range(2, 2 + V // 77)), Counting()
+    rate = rate_of(model, prompts, 16, stop_ids, decoder)
+    elapsed = seconds(lambda: rate_of(model, prompts, 16, stop_ids, decoder))
+    report(f"{16 * n:,} samples, {size} {dtype}", elapsed, "s", tokens_per_second=rate,
+           captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+
+
+def bench_phases(_: dict) -> None:
+    """A GRPO step of rows / 8 prompts by its phases, one token in 64 the last."""
+    model, tokenizer = model_of(size), toy.make_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    problems = toy.make_problems("findx", "train", rows // 8)
+    stop_ids, decoder = tuple(range(2, 2 + model.config.vocab_size // 64)), Counting()
+    unsharded = Unsharded(model, dtype)
+    steps = [step_of(model, optimizer, tokenizer, problems, stop_ids=stop_ids, max_rows=rows,
+                     tokens_per_microbatch=microbatch(), max_new_tokens=max_new_tokens,
+                     unsharded=unsharded, decoder=decoder) for _ in range(repeats + 1)][1:]
+    parts = {name: statistics.median(s[name] for s in steps) for name in
+             ("generate", "grade", "update")}
+    report(f"GRPO step {size} {dtype} {rows} rows, ragged" + ", compiled" * compile,
+           statistics.median(s["all"] for s in steps), "s", **parts,
+           captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+
+
+def bench_attention(_: dict) -> None:
+    """One layer's attention of a decoding step, ragged lengths, by each kernel torch has for it."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    _, _, nh, nkv, hs, *_ = SIZES[size]
+    R, C, kind = rows, prompt_length + max_new_tokens, getattr(torch, dtype)
+    q = torch.randn(R, nh, 1, hs, device=device, dtype=kind)
+    keys, values = torch.randn(2, R, nkv, C, hs, device=device, dtype=kind)
+    hidden = torch.arange(C, device=device) > torch.randint(C // 2, C, (R, 1), device=device)
+    mask = torch.zeros(R, C, device=device, dtype=kind).masked_fill_(hidden, -torch.inf)
+    mask = mask[:, None, None]
+    folded = q.reshape(R, nkv, -1, hs)
+
+    def by(backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+
+    kernels = {"model.attend_cache": lambda: attend_cache(q, keys, values, mask)}
+    kernels |= {name.lower(): functools.partial(by, getattr(SDPBackend, name))
+                for name in ("MATH", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")}
+    compiled = torch.compile(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m))
+    kernels["compiled"] = lambda: compiled(folded, keys, values, mask)
+    useful = 2 * nkv * hs * keys.element_size() * float((~hidden).sum())
+    many = 100 if device == "cuda" else 3
+    for name, kernel in kernels.items():
+        try:
+            kernel()
+        except RuntimeError as e:
+            print(f"attention by {name}: {str(e).splitlines()[0]}")
+            continue
+        took = min(seconds(lambda f=kernel: [f() for _ in range(many)]) for _ in range(3)) / many
+        report(f"attention {size} {dtype} {R} x {C} by {name}", 1e6 * took, "us",
+               useful_gb_per_second=useful / took / 1e9)
+
+
+def bench_profile(_: dict) -> None:
+    """Kernels of a decoding step and of a micro-batch: how many are launched, and the longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = model_of(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    batch = update_rows(model.config.vocab_size, max(1, microbatch() // (prompt_length + 64)), 64)
+    prompts = torch.randint(4, model.config.vocab_size, (rows // 8, prompt_length)).tolist()
+    decoder, unsharded = Decoder(), Unsharded(model, dtype)
+
+    def decode(new: int) -> None:
+        with unsharded as sampler, autocast_of():
+            rate_of(sampler, prompts, 8, (), decoder, max_new=new)
+
+    def update_once() -> None:
+        grpo_update(model, optimizer, batch, 10**9)
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx",
+                "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+    for name, run, per in (("decoded token", lambda: decode(33), 32), ("micro-batch", update_once, 1)):
+        run()
+        with profile(activities=activities) as prof:
+            run()
+        events = prof.key_averages()
+        count = sum(e.count for e in events if e.key in launches or
+                    (device == "cpu" and e.key.startswith("aten::")))
+        report(f"launches per {name}, {size} {dtype}", count / per, "launches" if device == "cuda"
+               else "operations")
+        by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+        print(events.table(sort_by=by, row_limit=25, max_name_column_width=70))
+
+
 def bench_rollout(limit: dict[str, float]) -> None:
     """Sampling against transformers' generate on the same weights and prompts: fixed lengths, and
     rows that end by themselves (one token in 64 is a stop token; random weights draw all of them
@@ -161,14 +326,11 @@ def bench_rollout(limit: dict[str, float]) -> None:
     V = model.config.vocab_size
     prompts = torch.randint(4, V, (rows // 8, prompt_length),
                             generator=torch.Generator().manual_seed(0))
-    keys = [(0, 0, 0, i) for i in range(len(prompts))]
     inputs = prompts.repeat_interleave(8, dim=0).to(device)
+    decoder = Counting()
 
     def ours(stop_ids) -> float:
-        start = time.perf_counter()
-        groups = generate(model, prompts.tolist(), 8, max_new_tokens=max_new_tokens,
-                          stop_ids=stop_ids, keys=keys, max_rows=rows)
-        return sum(len(c.ids) for group in groups for c in group) / (time.perf_counter() - start)
+        return rate_of(model, prompts.tolist(), 8, stop_ids=stop_ids, decoder=decoder)
 
     def kernel_by_kernel(stop_ids) -> float:
         rollout.CUDA_GRAPHS = False
@@ -193,16 +355,18 @@ def bench_rollout(limit: dict[str, float]) -> None:
     for lengths, stop_ids in (("fixed", ()), ("ragged", tuple(range(2, 2 + V // 64)))):
         samplers = {"ours": ours, "transformers": theirs} | ({"without_graphs": kernel_by_kernel}
             if device == "cuda" else {})
+        decoder.captures = []
         rates = in_turn(**{name: functools.partial(f, stop_ids) for name, f in samplers.items()})
         median = {name: statistics.median(values) for name, values in rates.items()}
         value = median.pop("ours")
         report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value,
                "tokens/s", **median, ratio=ratio(rates["ours"], rates["transformers"]),
+               captures=len(decoder.captures), capture_seconds=sum(decoder.captures),
                **({"limit": best, "share": value / best} if lengths == "fixed" else {}))
 
 
 def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_microbatch: int,
-            **sampling) -> dict:
+            unsharded=None, **sampling) -> dict:
     """One GRPO step through the core's own phases -> seconds of each, and its 'rollouts'.
 
     Rewards are replaced by coin flips: a model of random weights is never right, and without a
@@ -210,8 +374,8 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_
     """
     encode_prompts(tokenizer, problems, "")
     clock = [time.perf_counter()]
-    with autocast_of():
-        rollouts = sample_rollouts(model, tokenizer, list(enumerate(problems)), 8,
+    with unsharded or Unsharded(model, dtype) as sampler, autocast_of():
+        rollouts = sample_rollouts(sampler, tokenizer, list(enumerate(problems)), 8,
                                    key=(0, ROLLOUT, 0), **sampling)
     clock.append(time.perf_counter())
     reward.score(rollouts)
@@ -305,7 +469,7 @@ def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
     return run
 
 
-def bench_tapo() -> None:
+def bench_tapo(_: dict) -> None:
     """Steps of config/toy.py, which needs its cold-started checkpoint: median seconds of TAPO over
     GRPO."""
     if not Path(init_from).is_dir():
@@ -338,26 +502,32 @@ def bench_update(limit: dict[str, float]) -> None:
     """Forward and backward of rows x (prompt + completion) tokens of ragged length; the share of
     the machine's matrix products that real tokens got (6 N + attention: MFU)."""
     model = model_of(size)
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6,
-                                       fused=True), np.random.default_rng(0)
-
-    def row(i: int) -> Rollout:
-        length = prompt_length + int(rng.integers(max_new_tokens // 8, max_new_tokens + 1))
-        ids = rng.integers(4, model.config.vocab_size, length).tolist()
-        prompt, completion = ids[:prompt_length], ids[prompt_length:]
-        return Rollout(None, str(i // 8), prompt, completion, [PREFIX] * len(completion), True, "",
-                       query=i // 8, sample_logprobs=[-1.0] * len(completion),
-                       advantage=1.0 if i % 2 else -1.0)
-
-    batch = [row(i) for i in range(rows)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    batch = update_rows(model.config.vocab_size, rows, max_new_tokens)
     lengths = [len(r) for r in batch]
-    tokens = 16384 if device == "cuda" else 4096
     times = in_turn(ours=lambda: seconds(
-        lambda: grpo_update(model, optimizer, batch, tokens)))["ours"]
+        lambda: grpo_update(model, optimizer, batch, microbatch())))["ours"]
     flops = sum(flops_per_token(model.config, n) * n for n in lengths)
     median = statistics.median(times)
     report(f"update {size} {dtype} {rows} rows, ragged" + ", compiled" * compile,
            sum(lengths) / median, "tokens/s", seconds=median, mfu=flops / median / limit["flops"])
+
+
+def microbatch() -> int:
+    return tokens_per_microbatch or (16384 if device == "cuda" else 4096)
+
+
+def update_rows(vocabulary: int, n: int, longest: int) -> list[Rollout]:
+    """n rollouts of random ids, completions of longest / 8 .. longest tokens, advantages +-1."""
+    rng, batch = np.random.default_rng(0), []
+    for i in range(n):
+        length = prompt_length + int(rng.integers(longest // 8, longest + 1))
+        ids = rng.integers(4, vocabulary, length).tolist()
+        prompt, completion = ids[:prompt_length], ids[prompt_length:]
+        batch.append(Rollout(None, str(i // 8), prompt, completion, [PREFIX] * len(completion),
+                             True, "", query=i // 8, sample_logprobs=[-1.0] * len(completion),
+                             advantage=1.0 if i % 2 else -1.0))
+    return batch
 
 
 def peak_memory() -> int:
@@ -452,14 +622,14 @@ def step_in_child() -> tuple[float, float]:
     return measured, predicted["peak"] / 2**30
 
 
-def bench_memory() -> None:
+def bench_memory(_: dict) -> None:
     """Peak memory of a small run against what tools.plan says of it, in a fresh process."""
     measured, predicted = in_child(step_in_child)
     report(f"memory of two steps, small {dtype}", measured, "GiB", plan=predicted,
            ratio=measured / predicted)
 
 
-def bench_grading() -> None:
+def bench_grading(_: dict) -> None:
     """Answers a second, by kind, all in one call as training makes it."""
     kinds = {"integers, right and wrong": [(f"The answer is \\boxed{{{i}}}.", str(i + i % 2))
                                            for i in range(1000)],
@@ -484,9 +654,12 @@ def main() -> None:
     if device == "cuda":
         machine = torch.cuda.get_device_name()
     print(f"{machine}; torch {torch.__version__}; {config}")
+    RECORD.update(machine=machine, torch=torch.__version__, config=config, results=RESULTS)
     benches = {"rollout": bench_rollout, "step": bench_step, "tapo": bench_tapo,
                "update": bench_update, "logprobs": bench_logprobs, "scale": bench_scale,
-               "memory": bench_memory, "grading": bench_grading}
+               "memory": bench_memory, "grading": bench_grading, "nano": bench_nano,
+               "evaluation": bench_evaluation, "phases": bench_phases,
+               "attention": bench_attention, "profile": bench_profile}
     names = what.split(",")
     for name in names:
         if name not in {"limits", *benches}:
@@ -495,9 +668,7 @@ def main() -> None:
     limit = limits() if {"limits", *of_machine} & set(names) else {}
     for name in names:
         if name != "limits":
-            benches[name](*([limit] if name in of_machine else []))
-    results = {"machine": machine, "torch": torch.__version__, "config": config, "results": RESULTS}
-    Path(out).write_text(json.dumps(results, indent=1))
+            benches[name](limit)
 
 
 if __name__ == "__main__":
