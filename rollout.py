@@ -31,7 +31,7 @@ PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2  # roles of tokens; those of ordinary ro
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
 LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
 LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all
-COLUMNS = 64           # smallest bucket of columns
+COLUMNS = 32           # smallest bucket of columns
 PREFILL_TOKENS = 2**14  # padded tokens of one pass over prompts
 BLOCK = 256            # of the vocabulary, see inverse_cdf
 CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
@@ -237,7 +237,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 
 def bucket(n: int, least: int = 1) -> int:
     """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond 16
-    of it. Rows 1 2 .. 16 18 20 .. 32 36 40 .. 64 72 ..; columns 64 128 .. 1024 1152 1280 .. 2048 .."""
+    of it. Rows 1 2 .. 16 18 20 .. 32 36 40 .. 64 72 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
     step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
     return -(-n // step) * step
 

@@ -93,8 +93,8 @@ def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
 
     block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; what q_proj, k_proj, v_proj read
     block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
-    # attention: rotated q, k, v, result, log-sum-exp; o_proj's input
-    block += (2 * q + 2 * kv) * c + 4 * heads + q * c
+    # attention: rotated q, k, v, the result that o_proj reads, log-sum-exp
+    block += (2 * q + 2 * kv) * c + 4 * heads
     # MLP: gate, silu(gate), up, their product
     block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c
     # 24: ids and targets (int64), log-sum-exp, entropy

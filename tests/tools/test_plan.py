@@ -166,7 +166,7 @@ def test_the_cache_is_exact(dtype, monkeypatch):
                          stop_ids=(-1,), keys=[(0,), (1,)])
     measured = sum(x.nbytes for x in caches[0].memory)
     p = small_plan(config, dtype, longest_prompt=50, max_new_tokens=16, samples_per_prompt=4)
-    assert p["rollouts: KV cache"] == measured == plan.cache_bytes(config, 8, 128, dtype)
+    assert p["rollouts: KV cache"] == measured == plan.cache_bytes(config, 8, 96, dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     config = ModelConfig.from_hf(QWEN_06B)
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
-    columns = rollout.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, 64)
+    columns = rollout.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, rollout.COLUMNS)
     assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns,
         "bfloat16") > p["rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
