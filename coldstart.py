@@ -211,8 +211,8 @@ def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: 
 
 
 def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict, resume: bool,
-                    wanted: int, queries_per_round: int, max_rows: int, instruction: str, dtype: str,
-                    autocast, **how) -> list[dict]:
+                    wanted: int, queries_per_round: int, max_rows: int, instruction: str,
+                    dtype: str, autocast, **how) -> list[dict]:
     """§3.2: visit every query once, at most one example from each, until so many are wanted.
 
     -> results of construct_round that have both formats. A round of queries is appended to `path`
@@ -264,7 +264,8 @@ def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict
     return usable
 
 
-def both_formats(usable: list[dict], *, n_sft: int, n_ift: int, train_prefix: bool) -> list[Rollout]:
+def both_formats(usable: list[dict], *, n_sft: int, n_ift: int,
+                 train_prefix: bool) -> list[Rollout]:
     """Rows to imitate: distinct trajectories while there are enough, else some in both formats."""
     sft, ift = usable[:n_sft], usable[max(0, len(usable) - n_ift):]
     say(f"{len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")

@@ -2,8 +2,8 @@
 Face folder.
 
     python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
-    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/eval/base  # §4.1: Pass@1..5, three contests
-    python eval.py config/filter_deepscaler.py --init_from=out/coldstart             # §4.1: middling problems
+    python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/base  # §4.1: contests
+    python eval.py config/filter_deepscaler.py --init_from=out/coldstart  # §4.1: middling problems
 
 Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it
 is graded, and the same command continues there after a kill. Deliberately missing: majority voting,
@@ -11,6 +11,7 @@ several processes (noise depends on the problem alone, so dealing problems out b
 change a sample).
 """
 import collections
+import functools
 import json
 import math
 import os
@@ -31,8 +32,16 @@ import reflect
 import reward
 from checkpoint import weights_mark
 from configurator import at_least, between, configure, one_of, print_config, run_script
-from data import BOXED_INSTRUCTION, Problem, check_prompts_fit, encode_prompts, load_problems, load_tokenizer
-from data import save_problems, stop_ids_of
+from data import (
+    BOXED_INSTRUCTION,
+    Problem,
+    check_prompts_fit,
+    encode_prompts,
+    load_problems,
+    load_tokenizer,
+    save_problems,
+    stop_ids_of,
+)
 from model import load_hf, num_params
 from parallel import pick_device
 from rollout import EVALUATION, completion_text, generate, rows_that_fit
@@ -79,7 +88,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def bootstrap_interval(values, weights=None, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values, weights=None, draws: int = 2000,
+                       seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of sum(values) / sum(weights) when problems (P,) are drawn again
     with replacement.
 
@@ -107,10 +117,11 @@ def dsr_err(correct, reflects) -> dict:
     mixed = correct.any(1) & ~correct.all(1)
     correct, reflects = correct[mixed], reflects[mixed]
     result = {"mixed_problems": int(mixed.sum())}
-    for name, hit, base in (("DSR", correct & ~reflects, correct), ("ERR", reflects & correct, reflects)):
-        some = bool(base.any())
+    for name, hit, base in (("DSR", correct & ~reflects, correct),
+                            ("ERR", reflects & correct, reflects)):
+        some, interval = bool(base.any()), name + "_interval"
         result[name] = float(hit.sum() / base.sum()) if some else None
-        result[name + "_interval"] = list(bootstrap_interval(hit.sum(1), base.sum(1))) if some else None
+        result[interval] = list(bootstrap_interval(hit.sum(1), base.sum(1))) if some else None
     return result
 
 
@@ -126,10 +137,13 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
             values = [pass_at_k(p["n"], p["c"], k) for p in problems]
             low, high = bootstrap_interval(values)
             result[str(k)] = {"value": float(np.mean(values)), "low": low, "high": high}
-        return {"pass@k": result, "truncated": sum(p["truncated"] for p in problems) / sum(p["n"] for p in problems)}
+        truncated, total = (sum(p[key] for p in problems) for key in ("truncated", "n"))
+        return {"pass@k": result, "truncated": truncated / total}
 
-    per_problem = [{"uid": uid, "level": levels[uid], "n": len(rows), "c": sum(map(is_correct, rows)),
-                    "truncated": sum(row["grade"] == "truncated" for row in rows)} for uid, rows in rows_of.items()]
+    per_problem = [{"uid": uid, "level": levels[uid], "n": len(rows),
+                    "c": sum(map(is_correct, rows)),
+                    "truncated": sum(row["grade"] == "truncated" for row in rows)}
+                   for uid, rows in rows_of.items()]
     by_level = collections.defaultdict(list)
     for p in per_problem:
         by_level[p["level"]].append(p)
@@ -186,15 +200,16 @@ def load_model(c, tokenizer, problems: list[Problem]):
     device = pick_device(c.device)
     if c.threads:
         torch.set_num_threads(c.threads)
-    model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device, num_tokens=len(tokenizer),
-                    compile=c.compile).eval()
+    model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device,
+                    num_tokens=len(tokenizer), compile=c.compile).eval()
     check_prompts_fit(problems, c.max_new_tokens, model.config.max_position_embeddings)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     print(f"{num_params(model):,} parameters on {device}, stop ids {stop_ids}", flush=True)
     return model, stop_ids
 
 
-def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
+def sample_all(c, problems: list[Problem],
+               path: Path) -> dict[tuple[float, float], dict[str, list[dict]]]:
     """(temperature, top-p) -> uid -> its c.samples graded rows. Samples only what the file at
     `path` does not hold."""
     tokenizer = load_tokenizer(c.init_from)
@@ -202,8 +217,10 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
     # A stored sample answers one prompt and was graded against one answer; after a change of either
     # it is drawn anew.
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
-    header = {"weights": weights_mark(c.init_from), **{k: getattr(c, k) for k in ("seed", "max_new_tokens", "dtype")}}
-    stored, old = collections.defaultdict(dict), jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
+    header = {"weights": weights_mark(c.init_from), "seed": c.seed,
+              "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
+    old = jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
+    stored = collections.defaultdict(dict)
     for row in old:
         del row["text"]  # responses may be long and many; the file keeps them
         stored[sample_key(row)[:-1]][row["sample"]] = row
@@ -228,15 +245,19 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
             for start in range(0, len(missing), at_once):
                 now = missing[start:start + at_once]
                 completions = generate(
-                    model, [p.prompt_ids for p in now], c.samples, max_new_tokens=c.max_new_tokens, stop_ids=stop_ids,
+                    model, [p.prompt_ids for p in now], c.samples,
                     keys=[(c.seed, EVALUATION, 0, zlib.crc32(p.uid.encode())) for p in now],
-                    temperature=temperature, top_p=top_p, max_rows=rows)
+                    max_new_tokens=c.max_new_tokens, stop_ids=stop_ids, temperature=temperature,
+                    top_p=top_p, max_rows=rows)
                 drawn = [(p, i, completion, completion_text(tokenizer, completion))
-                         for p, group in zip(now, completions, strict=True) for i, completion in enumerate(group)]
-                grades = reward.grade_many([text for *_, text in drawn], [p.answer for p, *_ in drawn])
+                         for p, group in zip(now, completions, strict=True)
+                         for i, completion in enumerate(group)]
+                grades = reward.grade_many([text for *_, text in drawn],
+                                           [p.answer for p, *_ in drawn])
                 for (p, i, completion, text), grade in zip(drawn, grades, strict=True):
-                    row = {"temperature": temperature, "top_p": top_p, "uid": p.uid, "problem": marks[p.uid],
-                           "sample": i, "tokens": len(completion.ids), "answer": grade.answer,
+                    row = {"temperature": temperature, "top_p": top_p, "uid": p.uid,
+                           "problem": marks[p.uid], "sample": i, "tokens": len(completion.ids),
+                           "answer": grade.answer,
                            # wrong, as in training
                            "grade": grade.status if completion.finished else "truncated",
                            "reflects": reflect.reflects(text)}
@@ -245,7 +266,8 @@ def sample_all(c, problems: list[Problem], path: Path) -> dict[tuple[float, floa
                 file.flush()
                 bar.update(len(now))
             bar.close()
-            results[temperature, top_p] = {uid: [group[i] for i in range(c.samples)] for uid, group in groups.items()}
+            results[temperature, top_p] = {uid: [group[i] for i in range(c.samples)]
+                                           for uid, group in groups.items()}
     return results
 
 
@@ -271,7 +293,8 @@ def ask_judge(url: str, model: str, question: str, response: str) -> dict | None
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
     key = os.environ.get("OPENAI_API_KEY", "none")
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions",
+                                     json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as reply:
         text = json.load(reply)["choices"][0]["message"]["content"]
     verdicts = re.findall(r"LOCATED:\W*(yes|no)\W+DIAGNOSED:\W*(yes|no)", text or "", re.IGNORECASE)
@@ -281,7 +304,8 @@ def ask_judge(url: str, model: str, question: str, response: str) -> dict | None
     return {"located": located, "diagnosed": diagnosed}
 
 
-def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, path: Path) -> dict[tuple, dict | None]:
+def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
+              path: Path) -> dict[tuple, dict | None]:
     """Verdicts on these rows by sample_key. What is at `path` already is not asked again.
 
     A judge that fails costs its remaining verdicts and nothing else: all samples are on disk before
@@ -291,27 +315,32 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
               "samples": weights_mark(c.init_from)}
     old = jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
     verdicts = {sample_key(row): row["verdict"] for row in old}
-    wanted, question = {sample_key(row) for row in rows} - set(verdicts), {p.uid: p.question for p in problems}
+    wanted = {sample_key(row) for row in rows} - set(verdicts)
+    question = {p.uid: p.question for p in problems}
     stored = jsonl.read(samples_path)[1:]  # the first line is the header
     todo = list({sample_key(row): row for row in stored if sample_key(row) in wanted}.values())
     pool, done = ThreadPoolExecutor(8), 0
-    asked = pool.map(lambda row: ask_judge(c.judge_url, c.judge_model, question[row["uid"]], row["text"]), todo)
+    asked = pool.map(functools.partial(ask_judge, c.judge_url, c.judge_model),
+                     [question[row["uid"]] for row in todo], [row["text"] for row in todo])
+    bar = tqdm(asked, total=len(todo), desc="judge", disable=not todo)
     with open(path, "a" if old else "w", encoding="utf-8") as file:
         if not old:
             print(json.dumps(header), file=file, flush=True)
         try:
-            for row, verdict in zip(todo, tqdm(asked, total=len(todo), desc="judge", disable=not todo), strict=True):
-                kept = {key: row[key] for key in ("temperature", "top_p", "uid", "problem", "sample")}
+            for row, verdict in zip(todo, bar, strict=True):
+                kept = {key: row[key]
+                        for key in ("temperature", "top_p", "uid", "problem", "sample")}
                 print(json.dumps(kept | {"verdict": verdict}), file=file, flush=True)
                 verdicts[sample_key(row)] = verdict
                 done += 1
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:  # absent, late, cut off, no chat reply
+        # absent, late, cut off, no chat reply
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:
             print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} "
                   f"verdicts ({type(e).__name__}: {e}); no sample is lost, the same command asks "
                   "for the rest", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    return {sample_key(row): verdicts[sample_key(row)] for row in rows if sample_key(row) in verdicts}
+    return {key: verdicts[key] for key in map(sample_key, rows) if key in verdicts}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -320,7 +349,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path, 
 def table(rows: list[list[str]]) -> str:
     """Rows of cells with aligned columns: the first to the left, all others to the right."""
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([name.ljust(first), *(cell.rjust(w) for cell, w in zip(cells, widths, strict=True))])
+    return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
                      for name, *cells in rows)
 
 
@@ -335,17 +364,19 @@ def results_table(settings: list[dict]) -> str:
 
     def scores(part):
         passes = part["pass@k"].values()
-        return [*(f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]" for v in passes),
-                percent(part["truncated"])]
+        return [*(f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]"
+                  for v in passes), percent(part["truncated"])]
 
-    rows = [["set", "T", "top-p", "problems", "samples", *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated",
-             "length", "no answer", "unparsable", "timeout", "reflects", "DSR", "ERR"]]
+    rows = [["set", "T", "top-p", "problems", "samples",
+             *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated", "length", "no answer",
+             "unparsable", "timeout", "reflects", "DSR", "ERR"]]
     for s in settings:
-        rows.append([s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(len(s["per_problem"])),
-                     str(s["samples"]), *scores(s), f"{s['length']:.0f}", *(percent(s[rate]) for rate in rates)])
+        rows.append([s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}",
+                     str(len(s["per_problem"])), str(s["samples"]), *scores(s),
+                     f"{s['length']:.0f}", *(percent(s[rate]) for rate in rates)])
         for level, part in s["levels"].items():
-            rows.append([f"  level {level or '-'}", "", "", str(part["problems"]), "", *scores(part), "",
-                         *[""] * len(rates)])
+            rows.append([f"  level {level or '-'}", "", "", str(part["problems"]), "",
+                         *scores(part), "", *[""] * len(rates)])
     return table(rows)
 
 
@@ -353,8 +384,8 @@ def problems_table(settings: list[dict]) -> str:
     """One line per problem: what hides behind a mean."""
     rows = [["problem", "level", "set", "T", "top-p", "right", "samples", "truncated"]]
     for s in settings:
-        rows += [[p["uid"], p["level"], s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}", str(p["c"]), str(p["n"]),
-                  str(p["truncated"])] for p in s["per_problem"]]
+        rows += [[p["uid"], p["level"], s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}",
+                  str(p["c"]), str(p["n"]), str(p["truncated"])] for p in s["per_problem"]]
     return table(rows)
 
 
@@ -374,7 +405,7 @@ def check_config(c) -> None:
     if len(c.temperatures) != len(c.top_ps) or not c.temperatures:
         raise ValueError(f"temperatures = {c.temperatures} and top_ps = {c.top_ps} form pairs; "
                          "give as many of both")
-    if not all(type(k) is int for k in c.pass_k) or not 1 <= min(c.pass_k, default=0) <= max(c.pass_k) <= c.samples:
+    if not (c.pass_k and all(type(k) is int and 1 <= k <= c.samples for k in c.pass_k)):
         raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise "
                          "samples or lower k")
     if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
@@ -409,17 +440,19 @@ def main() -> None:
     print_config(config, c.out + ".json")
 
     problems = [p for members in sets.values() for p in members]
-    result_path, samples_path, judge_path = (Path(c.out + end) for end in (".json", ".samples.jsonl", ".judge.jsonl"))
+    result_path, samples_path, judge_path = (
+        Path(c.out + end) for end in (".json", ".samples.jsonl", ".judge.jsonl"))
     sampled = sample_all(c, problems, samples_path)
     settings, to_judge = [], []
     for (temperature, top_p), rows_of in sampled.items():
         for name, members in sets.items():
             mine = {p.uid: rows_of[p.uid] for p in members}
-            settings.append({"set": name, "temperature": temperature, "top_p": top_p, "samples": c.samples,
-                             "max_new_tokens": c.max_new_tokens}
-                            | summarise(mine, {p.uid: p.level for p in members}, c.pass_k))
-            to_judge.append([row for rows in mine.values() if 0 < sum(map(is_correct, rows)) < len(rows)
-                             for row in rows if row["reflects"]])
+            how = {"set": name, "temperature": temperature, "top_p": top_p, "samples": c.samples,
+                   "max_new_tokens": c.max_new_tokens}
+            levels = {p.uid: p.level for p in members}
+            settings.append(how | summarise(mine, levels, c.pass_k))
+            mixed = [rows for rows in mine.values() if 0 < sum(map(is_correct, rows)) < len(rows)]
+            to_judge.append([row for rows in mixed for row in rows if row["reflects"]])
     result = {"config": config, "model": c.init_from, "settings": settings}
     write_json(result_path, result)
     Path(c.out + ".problems.txt").write_text(problems_table(settings) + "\n", encoding="utf-8")
@@ -430,9 +463,11 @@ def main() -> None:
     if c.judge_url:
         verdicts = judge_all(c, problems, sum(to_judge, []), samples_path, judge_path)
         for s, rows in zip(settings, to_judge, strict=True):
-            judged = [(is_correct(row), verdicts[sample_key(row)]) for row in rows if verdicts.get(sample_key(row))]
+            judged = [(is_correct(row), verdicts[sample_key(row)]) for row in rows
+                      if verdicts.get(sample_key(row))]
             right = sum(correct and v["located"] and v["diagnosed"] for correct, v in judged)
-            s |= {"judged": len(judged), "to_judge": len(rows), "ERR_judge": right / len(judged) if judged else None}
+            s |= {"judged": len(judged), "to_judge": len(rows),
+                  "ERR_judge": right / len(judged) if judged else None}
             print(f"{s['set']} T {s['temperature']:g}: ERR {percent(s['ERR_judge'])} by "
                   f"{c.judge_model}, {len(judged)} of {len(rows)} reflecting responses judged")
         write_json(result_path, result)

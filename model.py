@@ -30,8 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from advantage import generalised_jsd
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
-CONVERT_GGUF = "only safetensors are read: take the original model, or convert it (from_pretrained(gguf_file=...))"
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "llama": "LlamaForCausalLM"}
+CONVERT_GGUF = ("only safetensors are read: take the original model, or convert it "
+                "(from_pretrained(gguf_file=...))")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # logits alive at once in the head; a toy batch is one chunk
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
@@ -83,10 +85,10 @@ class ModelConfig:
             )
         if self.num_tokens > self.vocab_size:
             raise ValueError(
-                f"the tokenizer has {self.num_tokens} tokens, the embedding (vocab_size) {self.vocab_size} rows; take the "
-                "added tokens out of the tokenizer's files, or add rows: model.resize_token_embeddings(len(tokenizer)) in "
-                "transformers, then save both"
-            )
+                f"the tokenizer has {self.num_tokens} tokens, the embedding (vocab_size) "
+                f"{self.vocab_size} rows; take the added tokens out of the tokenizer's files, or "
+                "add rows: model.resize_token_embeddings(len(tokenizer)) in transformers, then "
+                "save both")
 
     @property
     def qk_norm(self) -> bool:
@@ -108,7 +110,8 @@ class ModelConfig:
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+        needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                  "num_attention_heads"]
         absent = [key for key in needed if key not in hf]
         if kind == "llama3":
             absent += [key for key in LLAMA3_ROPE if key not in rope]
@@ -126,7 +129,8 @@ class ModelConfig:
             if value:
                 raise ValueError(f"{key} = {value!r} is not supported for {model_type}; use a "
                                  "model without it")
-        optional = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "tie_word_embeddings": False}
+        optional = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768,
+                    "tie_word_embeddings": False}
         return cls(
             model_type=model_type,
             **{key: hf[key] for key in needed},
@@ -159,7 +163,8 @@ class ModelConfig:
 # output head: fp32 logits, log-probs, entropy and divergence, in chunks that never hold all logits
 
 
-def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor,
+                temperature: float = 1.0) -> torch.Tensor:
     """hidden (N,d), weight (V,d), both in the compute dtype -> logits / temperature (N,V) fp32.
 
     bf16 operands are multiplied with fp32 accumulation *and output*: `(h @ w.T).float()` would
@@ -171,8 +176,9 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float =
             logits = hidden.float() @ weight.T
         elif hidden.is_cuda:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:  # no such kernel: upcast a block of rows at a time, so that a second, fp32 head never exists in training
-            logits = torch.cat([hidden.float() @ rows.float().T for rows in weight.split(8192)], dim=1)
+        else:  # no such kernel: in blocks of rows, so that training never holds a head in fp32
+            blocks = weight.split(8192)
+            logits = torch.cat([hidden.float() @ rows.float().T for rows in blocks], dim=1)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -211,7 +217,7 @@ class TokenLogprobs(torch.autograd.Function):
     Chunks are parts of the vocabulary, with all tokens at once: each row of the head is then read
     once, and its gradient written once. Of the softmaxes within the parts, with log-sum-exp l_c and
     entropy H_c, one over everything is made:
-        l = logsumexp_c l_c          H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l) the share of part c
+        l = logsumexp_c l_c     H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l), part c's share
     Saves two numbers a token, l and H, and recomputes logits chunk by chunk in the backward pass:
         d log p(t) / dz = onehot(t) - p          dH / dz = -p (log p + H)
     """
@@ -265,7 +271,8 @@ class TokenLogprobs(torch.autograd.Function):
 def target_within(part: slice, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """y (N,1) -> its column within this part of the vocabulary, any where it lies outside, and
     whether it lies inside."""
-    return (y - part.start).clamp(0, part.stop - part.start - 1), (y >= part.start) & (y < part.stop)
+    inside = (y >= part.start) & (y < part.stop)
+    return (y - part.start).clamp(0, part.stop - part.start - 1), inside
 
 
 class LogitsFunction(torch.autograd.Function):
@@ -280,8 +287,8 @@ class LogitsFunction(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight)
         ctx.f, ctx.temperature, ctx.num_tokens, ctx.dtype = f, temperature, num_tokens, dtype
         chunks = chunks_of(len(h), num_tokens, h.device)
-        out = torch.cat([f(head_logits(h[rows].to(dtype), w, temperature), rows) for rows in chunks])
-        return out.view(hidden.shape[:-1]).clone()
+        out = [f(head_logits(h[rows].to(dtype), w, temperature), rows) for rows in chunks]
+        return torch.cat(out).view(hidden.shape[:-1]).clone()
 
     @staticmethod
     def backward(ctx, dout):
@@ -298,7 +305,8 @@ class LogitsFunction(torch.autograd.Function):
         return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None, None
 
 
-def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int, dtype: torch.dtype):
+def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int,
+                       dtype: torch.dtype):
     """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the
     sampling temperature.
 
@@ -306,7 +314,8 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
     clip)."""
     teacher_hidden, teacher_weight, beta, clip = teacher
     # CRITICAL: the teacher is a target: no gradient through its states or its head.
-    t, w = teacher_hidden.detach().flatten(0, -2).to(dtype), teacher_weight.detach()[:num_tokens].to(dtype)
+    t = teacher_hidden.detach().flatten(0, -2).to(dtype)
+    w = teacher_weight.detach()[:num_tokens].to(dtype)
 
     def divergence(logits, rows):
         """(n,V) -> (n,)"""
@@ -322,15 +331,15 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
 
 
 class KVCache:
-    """Keys and values of R rows by C columns: per layer and kind one contiguous tensor (R,nkv,C,hs).
+    """Keys and values of R rows by C columns: per layer and kind a contiguous tensor (R,nkv,C,hs).
 
         prompts  [1 2 3 4]     and after one token   [1 2 3 4 9 .]    lengths 5, C 6
                  [5 6 _ _]                           [5 6 8 _ . .]            3
 
-    Column t holds a row's t-th token. What lies behind its last one is finite and never seen: a mask
-    follows from the positions of the new tokens. Tensors are read whole, as products over slices of
-    larger ones are 1.5-3x slower. Those of every shape begin in the same memory: a step captured
-    for a shape (rollout.capture) can be replayed whenever the cache has that shape again.
+    Column t holds a row's t-th token. What lies behind its last one is finite and never seen: a
+    mask follows from the positions of the new tokens. Tensors are read whole, as products over
+    slices of larger ones are 1.5-3x slower. Those of every shape begin in the same memory: a step
+    captured for a shape (rollout.capture) can be replayed whenever the cache has that shape again.
     """
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
@@ -401,12 +410,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rope(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope(positions: torch.Tensor, config: ModelConfig,
+         dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """positions (B,T) -> cos, signed sin (B,1,T,hs) in `dtype`, see `rotate`. Computed from the
     configuration at every forward: it is hs numbers, and a buffer would be rounded by
     `.to(bfloat16)` and left behind on the meta device by load_hf."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    freqs = 1.0 / config.rope_theta**exponents  # (hs/2,)
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    freqs = 1.0 / config.rope_theta ** (even / config.head_dim)  # (hs/2,)
     # Llama 3: long wavelengths slowed by `factor`, short ones kept, those between blended
     if config.rope_scaling:
         factor, low, high, original_context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
@@ -419,8 +429,8 @@ def rope(positions: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> tu
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B,heads,T,hs) by its positions' angles: [a, b] -> [a cos - b sin, b cos + a sin], as Hugging
-    Face's layout pairs dimension i with i + hs/2."""
+    """x (B,heads,T,hs) by its positions' angles: [a, b] -> [a cos - b sin, b cos + a sin], as
+    Hugging Face's layout pairs dimension i with i + hs/2."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -444,7 +454,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d = config.hidden_size
-        self.nh, self.nkv, self.hs = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
+        self.hs = config.head_dim
         self.q_proj = nn.Linear(d, self.nh * self.hs, bias=config.attention_bias)
         self.k_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
         self.v_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
@@ -532,14 +543,16 @@ class CausalLM(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # GPT-2: what adds to the residual stream is scaled by its 2L additions
+            elif p.dim() == 2:  # GPT-2: what adds to the residual stream, by its 2L additions
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if residual else 0.02)
+                additions = 2 * config.num_hidden_layers if residual else 1
+                nn.init.normal_(p, std=0.02 / additions**0.5)
 
     @property
     def output_weight(self) -> torch.Tensor:
         """(vocab_size, d): the parameter itself."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -551,7 +564,9 @@ class CausalLM(nn.Module):
         """Of matrix products, and so of a KVCache: autocast's, else that of the weights as they are
         now (fp32 masters; bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
         device = self.output_weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.output_weight.dtype
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.output_weight.dtype
 
     def compile_blocks(self) -> None:
         """Blocks go through torch.compile when they first run, which takes a minute; all of one
@@ -614,17 +629,17 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     per weight that is multiplied (an untied embedding is looked up) + 12 L nh hs context for
     attention, causality not discounted, as in published MFU figures (PaLM, appendix B). Forward
     alone is a third."""
-    weights = num_params(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
-    return 6 * weights + 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    heads = config.num_hidden_layers * config.num_attention_heads
+    return 6 * (num_params(config) - looked_up) + 12 * heads * config.head_dim * context
 
 
 # --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
 
-def load_hf(
-    folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu", num_tokens: int = 0, wrap=None, compile=False
-) -> CausalLM:
+def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
+            num_tokens: int = 0, wrap=None, compile=False) -> CausalLM:
     """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on
     `device`.
 
@@ -637,8 +652,9 @@ def load_hf(
     folder = find_folder(folder_or_hub_id)
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
     if (folder / "generation_config.json").is_file():
-        eos = ModelConfig(eos_token_id=_read_json(folder / "generation_config.json").get("eos_token_id")).eos_token_id
-        config.eos_token_id = tuple(dict.fromkeys(config.eos_token_id + eos))
+        more = _read_json(folder / "generation_config.json").get("eos_token_id")
+        eos = config.eos_token_id + ModelConfig(eos_token_id=more).eos_token_id
+        config.eos_token_id = tuple(dict.fromkeys(eos))
     with torch.device("meta"):
         model = CausalLM(config).to(dtype)
     if wrap is not None:
@@ -646,12 +662,12 @@ def load_hf(
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    missing = set(expected)
+    missing, tied = set(expected), config.tie_word_embeddings
     for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
-                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_word_embeddings:
+                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
                         # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied
                         # head
                         continue
@@ -708,8 +724,10 @@ def save_hf(
         room, total = room - size, total + size
     weight_map = {}
     for i, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous() for name in names}
+        of = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{of}.safetensors"
+        shard = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous()
+                 for name in names}
         # transformers refuses a file without this
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
@@ -725,7 +743,8 @@ def save_hf(
     config["torch_dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     # Plain sampling, spelled out: where top_k is absent transformers takes 50.
-    plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "eos_token_id": config["eos_token_id"]}
+    plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+             "eos_token_id": config["eos_token_id"]}
     _write_json(folder / "generation_config.json", plain | special | (generation_config or {}))
 
 
@@ -734,8 +753,8 @@ def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no
     communication either way."""
     if isinstance(parameter, DTensor):
-        tensor = tensor.to(parameter.device)
-        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
+                                   parameter.placements, src_data_rank=None)
     parameter.copy_(tensor)
 
 
@@ -743,8 +762,9 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
     """The folder itself; anything else that looks like owner/name comes from the hub."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_file():
-        raise ValueError(f"{name} is a file; " + CONVERT_GGUF if folder.suffix == ".gguf" else
-                         f"{name} is a file; pass the folder that holds config.json and the weights")
+        fix = CONVERT_GGUF if folder.suffix == ".gguf" else ("pass the folder that holds "
+                                                             "config.json and the weights")
+        raise ValueError(f"{name} is a file; {fix}")
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub "
@@ -755,11 +775,12 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except Exception as e:  # no network, no such repository, no permission; the hub's own text is many lines long
+        # no network, no such repository, no permission; the hub's own text is many lines long
+        except Exception as e:
             raise FileNotFoundError(
-                f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); check the name and the "
-                "network, or download the model elsewhere and pass its folder"
-            ) from None
+                f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); "
+                "check the name and the network, or download the model elsewhere and pass its "
+                "folder") from None
     check_folder(folder)
     return folder
 

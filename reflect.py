@@ -25,10 +25,11 @@ import reward
 from data import Problem, encode_completion, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
-# y_ref keeps y- with its error (the paper) | up to its error, and inserts nothing (as InT does, arXiv
-# 2601.14209) | is a fresh solution | is y+ (control)
+# y_ref keeps y- with its error (the paper) | up to its error, and inserts nothing (as InT does,
+# arXiv 2601.14209) | is a fresh solution | is y+ (control)
 PREFIX_MODES = ("micro", "replace", "full", "copy")
-_COLD_START = "cold start the policy (coldstart.py, for a small model --synthesis=rule), or try another template"
+_COLD_START = ("cold start the policy (coldstart.py, for a small model --synthesis=rule), or try "
+               "another template")
 DROP_REASONS = {  # reason: what mends it
     # y- and y+ do not fit the context; found before anything is sampled
     "prompt_too_long": "lower max_new_tokens or max_synthesis_tokens, or use template = 'short'",
@@ -56,22 +57,26 @@ SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # the first on
 # an earlier step. A planned check ("let me verify by substitution") is no doubt, and "wait for 5
 # minutes" is a word problem.
 MARKERS = re.compile(
-    r"\bWait\b(?! (?:times?|for|until)\b)|\b(?:[Bb]ut|[Nn]o|[Oo]h|[Hh]mm+),? wait\b|\bHmm+\b|\b[Hh]old on\b"
+    r"\bWait\b(?! (?:times?|for|until)\b)|\b(?:[Bb]ut|[Nn]o|[Oo]h|[Hh]mm+),? wait\b"
+    r"|\bHmm+\b|\b[Hh]old on\b"
     r"|(?:^|[.!?] )Actually\b|, actually\b|\b[Oo]n second thought"
-    r"|\b[Ll]et(?:'s| me| us) (?:re-?|double[- ])(?:check|consider|examine|calculate|compute|think|do)\b"
-    r"|\b[Ll]et(?:'s| me| us) try again\b"
+    r"|\b[Ll]et(?:'s| me| us) try again\b|\b[Ll]et(?:'s| me| us) (?:re-?|double[- ])"
+    r"(?:check|consider|examine|calculate|compute|think|do)\b"
     r"|\bI (?:have )?(?:made|see|found|notice) (?:a|an|the|my) (?:\w+ )?(?:mistake|error|slip)\b"
     r"|\b[Tt](?:hat|his)(?:'s| is) (?:wrong|incorrect|not right|not correct|a mistake)\b",
     re.MULTILINE)
 
-_ASK = r"""You are given a problem, an incorrect response to it and a correct one. Compare the two and find the FIRST
-error of the incorrect one. State where it is (quote the words) and of which type: arithmetic slip, sign error,
-misread condition, wrong formula, missing case, invalid step, or another. """
-_ASK_MICRO = _ASK + r"""Then rewrite the incorrect response so that it notices its own mistake and recovers:
-1. Copy it, character for character, from its first word up to and including the first error. Keep the mistaken thought
-exactly as it stands: do not repair, shorten or reformat anything.
+_ASK = r"""You are given a problem, an incorrect response to it and a correct one. Compare the two
+and find the FIRST error of the incorrect one. State where it is (quote the words) and of which
+type: arithmetic slip, sign error, misread condition, wrong formula, missing case, invalid step, or
+another. """
+_ASK_MICRO = _ASK + r"""Then rewrite the incorrect response so that it notices its own mistake and
+recovers:
+1. Copy it, character for character, from its first word up to and including the first error. Keep
+the mistaken thought exactly as it stands: do not repair, shorten or reformat anything.
 2. Insert one or two short sentences that notice and name the mistake, the way one talks to oneself.
-3. Continue with corrected reasoning up to the final answer, in the style, layout and level of detail of the response.
+3. Continue with corrected reasoning up to the final answer, in the style, layout and level of
+detail of the response.
 Never mention that another response, an analysis or these instructions exist.
 
 Answer in exactly this format, each tag once, nothing before or after it:
@@ -80,9 +85,9 @@ Answer in exactly this format, each tag once, nothing before or after it:
 <reflection>short remark that names the mistake</reflection>
 corrected reasoning ... \boxed{answer}</reconstruction>
 """
-_ASK_FULL = _ASK + r"""Then solve the problem afresh, from the beginning up to the final answer, taking care where the
-error was, in the style, layout and level of detail of the incorrect response. Never mention that another response, an
-analysis or these instructions exist.
+_ASK_FULL = _ASK + r"""Then solve the problem afresh, from the beginning up to the final answer,
+taking care where the error was, in the style, layout and level of detail of the incorrect response.
+Never mention that another response, an analysis or these instructions exist.
 
 Answer in exactly this format, each tag once, nothing before or after it:
 <analysis>location and type of the first error</analysis>
@@ -98,7 +103,7 @@ Dividing by 3 gives x = 16/3, so the answer is \boxed{16/3}.
 ## Correct response
 We have 3x = 20 - 5 = 15, hence x = \boxed{5}.
 ## Answer
-<analysis>Location: "gives 3x = 16" in the first line. Type: arithmetic slip, 20 - 5 is 15.</analysis>
+<analysis>Location: "gives 3x = 16", first line. Type: arithmetic slip, 20 - 5 is 15.</analysis>
 """
 _EXAMPLE_MICRO = _EXAMPLE + r"""<reconstruction>Subtracting 5 from both sides gives 3x = 16.
 <reflection>Wait, 20 - 5 is 15, not 16. I slipped in the subtraction.</reflection>
@@ -123,9 +128,9 @@ TEMPLATES = {
     "long": {  # for language models
         "micro": _ASK_MICRO + _EXAMPLE_MICRO + _YOUR_TURN,
         "full": _ASK_FULL + _EXAMPLE_FULL + _YOUR_TURN,
-        "teacher": "{question}\n\nHere is a correct solution for reference:\n{right}\n\nNow solve the problem "
-                   "yourself, step by step and in your own words, without mentioning it. "
-                   "Put your final answer within \\boxed{}.",
+        "teacher": "{question}\n\nHere is a correct solution for reference:\n{right}\n\nNow solve "
+                   "the problem yourself, step by step and in your own words, without mentioning "
+                   "it. Put your final answer within \\boxed{}.",
     },
     # for the toy world, whose vocabulary has no words for instructions: the last tag is the
     # instruction
@@ -166,7 +171,8 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
         # not hash(), which is salted per process
         noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))
         rng = np.random.Generator(np.random.Philox(noise))
-        pairs += [(usable[i], right[rng.integers(len(right))]) for i in rng.permutation(len(usable))[:m_max]]
+        pairs += [(usable[i], right[rng.integers(len(right))])
+                  for i in rng.permutation(len(usable))[:m_max]]
         eligible += 1
         truncated += sum(not r.finished for r in wrong)
     return pairs, {"eligible": eligible, "candidates": len(pairs), "skipped_truncated": truncated}
@@ -181,8 +187,9 @@ class Construction:
     outcome: Rollout | str         # y_ref, not yet scored, or one of DROP_REASONS
 
 
-def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_mode: str, template: str, decoupled: bool,
-              key: tuple[int, ...], max_new_tokens: int, max_synthesis_tokens: int = 0, by_rule: bool = False,
+def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_mode: str,
+              template: str, decoupled: bool, key: tuple[int, ...], max_new_tokens: int,
+              max_synthesis_tokens: int = 0, by_rule: bool = False,
               **sampling) -> list[Construction]:
     """Alg. 1 lines 12-14: for every pair the policy writes a synthesis, from which y_ref is built
     -> one Construction each.
@@ -193,11 +200,13 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
     itself.
     """
     if prefix_mode == "copy":
-        return [Construction(wrong, [], None, copy_correct(wrong, correct, decoupled=decoupled)) for wrong, correct in pairs]
+        return [Construction(wrong, [], None, copy_correct(wrong, correct, decoupled=decoupled))
+                for wrong, correct in pairs]
     limit = max_synthesis_tokens or 2 * max_new_tokens
     built, asked, keys = [], [], []
     for wrong, correct in pairs:
-        prompt = synthesis_prompt(tokenizer, wrong.problem, wrong.text, correct.text, template, prefix_mode)
+        prompt = synthesis_prompt(tokenizer, wrong.problem, wrong.text, correct.text, template,
+                                  prefix_mode)
         built.append(Construction(wrong, prompt, None, "prompt_too_long"))
         if len(prompt) + limit > model.config.max_position_embeddings:
             continue
@@ -206,38 +215,45 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
             built[-1].synthesis = Completion(encode_completion(tokenizer, text), [], finished=True)
         else:
             asked.append(built[-1])
-            keys.append((*key, wrong.query, sum(earlier.wrong.query == wrong.query for earlier in built[:-1])))
-    written = generate(model, [c.prompt_ids for c in asked], 1, keys=keys, max_new_tokens=limit, **sampling)
+            earlier = sum(other.wrong.query == wrong.query for other in built[:-1])
+            keys.append((*key, wrong.query, earlier))
+    written = generate(model, [c.prompt_ids for c in asked], 1, keys=keys, max_new_tokens=limit,
+                       **sampling)
     for construction, (completion,) in zip(asked, written, strict=True):
         construction.synthesis = completion
     for construction in built:
         if construction.synthesis:
-            construction.outcome = build_reflection(tokenizer, construction.wrong, construction.synthesis, decoupled=decoupled,
-                                                    prefix_mode=prefix_mode, max_new_tokens=max_new_tokens)
+            construction.outcome = build_reflection(
+                tokenizer, construction.wrong, construction.synthesis, decoupled=decoupled,
+                prefix_mode=prefix_mode, max_new_tokens=max_new_tokens)
     return built
 
 
-def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str, template: str = "long",
-                     prefix_mode: str = "micro") -> list[int]:
+def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str,
+                     template: str = "long", prefix_mode: str = "micro") -> list[int]:
     """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under
     the question."""
     return _render(tokenizer, template, prefix_mode, problem.question, wrong_text, correct_text)
 
 
-def teacher_prompt(tokenizer, problem: Problem, correct_text: str, template: str = "long") -> list[int]:
+def teacher_prompt(tokenizer, problem: Problem, correct_text: str,
+                   template: str = "long") -> list[int]:
     """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a right solution
     in view."""
     return _render(tokenizer, template, "teacher", problem.question, "", correct_text)
 
 
-def _render(tokenizer, template: str, kind: str, question: str, wrong: str, right: str) -> list[int]:
+def _render(tokenizer, template: str, kind: str, question: str, wrong: str,
+            right: str) -> list[int]:
     kind = "micro" if kind == "replace" else kind
     if kind not in TEMPLATES.get(template, {}):
         raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = "
                          "'long' | 'short' with prefix_mode = 'micro' | 'full'")
-    fields = {"question": question, "wrong": _showable(tokenizer, wrong), "right": _showable(tokenizer, right)}
+    fields = {"question": question, "wrong": _showable(tokenizer, wrong),
+              "right": _showable(tokenizer, right)}
     # One pass, no str.format: braces of the template's and of the inserted LaTeX stay as they are.
-    text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]], TEMPLATES[template][kind])
+    text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]],
+                  TEMPLATES[template][kind])
     return render_prompt(tokenizer, text, instruction="")
 
 
@@ -275,7 +291,8 @@ def _without_unknown(tokenizer, text: str) -> str:
     smaller than a character share its offsets, so characters are marked, never copied by offset."""
     if tokenizer.unk_token_id is None:
         return text
-    encoding, unknown = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True), set()
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    unknown = set()
     for token, (start, end) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         if token == tokenizer.unk_token_id:
             unknown.update(range(start, end))
@@ -283,7 +300,8 @@ def _without_unknown(tokenizer, text: str) -> str:
 
 
 def _special_ids(tokenizer) -> set[int]:
-    return set(tokenizer.all_special_ids) | {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -306,8 +324,9 @@ def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
     pairs = []
     for group in groups.values():
         candidates = []
+        rights = [r for r in group if r.reward > 0 and all(map(holds, EQUATION.findall(r.text)))]
         for wrong in (r for r in group if r.finished and r.grade == "wrong"):
-            for right in (r for r in group if r.reward > 0 and all(map(holds, EQUATION.findall(r.text)))):
+            for right in rights:
                 shared = parting(sentences(wrong.text), sentences(right.text))
                 candidates += [(shared, wrong, right)] if shared is not None else []
         if candidates:
@@ -333,16 +352,16 @@ def rule_synthesis(wrong_text: str, right_text: str) -> str:
     r"""What the policy should write about the two: y- up to and including the first sentence that
     parts from y+, a remark that names what it says, and y+ from there on.
 
-        y- "3 + 4 = 7\nThe answer is 7."   y+ "3 * 4 = 12\nThe answer is 12."   gives the reconstruction
-        3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\nThe answer is 12.
+        y- "3 + 4 = 7\nThe answer is 7."   y+ "3 * 4 = 12\nThe answer is 12."   gives
+        3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\n...
     """
     wrong, right = sentences(wrong_text), sentences(right_text)
     i = parting(wrong, right)
     preserved, said, better = "".join(wrong[:i + 1]).rstrip(), wrong[i].strip(), right[i].strip()
     kind, remark = name_error(said)
     gap = "\n" if "\n" in wrong_text else " "
-    return (f'<analysis>Location: "{said[:120]}". Type: {kind}. It should be "{better[:120]}".</analysis>\n'
-            f"<reconstruction>{preserved}{gap}<reflection>{remark}</reflection>{gap}"
+    return (f'<analysis>Location: "{said[:120]}". Type: {kind}. It should be "{better[:120]}".'
+            f"</analysis>\n<reconstruction>{preserved}{gap}<reflection>{remark}</reflection>{gap}"
             f"{''.join(right[i:]).strip()}</reconstruction>")
 
 
@@ -478,7 +497,8 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     roles 0 1 1 1 2. Offsets that leave out a token's leading space (Llama 3's do) are widened back
     to the end of the token before it.
     """
-    encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False,
+                         return_offsets_mapping=True)
     start, end = len(before), len(before) + len(diagnosis)
     spans, roles = encoding["offset_mapping"], []
     for i, (low, high) in enumerate(spans):
@@ -490,8 +510,8 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     return encoding["input_ids"], roles
 
 
-def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str, max_new_tokens: int,
-                     decoupled: bool) -> Rollout | str:
+def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix_mode: str,
+                     max_new_tokens: int, decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
     'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'replace':
@@ -522,7 +542,8 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
     if wrong_text.strip().startswith((preserved + diagnosis + correction).strip()):
         return "no_divergence"
     new_ids, new_roles = encode_with_roles(tokenizer, before, diagnosis, correction, before_role)
-    if TAG.search(before + diagnosis + correction) or not (_special_ids(tokenizer) | {stop_id}).isdisjoint(new_ids):
+    special = _special_ids(tokenizer) | {stop_id}
+    if TAG.search(before + diagnosis + correction) or not special.isdisjoint(new_ids):
         return "special_token"
     ids = prefix_ids + new_ids + [stop_id]
     if len(ids) > max_new_tokens:
@@ -557,8 +578,8 @@ def before_error(preserved: str) -> str:
 
 
 def is_kept(r: Rollout, keep: str) -> bool:
-    """Is this scored construction trained on? keep = 'all' | 'right', by its reward ('w/o Negative',
-    Table 4) | 'faithful', unless one of its equations is false (not in the paper).
+    """Is this scored construction trained on? keep = 'all' | 'right', by its reward ('w/o
+    Negative', Table 4) | 'faithful', unless one of its equations is false (not in the paper).
 
     A construction is rewarded for its answer, which its writer was shown: it can be right without
     having been worked out.
@@ -566,7 +587,8 @@ def is_kept(r: Rollout, keep: str) -> bool:
     return keep == "all" or (r.reward > 0 if keep == "right" else r.faithful is not False)
 
 
-def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool, ots: bool) -> tuple[list[float], list[float]]:
+def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool,
+                ots: bool) -> tuple[list[float], list[float]]:
     """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or
     0 a token.
 

@@ -45,7 +45,8 @@ def grade(text: str, gold: str, *, timeout_s: float = 3.0) -> Grade:
     return grade_many([text], [gold], workers=1, timeout_s=timeout_s)[0]
 
 
-def grade_many(texts: list[str], golds: list[str], *, workers: int = 2, timeout_s: float = 3.0) -> list[Grade]:
+def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
+               timeout_s: float = 3.0) -> list[Grade]:
     """Grade responses against their gold answers, in order.
 
     Most pairs are settled here by text and fractions. The others go to `workers` processes, which
@@ -128,17 +129,22 @@ def extract_boxed(text: str) -> str | None:
 # name a unit it must be the same one.
 
 _UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3",
-    "∅": r"\emptyset ", "，": ",", "：": ":", "（": "(", "）": ")", "％": "%", "€": r"\$", "£": r"\$", "~": " "})
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
+    "°": r"^\circ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ",
+    "±": r"\pm ", "²": "^2", "³": "^3", "∅": r"\emptyset ", "，": ",", "：": ":",
+    "（": "(", "）": ")", "％": "%", "€": r"\$",
+    "£": r"\$", "~": " "})
 _COMMANDS = {
-    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg bf it rm boldsymbol bm "
-                    "underline large Large LARGE huge small".split(), ""), **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
+    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg "
+                    "bf it rm boldsymbol bm underline large Large LARGE huge small".split(), ""),
+    **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
     # spaces, and the math delimiters \( \) \[ \]
     **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),
-    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"), "degree": r"^\circ", "%": "%", "$": r"\dollar ",
+    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"),
+    "degree": r"^\circ", "%": "%", "$": r"\dollar ",
     **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
-    "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq", "gt": ">", "lt": "<"}
+    "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq",
+    "gt": ">", "lt": "<"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
 
 
@@ -146,8 +152,8 @@ def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, re
     return [(key, re.compile(pattern), by) for key, pattern, by in rules]
 
 
-_BASES = {word: str(i) for i, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)} | {
-    "sixteen": "16"}
+_NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
+_BASES = {word: str(i) for i, word in enumerate(_NUMBERS, 2)} | {"sixteen": "16"}
 
 
 def _repeating(m: re.Match) -> str:
@@ -161,14 +167,17 @@ def _repeating(m: re.Match) -> str:
 _SPELLINGS = _rules(
     ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
     # 204_{\text{five}}
-    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?", lambda m: f"_{{{_BASES[m[1]]}}}"),
-    ("\\log", r"\\log *_ *(?:\{(\w+)\}|(\w)) *(?:\{([^{}]*)\}|(\d+)$)", lambda m: f"\\log_{{{m[1] or m[2]}}}({m[3] or m[4]})"),
+    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?",
+     lambda m: f"_{{{_BASES[m[1]]}}}"),
+    ("\\log", r"\\log *_ *(?:\{(\w+)\}|(\w)) *(?:\{([^{}]*)\}|(\d+)$)",
+     lambda m: f"\\log_{{{m[1] or m[2]}}}({m[3] or m[4]})"),
     ("m", r"(?<![a-zA-Z])([apAP])\. ?[mM](?![a-zA-Z])\.?", r"\1m"),  # p.m.
     ("\\frac", r"\\frac *(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),  # \frac12
     ("\\frac", r"\\frac *\{([^{}]*)\} *(\w)", r"\\frac{\1}{\2}"),  # \frac{40}7
     ("\\frac", r"\\frac *(\w) *\{", r"\\frac{\1}{"),  # \frac3{4}
     ("\\sqrt", r"\\sqrt *(\d)", r"\\sqrt{\1}"),
-    ("\\begin", r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}", r"\\begin{pmatrix}"),
+    ("\\begin", r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}",
+     r"\\begin{pmatrix}"),
     ("\\end", r"\\end\{(?:array|matrix)\} *[\])]|\\end\{bmatrix\}", r"\\end{pmatrix}"),
     *((word, rf"(?:, *)?(?:\\text *\{{ *{word} *\}}|(?<![a-zA-Z\\]){word}(?![a-zA-Z]))", ", ")
       for word in ("and", "or")),
@@ -183,7 +192,8 @@ _SPACING = _rules(
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?(?:\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?"
+                       r"(?:\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -209,7 +219,8 @@ def normalise(answer: str) -> str:
         s = s.replace("\\\\", "\\")
     # 11,\! 111: a comma that separates thousands, not answers
     s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s
-    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ") if "\\" in s or "$" in s else s
+    if "\\" in s or "$" in s:
+        s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
     s = " ".join(s.split()).rstrip(" ,;")
     # what \bf and \underline leave of {\bf 42} and \underline{42}
@@ -275,15 +286,18 @@ def _is_rational(core: str) -> bool:
 
 
 _UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a unit -> the first
-    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "in inch inche",
-    "ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "lb pound", "oz ounce", "s sec second", "min minute",
-    "h hr hour", "day", "week", "month", "year yr", "l liter litre", "ml milliliter millilitre", "gal gallon", "mph",
-    "km/h kph", "m/s", "deg degree", "rad radian", "% percent pct percentage", "$ dollar", "cent", "am", "pm",
-    "- unit st nd rd th") for name in names.split()}  # `square units`, `5th`: no unit
+    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre",
+    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile", "g gram",
+    "kg kilogram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week",
+    "month", "year yr", "l liter litre", "ml milliliter millilitre", "gal gallon", "mph",
+    "km/h kph", "m/s", "deg degree", "rad radian", "% percent pct percentage", "$ dollar", "cent",
+    "am", "pm", "- unit st nd rd th") for name in names.split()}  # `square units`, `5th`: no unit
 _THINGS = re.compile(  # apples, students: plural nouns that neither scale the number nor qualify it
-    r"(?!.*(?:th|dozen|\bten|\bscore|hundred|thousand|million|billion|halve|quarter|third|les|plu|minu|time|doe|thi|thu|ye)s)"
-    r"(?:(?!and|or|not|than|over|per|more|less)[a-z]{3,} ){0,2}(?:[a-z]{3,}s|people|children|men|women|fish|sheep)")
-_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+){0,2}))"
+    r"(?!.*(?:th|dozen|\bten|\bscore|hundred|thousand|million|billion|halve|quarter|third|les|plu|"
+    r"minu|time|doe|thi|thu|ye)s)(?:(?!and|or|not|than|over|per|more|less)[a-z]{3,} ){0,2}"
+    r"(?:[a-z]{3,}s|people|children|men|women|fish|sheep)")
+_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|"
+                   r"(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+){0,2}))"
                    r" *(?:\^ *\{?(?P<power>[23])\}?)?$")
 _DEGREES = re.compile(r"(.*?) *\^ *(?:\\circ|\{ *\\circ *\}) *(?:\\text *\{ *)?([CF]?) *\}?")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -297,7 +311,8 @@ def _take_unit(s: str) -> tuple[str, str]:
     if s.endswith("%"):
         return s[:-1].rstrip(), "%"
     if _TRIGONOMETRIC.search(s):  # sin 30 degrees is a number, and not sin 30
-        return re.sub(r"(\d+(?:\.\d+)?) *\^ *(?:\\circ|\{ *\\circ *\})", r"(\\frac{\1\\pi}{180})", s), ""
+        degrees = r"(\d+(?:\.\d+)?) *\^ *(?:\\circ|\{ *\\circ *\})"
+        return re.sub(degrees, r"(\\frac{\1\\pi}{180})", s), ""
     if s.endswith("\\dollar"):
         return s.removesuffix("\\dollar").strip(), "$"
     if m := _DEGREES.fullmatch(s):
@@ -309,7 +324,8 @@ def _take_unit(s: str) -> tuple[str, str]:
         words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
         power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
         name, _, inner = " ".join(words[1:] if power else words).partition("^")  # \text{cm^2}
-        unit = _UNITS.get(name, _UNITS.get(name[:-1]) if len(name) > 2 and name[-1] == "s" else None) if name else ""
+        singular = name[:-1] if len(name) > 2 and name[-1] == "s" else name
+        unit = _UNITS.get(name, _UNITS.get(singular)) if name else ""
         # 72 clips, but not x+2 clips
         one_number = m["text"] or _is_rational(_rational(core.replace(",", "").strip()))
         if unit is None and one_number and _THINGS.fullmatch(name):
@@ -385,7 +401,7 @@ def _same(answer: str, gold: str) -> bool:
     named = _names_items(items_a)
     if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
         return {kind_a, kind_g} <= {"list", "()"} and _same_in_order(items_a, items_g)
-    counted = all(item[:1] not in list("([") for item in items_a + items_g) and not (a + g).count("\\{")
+    counted = "\\{" not in a + g and not any(item[:1] in ("(", "[") for item in items_a + items_g)
     if kind_a == kind_g == "list" and counted:
         return _same_items(items_a, items_g)
     # of a set, or of points, each counts once, however often it is named
@@ -419,7 +435,8 @@ def _same_items(items_a: list[str], items_g: list[str]) -> bool:
     return not left
 
 
-_BOUND = re.compile(r"([A-Za-z])(<|>|\\le|\\ge) *([^<>\\]+|\\frac\{[^{}]*\}\{[^{}]*\}|-?\\(?:sqrt|pi).*)")
+_BOUND = re.compile(r"([A-Za-z])(<|>|\\le|\\ge) *"
+                    r"([^<>\\]+|\\frac\{[^{}]*\}\{[^{}]*\}|-?\\(?:sqrt|pi).*)")
 _BOUNDS = re.compile(r"(.+?)(<|\\le) *([A-Za-z])(<|\\le) *(.+)")
 
 
@@ -465,7 +482,8 @@ def _label(s: str) -> tuple[str, str]:
     '\sqrt2')."""
     s = re.sub(r"\\approx.*", "", re.sub(r"^([A-Za-z]\w*)\\approx", r"\1=", s))
     sides = _split(re.sub(r"\\in(?![a-zA-Z])", "=", s), "=")
-    if len(sides) < 2 or len(_split(s, ",;")) > 1 or re.search(r"[<>]|\\(?:le|ge|neq|equiv)(?![a-zA-Z])", s):
+    relation = re.search(r"[<>]|\\(?:le|ge|neq|equiv)(?![a-zA-Z])", s)
+    if len(sides) < 2 or len(_split(s, ",;")) > 1 or relation:
         return "", s
     return sides[0] if len(sides) == 2 or _is_name(sides[0]) else "", sides[-1]
 
@@ -485,11 +503,14 @@ def _items(s: str) -> tuple[str, list[str]]:
     if s.startswith("{") and _closing(s, 0) == len(s) - 1:
         return _items(s[1:-1])
     is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
-    items = [sign for item in _split(s[2:-2] if is_set else s, ";" if ";" in s else ",") for sign in _signs(item)]
+    parts = _split(s[2:-2] if is_set else s, ";" if ";" in s else ",")
+    items = [sign for item in parts for sign in _signs(item)]
     if is_set or len(items) > 1:
         return "list", items
-    if s[:1] in ("(", "[") and _closing(s, 0) == len(s) - 1 and len(items := _split(s[1:-1], ",;")) > 1:
-        return s[0] + s[-1], items
+    if s[:1] in ("(", "[") and _closing(s, 0) == len(s) - 1:
+        items = _split(s[1:-1], ",;")
+        if len(items) > 1:
+            return s[0] + s[-1], items
     items = _split(s, ":")
     return ":" if len(items) > 1 else "", items
 
@@ -499,7 +520,8 @@ def _signs(s: str) -> list[str]:
     not read them."""
     if s.count("\\pm") != 1 or s.count("\\mp") > 1:
         return [s]
-    return [re.sub(r"(?:^|(?<=[(={]))\+", "", s.replace("\\pm", x).replace("\\mp", y)) for x, y in ("+-", "-+")]
+    both = [s.replace("\\pm", x).replace("\\mp", y) for x, y in ("+-", "-+")]
+    return [re.sub(r"(?:^|(?<=[(={]))\+", "", one) for one in both]
 
 
 @lru_cache(maxsize=1024)
@@ -518,7 +540,8 @@ def _parse(s: str, is_real: bool):
     s = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})(?=[\d(]|\\frac|\\binom)", r"\1\\cdot ", s)
     expr = latex2sympy(
         s, is_real=is_real, conversion_config=ConversionConfig(lowercase_symbols=False),
-        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none"))
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True,
+                                                 boxed="none"))
     return expr.xreplace({x: Rational(str(x)) for x in expr.atoms(Float)})
 
 
@@ -542,7 +565,8 @@ def _verify(answer: str, gold: str) -> bool:
     # no alarms: the process is the limit
     if not verify(g, a, timeout_seconds=None, raise_on_error=True):
         return False
-    if isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite and not (g.free_symbols or a.free_symbols):
+    numbers = isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite
+    if numbers and not (g.free_symbols or a.free_symbols):
         # it looks at 15 digits
         return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)
     return True
@@ -614,7 +638,8 @@ def _work(requests: int, replies: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
-                reply = {"status": "correct" if _same(request["answer"], request["gold"]) else "wrong"}
+                same = _same(request["answer"], request["gold"])
+                reply = {"status": "correct" if same else "wrong"}
             else:
                 _read(request["gold"])
                 reply = {"status": "correct"}
@@ -623,7 +648,8 @@ def _work(requests: int, replies: int) -> None:
         except MemoryError:
             reply = {"status": "timeout"}
         except Exception as problem:
-            reply = {"status": "error", "why": f"{type(problem).__name__}: {problem}".split("\n")[0][:200]}
+            why = f"{type(problem).__name__}: {problem}".split("\n")[0][:200]
+            reply = {"status": "error", "why": why}
         signal.setitimer(signal.ITIMER_REAL, 0)
         os.write(replies, json.dumps(reply).encode() + b"\n")
     os._exit(0)
@@ -651,7 +677,7 @@ def _ask(request: dict, timeout_s: float) -> dict:
             reply = _receive(worker, timeout_s + SLACK_S)
         except BrokenPipeError:
             reply = None
-        except BaseException:  # Ctrl-C: the reply under way would be taken for that of the next request
+        except BaseException:  # Ctrl-C: the next request would take the reply under way for its own
             _kill(worker)
             raise
         if reply:
@@ -681,10 +707,10 @@ def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
 def _start() -> subprocess.Popen | None:
     """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to
     end a run."""
-    worker = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              # torchrun sends SIGTERM to the parent's whole group
-                              start_new_session=True)
+    worker = subprocess.Popen(
+        [sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        start_new_session=True)  # torchrun sends SIGTERM to the parent's whole group
     with _lock:
         _alive.add(worker)
     reply = _receive(worker, START_LIMIT_S)

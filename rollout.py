@@ -2,8 +2,8 @@
 
 `generate` is the whole sampler. Every distinct prompt is prefilled once and its cache copied to its
 n rows; all rows decode one token a step; rows that have ended leave and waiting rows join
-(continuous batching). It knows token ids, never problems. Training consumes the very ids that were sampled here
-(traps 1, 5): nothing is decoded and encoded again on the way to the loss.
+(continuous batching). It knows token ids, never problems. Training consumes the very ids that were
+sampled here (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
 
 Noise is a function of counters (trap 7): row (seed, stream, step, query, sample) owns a stream of
 uniforms, one per position, so a row's sample depends neither on the other rows of its batch, nor on
@@ -236,8 +236,8 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond 16
-    of it. Rows 1 2 .. 16 18 20 .. 32 36 40 .. 64 72 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
+    """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond
+    16 of it. Rows 1 2 .. 16 18 20 .. 32 36 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
     step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
     return -(-n // step) * step
 
@@ -266,8 +266,8 @@ class Decoder:
 
     def prepare(self, model, n: int, columns: int, *, max_rows: int, stop_ids, temperature: float,
                 top_p: float) -> None:
-        """Memory for n rows, at most max_rows at once, of so many columns. Captured steps stay valid
-        unless it has grown or the weights have moved."""
+        """Memory for n rows, at most max_rows at once, of so many columns. Captured steps stay
+        valid unless it has grown or the weights have moved."""
         self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
         self.temperature, self.top_p = temperature, top_p
         made_for = model.config, model.compute_dtype, self.device

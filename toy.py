@@ -2,11 +2,14 @@ r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mist
 about them.
 
 findx: guess and check. A bad guess shows in its evidence, so a second look can pay.
-    x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok. Answer: \boxed{8}
+    x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok.
+                     Answer: \boxed{8}
 countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and
 several routes lead there.
-    5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok. Answer: \boxed{19}
-    The answer is the only value in the range that the numbers can make: why so, see the section countdown below.
+    5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok.
+                     Answer: \boxed{19}
+    The answer is the only value in the range that the numbers can make: why so, see the section
+    countdown below.
 
     python toy.py findx --levels=1 --out=data/findx
 
@@ -48,8 +51,10 @@ LARGEST_X, LARGEST_VALUE = 15, 99
 # ordinary solutions. give_up / (give_up + reflective) is how seldom the author looks again after a
 # mistake, well above one half on purpose.
 SHARES = {
-    "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
-    "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03, "solve": 0.03},
+    "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
+              "solve": 0.03},
+    "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
+                  "solve": 0.03},
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -95,19 +100,23 @@ def _all_findx() -> list[Problem]:
         for a in range(2, 10):
             for b in range(1, 60):
                 left = form.format(a=a, b=b)
-                values = {x: [true for _, _, true in calculate(left, x)] for x in range(1, LARGEST_X + 1)}
-                values = {x: v for x, v in values.items() if min(v) >= 0 and max(v) <= LARGEST_VALUE}
+                values = {x: [true for _, _, true in calculate(left, x)]
+                          for x in range(1, LARGEST_X + 1)}
+                values = {x: v for x, v in values.items()
+                          if min(v) >= 0 and max(v) <= LARGEST_VALUE}
                 # room for two different wrong guesses
                 for x, v in values.items() if len(values) > 2 else ():
                     level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
-                    problems.append(Problem(f"findx:{left}={v[-1]}", f"{left}={v[-1]}", str(x), level))
+                    question = f"{left}={v[-1]}"
+                    problems.append(Problem(f"findx:{question}", question, str(x), level))
     return problems
 
 
 # --------------------------------------------------------------------------------------------------
 # Arithmetic: everything that is claimed about a problem goes through `calculate`
 
-OPERATIONS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub), ast.Mult: ("*", operator.mul)}
+OPERATIONS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub),
+              ast.Mult: ("*", operator.mul)}
 
 
 @lru_cache(maxsize=1 << 16)
@@ -115,7 +124,8 @@ def _tree(left: str) -> ast.expr:
     return ast.parse(left, mode="eval").body
 
 
-def calculate(question: str, x: int | None = None, slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
+def calculate(question: str, x: int | None = None,
+              slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
     """The left side worked out innermost first: [(operation, value written, true value of that
     operation)].
 
@@ -158,7 +168,8 @@ def answer_of(question: str) -> int:
     if is_countdown(question):
         low, high = range_of(question)
         return next(value for value in reachable(numbers_of(question)) if low <= value <= high)
-    return next(x for x in range(1, LARGEST_X + 1) if calculate(question, x)[-1][1] == target_of(question))
+    return next(x for x in range(1, LARGEST_X + 1)
+                if calculate(question, x)[-1][1] == target_of(question))
 
 
 def in_range(lines: list[tuple[str, int, int]]) -> bool:
@@ -169,7 +180,8 @@ def in_range(lines: list[tuple[str, int, int]]) -> bool:
 # Worked solutions
 
 
-def solution(rng: np.random.Generator, question: str, kind: str) -> tuple[str, list[tuple[int, int]]]:
+def solution(rng: np.random.Generator, question: str,
+             kind: str) -> tuple[str, list[tuple[int, int]]]:
     """A solution as the fallible author writes it, and the (start, end) character spans of the
     planted wrong tokens.
 
@@ -193,10 +205,12 @@ def _findx_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tu
     if kind == "direct":
         return right
     guess = wrong_guess(rng, question)
-    failed = [("Try ", True), (str(guess), False), (trial(question, guess).removeprefix(f"Try {guess}"), True)]
+    failed = [("Try ", True), (str(guess), False),
+              (trial(question, guess).removeprefix(f"Try {guess}"), True)]
     if kind == "give_up":
         return [*failed, ("Answer: \\boxed{", True), (str(guess), False), ("}", True)]
-    return [*failed, (f"Wait, {guess} is too {'low' if guess < answer else 'high'}. ", True), *right]
+    side = "low" if guess < answer else "high"
+    return [*failed, (f"Wait, {guess} is too {side}. ", True), *right]
 
 
 def boxed(answer: int) -> str:
@@ -207,8 +221,9 @@ def trial(question: str, guess: int, slips: dict[int, int] | None = None) -> str
     """One guess with its evidence; the verdict compares the value reached with the target: 'low',
     'high' or 'ok'."""
     lines = calculate(question, guess, slips)
-    return f"Try {guess}: " + ", ".join(f"{operation}={written}" for operation, written, _ in lines) + verdict(
-        lines[-1][1], target_of(question), target_of(question))
+    evidence = ", ".join(f"{operation}={written}" for operation, written, _ in lines)
+    target = target_of(question)
+    return f"Try {guess}: {evidence}{verdict(lines[-1][1], target, target)}"
 
 
 def verdict(value: int, low: int, high: int) -> str:
@@ -349,7 +364,7 @@ def diagnosis_is_true(question: str, text: str) -> bool:
         guess, answer = int(said[1]), answer_of(question)
         return guess != answer and (guess < answer) == (said[2] == "low")
     error = next((judged for judged in audit(question, text) if not judged.ok), None)
-    return error is not None and error.reflection != "" and text.startswith(error.reflection, error.end)
+    return bool(error and error.reflection) and text.startswith(error.reflection, error.end)
 
 
 def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
@@ -385,7 +400,8 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
 LARGEST_GIVEN, RANGE = 20, 10
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)(, | low\. | high\. | ok\. )")
 # How the y- of a planted synthesis example goes wrong, see _wrong_countdown.
-FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0.05, "verdict": 0.1, "box": 0.1}
+FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0.05, "verdict": 0.1,
+          "box": 0.1}
 
 
 @lru_cache(maxsize=2)
@@ -460,7 +476,8 @@ def routes(numbers: tuple[int, ...], target: int) -> list[list[tuple[str, int]]]
     if len(numbers) == 1:
         return [[]]
     return [[(operation, value), *rest] for operation, value, left in moves(numbers)
-            if value <= LARGEST_VALUE and reachable(left).get(target, 0) for rest in routes(left, target)]
+            if value <= LARGEST_VALUE and reachable(left).get(target, 0)
+            for rest in routes(left, target)]
 
 
 def attempt(question: str, route: list[tuple[str, int]], said: str = "") -> str:
@@ -485,7 +502,8 @@ def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> lis
                 rest = list(after)
                 rest.remove(value)
                 if fault == "slip":
-                    near = [value + off for off in (-10, -2, -1, 1, 2, 10) if 0 <= value + off <= LARGEST_VALUE]
+                    near = [value + off for off in (-10, -2, -1, 1, 2, 10)
+                            if 0 <= value + off <= LARGEST_VALUE]
                     value = near[rng.integers(len(near))]
                 else:
                     first = int(re.match(r"\d+", operation)[0])
@@ -493,7 +511,8 @@ def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> lis
                     there.remove(first)
                     others = [calculate(f"{first}{sign}{n}") for sign in "+-*"
                               for n in range(2, LARGEST_GIVEN + 1) if n not in there]
-                    (operation, value, _), = others[rng.choice([i for i, line in enumerate(others) if in_range(line)])]
+                    possible = [i for i, line in enumerate(others) if in_range(line)]
+                    (operation, value, _), = others[rng.choice(possible)]
                 after = tuple(sorted((*rest, value)))
             route.append((operation, value))
             left = after
@@ -522,7 +541,8 @@ def _countdown_pieces(rng: np.random.Generator, question: str, kind: str) -> lis
 
 def too_far(question: str, reached: int) -> str:
     low, high = range_of(question)
-    return f"Wait, {reached} is {'too low' if reached < low else 'too high' if reached > high else 'right'}. "
+    side = "too low" if reached < low else "too high" if reached > high else "right"
+    return f"Wait, {reached} is {side}. "
 
 
 def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
@@ -539,7 +559,8 @@ def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
         first = wrong_route(rng, question)
         before = attempt(question, first) + too_far(question, first[-1][1])
     route = wrong_route(rng, question, fault)
-    return before + attempt(question, route, " ok. " if fault == "verdict" else "") + boxed(route[-1][1])
+    said = " ok. " if fault == "verdict" else ""
+    return before + attempt(question, route, said) + boxed(route[-1][1])
 
 
 def _audit_countdown(question: str, text: str) -> list[Judgement]:
@@ -551,7 +572,8 @@ def _audit_countdown(question: str, text: str) -> list[Judgement]:
     position, left = len("Try "), list(numbers_of(question))
 
     def judge(ok: bool, written: int, true: int | str, reflection: str) -> bool:
-        judged.append(Judgement(position, ok, f"{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection))
+        evidence = f"{written} vs {true} {'ok' if ok else 'wrong'}. "
+        judged.append(Judgement(position, ok, evidence, reflection))
         return ok
 
     def judge_numbers(written: int) -> None:
@@ -572,7 +594,8 @@ def _audit_countdown(question: str, text: str) -> list[Judgement]:
             left.remove(number)
         operation = f"{first}{step[2]}{second}"
         true = calculate(operation)[0][2]
-        if not judge(written == true, written, true, f"Wait, {operation} is {true}, not {written}. "):
+        if not judge(written == true, written, true,
+                     f"Wait, {operation} is {true}, not {written}. "):
             return judged
         left.append(written)
     if said == ", ":  # nothing is left to go on with
@@ -581,7 +604,8 @@ def _audit_countdown(question: str, text: str) -> list[Judgement]:
         judge_numbers(written)
         return judged
     low, high = range_of(question)
-    if not judge(said == verdict(written, low, high) == " ok. ", written, f"{low}..{high}", too_far(question, written)):
+    if not judge(said == verdict(written, low, high) == " ok. ", written, f"{low}..{high}",
+                 too_far(question, written)):
         return judged
     conclusion = CONCLUSION.match(text, position)
     if not conclusion:
@@ -625,7 +649,8 @@ def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") ->
     analysis, prefix, reflection, correction = construction(question, wrong)
     body = f"{prefix}<reflection>{reflection}</reflection>{correction}" if mode == "micro" else (
         solution(rng, question, "direct")[0])
-    return Example(mode, TEMPLATES["short"][mode].format(question=question, wrong=wrong, right=right),
+    prompt = TEMPLATES["short"][mode].format(question=question, wrong=wrong, right=right)
+    return Example(mode, prompt,
                    f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")
 
 
@@ -634,7 +659,8 @@ def teacher_example(rng: np.random.Generator, question: str) -> Example:
     one that gives up."""
     right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
-    return Example("solve", TEMPLATES["short"]["teacher"].format(question=question, right=right), *completion)
+    prompt = TEMPLATES["short"]["teacher"].format(question=question, right=right)
+    return Example("solve", prompt, *completion)
 
 
 def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -> Example:
@@ -649,13 +675,17 @@ def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -
 # Tokenizer
 
 WORDS = ("Try ", ": ", ", ", " low. ", " high. ", " ok. ", " wrong. ", "Wait, ", " is too low. ",
-         " is too high. ", " is right. ", " is wrong. ", " is ", ", not ", ". ", " vs ", "Answer: ", "\\boxed{")
-TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>", "</reflection>",
-        "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>", "<solve>")
+         " is too high. ", " is right. ", " is wrong. ", " is ", ", not ", ". ", " vs ", "Answer: ",
+         "\\boxed{")
+TAGS = ("<analysis>", "</analysis>", "<reconstruction>", "</reconstruction>", "<reflection>",
+        "</reflection>", "<wrong>", "</wrong>", "<right>", "</right>", "<micro>", "<full>",
+        "<solve>")
 CHARACTERS = "0123456789+-*=()x?}.,: \n"
-EOS, PAD, USER, ASSISTANT, UNKNOWN = "<|im_end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|unknown|>"
+EOS, PAD, UNKNOWN = "<|im_end|>", "<|pad|>", "<|unknown|>"
+USER, ASSISTANT = "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<|user|>' + message['content'] }}"
     "{% else %}{{ '<|assistant|>' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
     # enable_thinking is accepted and changes nothing
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
@@ -679,8 +709,8 @@ def make_tokenizer():
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN,
-        additional_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"])
+        additional_special_tokens=[USER, ASSISTANT], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -724,8 +754,8 @@ def main() -> None:
     parser.add_argument("--out", default="", help="folder, default data/WORLD")
     parser.add_argument("--levels", default="", help="difficulty levels, separated by commas; "
                         "default all: findx 1,2,3, countdown 3,4")
-    parser.add_argument("--kinds", default="", help="kinds of worked examples, separated by commas; "
-                        "default all: " + ", ".join(SHARES["findx"]))
+    parser.add_argument("--kinds", default="", help="kinds of worked examples, separated by "
+                        "commas; default all: " + ", ".join(SHARES["findx"]))
     parser.add_argument("--examples", type=int, default=0, help="worked examples, default "
                         + ", ".join(f"{n:,} ({world})" for world, n in N_EXAMPLES.items()))
     parser.add_argument("--seed", type=int, default=0, help="of the examples and the model")

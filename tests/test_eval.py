@@ -164,7 +164,7 @@ def test_truncated_responses_are_wrong_even_when_their_box_is_right(run, tmp_pat
 
 
 def test_a_killed_run_continues_to_the_same_result(run, tmp_path, monkeypatch):
-    knobs = {"temperatures": (1.0, 0.6), "top_ps": (1.0, 0.9)}
+    knobs = {"temperatures": (1.0, 0.6), "top_ps": (1.0, 0.9), "max_rows": 2}
     whole = run(**knobs, out=str(tmp_path / "whole"))
     genuine, calls = evaluation.generate, []
 
@@ -189,7 +189,7 @@ def test_a_killed_run_continues_to_the_same_result(run, tmp_path, monkeypatch):
 
 def test_stored_samples_are_used_only_where_they_answer_the_same_problem(run, tmp_path, monkeypatch):
     calls = script(monkeypatch, {f"{i}+0=?": [RIGHT] for i in range(3)})
-    path, knobs = tmp_path / "set.jsonl", {"n_problems": 0, "max_rows": 4}
+    path, knobs = tmp_path / "set.jsonl", {"n_problems": 0, "max_rows": 1}
     run(problems=write_problems(path), **knobs)
     assert len(calls) == 3
     run(problems=write_problems(path, answers=("1", "5", "3")), **knobs)

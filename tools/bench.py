@@ -264,8 +264,8 @@ def bench_attention(_: dict) -> None:
     kernels = {"model.attend_cache": lambda: attend_cache(q, keys, values, mask)}
     kernels |= {name.lower(): functools.partial(by, getattr(SDPBackend, name))
                 for name in ("MATH", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")}
-    compiled = torch.compile(lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m))
-    kernels["compiled"] = lambda: compiled(folded, keys, values, mask)
+    compiled = torch.compile(F.scaled_dot_product_attention)
+    kernels["compiled"] = lambda: compiled(folded, keys, values, attn_mask=mask)
     useful = 2 * nkv * hs * keys.element_size() * float((~hidden).sum())
     many = 100 if device == "cuda" else 3
     for name, kernel in kernels.items():
@@ -299,7 +299,8 @@ def bench_profile(_: dict) -> None:
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     launches = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx",
                 "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-    for name, run, per in (("decoded token", lambda: decode(33), 32), ("micro-batch", update_once, 1)):
+    for name, run, per in (("decoded token", lambda: decode(33), 32),
+                           ("micro-batch", update_once, 1)):
         run()
         with profile(activities=activities) as prof:
             run()

@@ -402,7 +402,8 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
     largest, limit = max(jobs, key=p.get), USABLE * memory
     text = [
         "memory of a process, GiB",
-        line("persistent", weights="weights", AdamW="moments", reference="reference", sampler="sampler"),
+        line("persistent", weights="weights", AdamW="moments", reference="reference",
+             sampler="sampler"),
         line("update", gradients="gradients", copies="compute copies", activations="activations",
              temporaries="temporaries"),
         line("sampling", whole_model="unsharded", **{largest: largest})]
