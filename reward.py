@@ -135,8 +135,9 @@ _UNICODE = str.maketrans({
     "（": "(", "）": ")", "％": "%", "€": r"\$",
     "£": r"\$", "~": " "})
 _COMMANDS = {
-    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg Bigg "
-                    "bf it rm boldsymbol bm underline large Large LARGE huge small".split(), ""),
+    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg "
+                    "Bigg bf it rm boldsymbol bm underline large Large LARGE huge small".split(),
+                    ""),
     **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
     # spaces, and the math delimiters \( \) \[ \]
     **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),

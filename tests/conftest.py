@@ -1,4 +1,5 @@
-"""Shared by all tests: the repository root on sys.path, one thread, no network, no GPU unless asked for."""
+"""Shared by all tests: the repository root on sys.path, one thread, no network, no GPU unless asked
+for."""
 import os
 import signal
 import sys
@@ -20,9 +21,11 @@ torch.set_num_threads(1)
 
 
 class HostReads(TorchFunctionMode):
-    """`with HostReads() as reads:` collects in reads.found the names of the calls that need a tensor's values in Python. With
-    the tensor on a GPU each would make the host wait for all that was launched before; which device it is matters to no test."""
-    NAMES = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "equal",
+    """`with HostReads() as reads:` collects in reads.found the names of the calls that need a
+    tensor's values in Python. With the tensor on a GPU each would make the host wait for all that
+    was launched before; which device it is matters to no test."""
+    NAMES = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__",
+             "nonzero", "equal",
              "masked_select", "unique"}
 
     def __init__(self):
@@ -39,16 +42,18 @@ class HostReads(TorchFunctionMode):
 
 
 class Recorded(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: `with Recorded() as graph:` notes every kernel and its arguments, graph.replay() runs
-    them again on the very same memory. A number of the host's stays what it was; a value that the host wants to see is an
-    error, as it is on a GPU while recording."""
+    """What a CUDA graph does, on a CPU: `with Recorded() as graph:` notes every kernel and its
+    arguments, graph.replay() runs them again on the very same memory. A number of the host's stays
+    what it was; a value that the host wants to see is an error, as it is on a GPU while
+    recording."""
 
     def __init__(self):
         super().__init__()
         self.kernels = []
 
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
-        if kernel.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten._unique2):
+        if kernel.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+                                     torch.ops.aten._unique2):
             raise RuntimeError(f"operation not permitted when stream is capturing: {kernel}")
         out = kernel(*args, **(kwargs or {}))
         self.kernels.append((kernel, args, kwargs or {}, tree_leaves(out)))

@@ -1,4 +1,5 @@
-"""The cold start trains what it says: nothing from planted mistakes, one denominator, the same run after a resume."""
+"""The cold start trains what it says: nothing from planted mistakes, one denominator, the same run
+after a resume."""
 import contextlib
 import json
 import os
@@ -22,8 +23,9 @@ from data import Problem, file_mark, load_tokenizer, render_prompt, save_problem
 from model import CausalLM, ModelConfig, load_hf, save_hf
 from rollout import Completion
 
-TINY = """--instruction= --template=short --max_new_tokens=12 --batch_size=6 --epochs=1 --learning_rate=0.01 --warmup_steps=2
-    --tokens_per_microbatch=400 --eval_interval=2 --eval_samples=2 --save_interval=2 --threads=1""".split()
+TINY = """--instruction= --template=short --max_new_tokens=12 --batch_size=6 --epochs=1
+    --learning_rate=0.01 --warmup_steps=2 --tokens_per_microbatch=400 --eval_interval=2
+    --eval_samples=2 --save_interval=2 --threads=1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,12 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def exact_grader(monkeypatch):
-    """Toy answers are integers: no worker process with sympy for the noise that an untrained model writes."""
+    """Toy answers are integers: no worker process with sympy for the noise that an untrained model
+    writes."""
     def grade_many(texts, golds, **_):
         found = [re.findall(r"\\boxed\{(\d+)\}", text)[-1:] for text in texts]
-        return [reward.Grade(float(a == [g]), "correct" if a == [g] else "wrong", a[0] if a else None)
+        return [reward.Grade(float(a == [g]), "correct" if a == [g] else "wrong", a[0] if a
+                             else None)
                 for a, g in zip(found, golds)]
     monkeypatch.setattr(reward, "grade_many", grade_many)
 
@@ -47,20 +51,21 @@ def start(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("start")
     save_hf(tiny_model(), tokenizer, folder / "model")
     questions = [p.question for p in toy.make_problems("findx", "train", 20)]
-    jsonl.write(folder / "examples.jsonl", [e.to_row() for e in toy.worked_examples("findx", questions, 54, 0)])
+    jsonl.write(folder / "examples.jsonl",
+                [e.to_row() for e in toy.worked_examples("findx", questions, 54, 0)])
     save_problems(toy.make_problems("findx", "validation", 3), folder / "held_out.jsonl")
     return folder
 
 
 @pytest.fixture
 def run(start):
-    """run(folder, *more, steps=3): coldstart.py in this process, as the command line would run it. The knobs are module
-    globals: they are put back."""
+    """run(folder, *more, steps=3): coldstart.py in this process, as the command line would run it.
+    The knobs are module globals: they are put back."""
     def call(folder, *more, steps=3):
         before, examples = dict(vars(coldstart)), start / f"examples_{steps}.jsonl"
         jsonl.write(examples, jsonl.read(start / "examples.jsonl")[:6 * steps])
-        arguments = [*TINY, f"--init_from={start / 'model'}", f"--examples={examples}", f"--out_dir={folder}",
-                     f"--eval_problems={start / 'held_out.jsonl'}", *more]
+        arguments = [*TINY, f"--init_from={start / 'model'}", f"--examples={examples}",
+                     f"--out_dir={folder}", f"--eval_problems={start / 'held_out.jsonl'}", *more]
         try:
             original = coldstart.configure
             coldstart.configure = lambda knobs: original(knobs, arguments)
@@ -79,7 +84,8 @@ def weights(folder):
 
 
 def config_of(**changes):
-    knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower() and type(v) in (bool, int, float, str, tuple)}
+    knobs = {k: v for k, v in vars(coldstart).items() if k == k.lower()
+             and type(v) in (bool, int, float, str, tuple)}
     return SimpleNamespace(**knobs | {"instruction": ""} | changes)
 
 
@@ -87,8 +93,9 @@ def tiny_model():
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
     return CausalLM(ModelConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id))
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024,
+        eos_token_id=tokenizer.eos_token_id))
 
 
 def written(tokenizer, question, text, no_loss=()):
@@ -97,7 +104,8 @@ def written(tokenizer, question, text, no_loss=()):
 
 def toy_rows(tokenizer, n):
     questions = [p.question for p in toy.make_problems("findx", "train", 50)]
-    return [written(tokenizer, e.prompt, e.completion, e.no_loss) for e in toy.worked_examples("findx", questions, n, 0)]
+    return [written(tokenizer, e.prompt, e.completion, e.no_loss)
+            for e in toy.worked_examples("findx", questions, n, 0)]
 
 
 def shown(tokenizer, row):
@@ -111,7 +119,8 @@ def shown(tokenizer, row):
 def test_a_row_is_the_rendered_prompt_the_completion_and_the_stop_token(tokenizer):
     row = written(tokenizer, "x*7-21=35", "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}")
     assert row.prompt_ids == render_prompt(tokenizer, "x*7-21=35", "")
-    assert tokenizer.decode(row.completion_ids) == "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}<|im_end|>"
+    said = "Try 8: 8*7=56, 56-21=35 ok. Answer: \\boxed{8}<|im_end|>"
+    assert tokenizer.decode(row.completion_ids) == said
     assert row.mask == [1.0] * len(row.completion_ids)
 
 
@@ -138,9 +147,11 @@ def test_of_the_toy_solutions_only_a_first_guess_whose_check_fails_is_masked(tok
 def gradients(model, rows, budget=400):
     """What the update leaves in the weights' gradients, with an optimizer that does nothing."""
     found = []
-    optimizer = SimpleNamespace(step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
-                                zero_grad=lambda set_to_none: model.zero_grad())
-    stats = coldstart.imitate(model, optimizer, rows, tokens_per_microbatch=budget, grad_clip=1e9, device="cpu",
+    optimizer = SimpleNamespace(
+        step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
+        zero_grad=lambda set_to_none: model.zero_grad())
+    stats = coldstart.imitate(model, optimizer, rows, tokens_per_microbatch=budget, grad_clip=1e9,
+                              device="cpu",
                               autocast=contextlib.nullcontext())
     return found, stats
 
@@ -148,8 +159,10 @@ def gradients(model, rows, budget=400):
 def test_a_masked_token_gets_no_gradient_whatever_it_is(tokenizer):
     model = tiny_model()
     prompt, target = tokenizer("x*7")["input_ids"], tokenizer("84")["input_ids"]
-    # the last completion token is masked: nothing is predicted from it, so it can only matter as a target
-    rows = [[coldstart.imitated(prompt, [*target, last], [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
+    # the last completion token is masked: nothing is predicted from it, so it can only matter as a
+    # target
+    rows = [[coldstart.imitated(prompt, [*target, last],
+                                [1.0, 1.0, 0.0])] for last in tokenizer("35")["input_ids"]]
     (one, loss_one), (two, loss_two) = (gradients(model, r) for r in rows)
     assert loss_one == loss_two and loss_one["train/trained_tokens"] == 2
     assert all(torch.equal(a, b) for a, b in zip(one, two))
@@ -166,7 +179,8 @@ def test_loss_and_gradient_are_the_formula_and_do_not_depend_on_the_microbatches
     total, count = 0.0, 0.0
     for r in rows:  # straight from the definition, row by row
         ids = torch.tensor([r.prompt_ids + r.completion_ids])
-        logprobs = torch.log_softmax(model(ids[:, :-1]) @ model.head_weight.T, -1).gather(-1, ids[:, 1:, None])[0, :, 0]
+        logprobs = torch.log_softmax(model(ids[:, :-1]) @ model.head_weight.T, -1).gather(
+            -1, ids[:, 1:, None])[0, :, 0]
         total = total - (logprobs[len(r.prompt_ids) - 1:] * torch.tensor(r.mask)).sum()
         count += sum(r.mask)
     assert stats["train/trained_tokens"] == count
@@ -185,7 +199,8 @@ def test_three_steps_end_to_end_leave_a_model_and_metrics(tmp_path, run):
     rows = metrics(tmp_path)
     assert [r["step"] for r in rows] == [1, 2, 3] and all(r["train/grad_norm"] > 0 for r in rows)
     assert [("eval/pass1" in r) for r in rows] == [False, True, True]
-    assert len(load_tokenizer(tmp_path / "final")) == load_hf(tmp_path / "final").config.vocab_size == 60
+    assert len(load_tokenizer(tmp_path / "final")) == 60
+    assert load_hf(tmp_path / "final").config.vocab_size == 60
     with pytest.raises(ValueError, match="already holds a run"):
         run(tmp_path)
 
@@ -206,14 +221,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatc
         run(tmp_path / "killed", steps=5)
     assert [folder.name for folder in checkpoints(tmp_path / "killed")] == ["step_000002"]
     run(tmp_path / "killed", "--resume=True", steps=5)
-    timeless = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(tmp_path / name)]
+    timeless = [[{k: v for k, v in row.items()
+                  if not k.startswith("time/")} for row in metrics(tmp_path / name)]
                 for name in ("whole", "killed")]
     assert timeless[0] == timeless[1] and len(steps) == 7
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tmp_path, monkeypatch, run):
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(
+        tmp_path, monkeypatch, run):
     steps, original = [], coldstart.imitate
 
     def preempted_in_its_third_step(*args, **kwargs):
@@ -231,7 +248,8 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_and_no_final_model(tm
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5] and len(steps) == 5
 
 
-def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_run(tmp_path, monkeypatch, run):
+def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_run(
+        tmp_path, monkeypatch, run):
     """Bug: NaN in one gradient, NaN in every weight from then on, and saved."""
     run(tmp_path / "one", steps=1)
     norms, clip = [], torch.nn.utils.clip_grad_norm_
@@ -248,8 +266,10 @@ def test_an_update_that_is_not_finite_is_skipped_and_a_third_in_a_row_ends_the_r
     assert all(weight.isfinite().all() for weight in saved.values())
 
 
-def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch, run):
-    monkeypatch.setattr(coldstart, "evaluate", lambda *args, **_: {"eval/pass1": 0.5, "eval/truncated": 0.0})
+def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(
+        tmp_path, monkeypatch, run):
+    monkeypatch.setattr(coldstart, "evaluate", lambda *args,
+                        **_: {"eval/pass1": 0.5, "eval/truncated": 0.0})
     run(tmp_path, "--stop_at_pass1=0.4", steps=9)
     assert [r["step"] for r in metrics(tmp_path)] == [1, 2]
     run(tmp_path, "--stop_at_pass1=0.4", "--resume=True", steps=9)
@@ -257,7 +277,8 @@ def test_it_stops_at_the_asked_pass1_and_a_finished_run_is_not_run_again(tmp_pat
 
 
 def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path, run):
-    lines = [{"question": p.question, "solution": toy.trial(p.question, int(p.answer)) + toy.boxed(int(p.answer))}
+    lines = [{"question": p.question, "solution": toy.trial(p.question, int(p.answer))
+              + toy.boxed(int(p.answer))}
              for p in toy.make_problems("findx", "train", 4)]
     jsonl.write(tmp_path / "solved.jsonl", lines)
     source = [f"--examples={tmp_path / 'solved.jsonl'}", "--epochs=6", "--batch_size=4"]
@@ -266,28 +287,36 @@ def test_solutions_of_a_file_are_learnt_and_a_line_without_one_is_named(tmp_path
     assert len(losses) == 6 and losses[-1] < losses[0]
     del lines[2]["solution"]
     jsonl.write(tmp_path / "solved.jsonl", lines)
-    with pytest.raises(ValueError, match='solved.jsonl:3: no "prompt" with "completion", nor "question" with "solution"'):
+    with pytest.raises(ValueError,
+                       match='solved.jsonl:3: no "prompt" with "completion", nor "question" with '
+                             '"solution"'):
         run(tmp_path / "again", *source)
 
 
 def test_a_line_is_a_question_to_be_instructed_or_a_prompt_as_it_stands(tmp_path, tokenizer):
-    """Bug: the instruction behind a synthesis prompt; a span of no loss that is ignored; an example cut by the context."""
+    """Bug: the instruction behind a synthesis prompt; a span of no loss that is ignored; an example
+    cut by the context."""
     path = tmp_path / "examples.jsonl"
     jsonl.write(path, [{"prompt": "x*7-21=35<micro>", "completion": "Try 8", "no_loss": [[4, 5]]},
-                       {"question": "x*7-21=35", "solution": "Try 8", "no_loss": [[4, 5]]}, {"question": "x=2", "solution": "2"}])
+                       {"question": "x*7-21=35", "solution": "Try 8", "no_loss": [[4, 5]]},
+                       {"question": "x=2", "solution": "2"}])
     rows = coldstart.read_examples(str(path), tokenizer, "+1", 1024)
     assert [tokenizer.decode(row.prompt_ids) for row in rows] == [
-        "<|user|>x*7-21=35<micro><|assistant|>", "<|user|>x*7-21=35+1<|assistant|>", "<|user|>x=2+1<|assistant|>"]
-    assert [shown(tokenizer, row) for row in rows] == ["Try _<|im_end|>", "Try _<|im_end|>", "2<|im_end|>"]
+        "<|user|>x*7-21=35<micro><|assistant|>", "<|user|>x*7-21=35+1<|assistant|>",
+        "<|user|>x=2+1<|assistant|>"]
+    assert [shown(tokenizer, row) for row in rows] == [
+        "Try _<|im_end|>", "Try _<|im_end|>", "2<|im_end|>"]
     longest = max(map(len, rows))
     assert len(coldstart.read_examples(str(path), tokenizer, "+1", longest)) == 3
-    with pytest.raises(ValueError, match=f"examples.jsonl:[12]: an example of {longest} tokens does not fit .* of {longest - 1}"):
+    said = f"examples.jsonl:[12]: an example of {longest} tokens does not fit .* of {longest - 1}"
+    with pytest.raises(ValueError, match=said):
         coldstart.read_examples(str(path), tokenizer, "+1", longest - 1)
 
 
 @pytest.mark.parametrize("knob, message", [
-    ("--init_from=", "init_from"), ("--problems=x.jsonl", "exactly one"), ("--examples=", "exactly one"),
-    ("--template=brief", "brief"), ("--batch_size=0", "batch_size"), ("--examples=nowhere.jsonl", "nowhere.jsonl")])
+    ("--init_from=", "init_from"), ("--problems=x.jsonl", "exactly one"),
+    ("--examples=", "exactly one"), ("--template=brief", "brief"), ("--batch_size=0", "batch_size"),
+    ("--examples=nowhere.jsonl", "nowhere.jsonl")])
 def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message, run):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(tmp_path, knob)
@@ -298,8 +327,8 @@ def test_a_bad_knob_is_refused_at_start(tmp_path, knob, message, run):
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """A policy that answers a question wrong, then right, and a synthesis prompt with the perfect construction.
-    The fixture is the list of the questions it was asked."""
+    """A policy that answers a question wrong, then right, and a synthesis prompt with the perfect
+    construction. The fixture is the list of the questions it was asked."""
     asked = []
 
     def answers(text, n):
@@ -314,8 +343,10 @@ def scripted(monkeypatch, tokenizer):
         return [f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>"] * n
 
     def generate(model, prompts, n, **_):
-        texts = [tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|assistant|>") for ids in prompts]
-        ids = [[[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in answers(text, n)] for text in texts]
+        texts = [tokenizer.decode(ids).removeprefix("<|user|>").removesuffix("<|assistant|>")
+                 for ids in prompts]
+        ids = [[[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in answers(
+            text, n)] for text in texts]
         return [[Completion(i, [0.0] * len(i), True) for i in group] for group in ids]
 
     monkeypatch.setattr(rollout, "generate", generate)
@@ -326,12 +357,14 @@ def scripted(monkeypatch, tokenizer):
 def rollout_config(folder, tokenizer, **changes):
     """Seven problems whose guess answer + 1 can be checked, in rounds of three."""
     problems = [p for p in toy.make_problems("findx", "train", 3000)
-                if p.level == "1" and toy.in_range(toy.calculate(p.question, int(p.answer) + 1)) and int(p.answer) < 15]
+                if p.level == "1" and toy.in_range(toy.calculate(p.question, int(p.answer) + 1))
+                and int(p.answer) < 15]
     save_problems(problems[:7], folder / "problems.jsonl")
     save_hf(tiny_model(), tokenizer, folder / "policy")
     return config_of(**{
-        "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"), "out_dir": str(folder),
-        "template": "short", "queries_per_round": 3, "samples_per_prompt": 2, "max_new_tokens": 54,
+        "init_from": str(folder / "policy"), "problems": str(folder / "problems.jsonl"),
+        "out_dir": str(folder), "template": "short", "queries_per_round": 3,
+        "samples_per_prompt": 2, "max_new_tokens": 54,
         "max_synthesis_tokens": 100} | changes)
 
 
@@ -339,28 +372,35 @@ def rollout_rows(tokenizer, c):
     def load():
         return load_hf(c.init_from, num_tokens=len(tokenizer))
     how = {knob: getattr(c, knob) for knob in coldstart.EXAMPLE_KNOBS}
-    header = {"weights": coldstart.weights_mark(c.init_from), "problems": file_mark(c.problems)} | how
+    header = {"weights": coldstart.weights_mark(c.init_from),
+              "problems": file_mark(c.problems)} | how
     usable = coldstart.sample_examples(
-        tokenizer, coldstart.load_problems(c.problems), load, path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
+        tokenizer, coldstart.load_problems(c.problems), load,
+        path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
         wanted=c.n_sft + c.n_ift, header=header,
-        max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype, autocast=contextlib.nullcontext(), **how)
+        max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype,
+        autocast=contextlib.nullcontext(), **how)
     return coldstart.both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
 
 
-def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(tmp_path, tokenizer, scripted):
+def test_rollout_examples_mask_the_preserved_prefix_and_train_the_whole_synthesis(
+        tmp_path, tokenizer, scripted):
     rows = rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, n_sft=4, n_ift=3))
     assert len(rows) == 7 and len(scripted) == len(set(scripted)) == 7
     for row in rows[:4]:
         text = tokenizer.decode(row.completion_ids)
         assert text.startswith("Try ")
-        assert re.fullmatch(r"_+Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>", shown(tokenizer, row))
+        assert re.fullmatch(r"_+Wait, \d+ is too high\. Try .* ok\. Answer: .*<\|im_end\|>",
+                            shown(tokenizer, row))
         assert "<micro>" not in tokenizer.decode(row.prompt_ids)
     for row in rows[4:]:
-        assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>") and set(row.mask) == {1.0}
+        assert tokenizer.decode(row.prompt_ids).endswith("<micro><|assistant|>")
+        assert set(row.mask) == {1.0}
         assert tokenizer.decode(row.completion_ids).startswith("<analysis>")
 
 
-def test_at_most_one_example_per_query_and_no_more_queries_than_needed(tmp_path, tokenizer, scripted):
+def test_at_most_one_example_per_query_and_no_more_queries_than_needed(
+        tmp_path, tokenizer, scripted):
     rows = rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1))
     assert len(rows) == 3 and len(scripted) == 3  # one round of three was enough
 
@@ -370,7 +410,8 @@ def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scr
     whole = rollout_rows(tokenizer, c)
     c.resume = True
     lines = (tmp_path / "examples.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "examples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])  # killed while it wrote the second round
+    # killed while it wrote the second round
+    (tmp_path / "examples.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
     scripted.clear()
     assert rollout_rows(tokenizer, c) == whole
     assert len(scripted) == 4                                           # rounds two and three only
@@ -378,12 +419,15 @@ def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scr
     assert rollout_rows(tokenizer, c) == whole and scripted == []
 
 
-def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(tmp_path, tokenizer, scripted):
+def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(
+        tmp_path, tokenizer, scripted):
     """Bug: a new run in the folder of one that was cut off trains on the old run's examples."""
     c = rollout_config(tmp_path, tokenizer, n_sft=2, n_ift=1)
     rollout_rows(tokenizer, c)
     c.resume, c.seed = True, 1
-    with pytest.raises(ValueError, match="examples.jsonl was made otherwise .seed: 0 -> 1.; choose another out_dir, or --res"):
+    with pytest.raises(ValueError,
+                       match="examples.jsonl was made otherwise .seed: 0 -> 1.; choose another "
+                             "out_dir, or --res"):
         rollout_rows(tokenizer, c)
     c.seed = 0
     lines = Path(c.problems).read_text().splitlines(keepends=True)
@@ -397,7 +441,8 @@ def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(tmp_p
     assert uids <= {json.loads(line)["uid"] for line in lines[3:]}
 
 
-def test_a_response_with_a_line_separator_is_read_back_after_a_kill(tmp_path, tokenizer, scripted, monkeypatch):
+def test_a_response_with_a_line_separator_is_read_back_after_a_kill(
+        tmp_path, tokenizer, scripted, monkeypatch):
     """Bug: str.splitlines cuts the stored round in two."""
     text = rollout.completion_text
     monkeypatch.setattr(rollout, "completion_text", lambda *args: text(*args) + "\u2028\x85")
@@ -409,23 +454,31 @@ def test_a_response_with_a_line_separator_is_read_back_after_a_kill(tmp_path, to
 
 
 def test_a_rule_writes_the_synthesis_where_the_model_cannot(tmp_path, monkeypatch):
-    """The pair with the longest common beginning; the trajectory is y-'s own ids, the remark, y+ from there on."""
+    """The pair with the longest common beginning; the trajectory is y-'s own ids, the remark, y+
+    from there on."""
     tokenizer, n_asked = tokenizer_of("bpe"), []
     right = "3 + 4 = 7\n7 * 2 = 14\nThe answer is \\boxed{14}."
-    wrong = ["9 - 4 = 5\nThe answer is \\boxed{5}.", "3 + 4 = 7\n7 * 2 = 13\nThe answer is \\boxed{13}."]
+    wrong = ["9 - 4 = 5\nThe answer is \\boxed{5}.",
+             "3 + 4 = 7\n7 * 2 = 13\nThe answer is \\boxed{13}."]
 
     def generate(model, prompts, n, **_):
         n_asked.append(n)
-        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for t in (*wrong, right)]
+        ids = [[*tokenizer(t, add_special_tokens=False)["input_ids"],
+                tokenizer.eos_token_id] for t in (*wrong, right)]
         return [[Completion(i, [0.0] * len(i), True) for i in ids] for _ in prompts]
 
     monkeypatch.setattr(rollout, "generate", generate)
-    monkeypatch.setattr(reflect, "generate", lambda model, prompts, n, **_: [] if not prompts else 1 / 0)  # never asked
-    c = rollout_config(tmp_path, tokenizer, synthesis="rule", samples_per_prompt=3, n_sft=2, n_ift=2,
-                       queries_per_round=2, max_new_tokens=200, max_synthesis_tokens=400)
-    save_problems([Problem(str(i), f"{i} and 4, twice?", "14") for i in range(4)], tmp_path / "problems.jsonl")
-    model = CausalLM(ModelConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                 num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=2048))
+    # never asked
+    monkeypatch.setattr(reflect, "generate", lambda model, prompts, n, **_: [] if not prompts
+                        else 1 / 0)
+    c = rollout_config(tmp_path, tokenizer, synthesis="rule", samples_per_prompt=3, n_sft=2,
+                       n_ift=2, queries_per_round=2, max_new_tokens=200, max_synthesis_tokens=400)
+    save_problems([Problem(str(i), f"{i} and 4, twice?", "14") for i in range(4)],
+                  tmp_path / "problems.jsonl")
+    model = CausalLM(ModelConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16,
+                                 num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                                 head_dim=8,
+                                 max_position_embeddings=2048))
     save_hf(model, tokenizer, tmp_path / "policy")
     rows = rollout_rows(tokenizer, c)
     assert n_asked == [3, 3] and len(rows) == 4
@@ -433,7 +486,8 @@ def test_a_rule_writes_the_synthesis_where_the_model_cannot(tmp_path, monkeypatc
         kept = tokenizer(wrong[1], add_special_tokens=False)["input_ids"]
         assert row.completion_ids[:4] == kept[:4] and row.mask[:4] == [0.0] * 4
         assert tokenizer.decode(row.completion_ids) == (
-            "3 + 4 = 7\n7 * 2 = 13\nWait, 7 * 2 is not 13.\n7 * 2 = 14\nThe answer is \\boxed{14}.<|im_end|>")
+            "3 + 4 = 7\n7 * 2 = 13\nWait, 7 * 2 is not 13.\n7 * 2 = 14\nThe answer is "
+            "\\boxed{14}.<|im_end|>")
     for row in rows[2:]:
         text = tokenizer.decode(row.completion_ids)
         assert text.startswith('<analysis>Location: "7 * 2 = 13". Type: arithmetic slip.')
@@ -453,6 +507,8 @@ def test_wrong_constructions_teach_nothing(tmp_path, tokenizer, scripted, monkey
 
 
 def test_an_untrained_model_gives_no_example_and_is_told_so(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="this run cannot learn: 7 problems gave no example .*start from a model that") as e:
+    with pytest.raises(ValueError,
+                       match="this run cannot learn: 7 problems gave no example .*start from a "
+                             "model that") as e:
         rollout_rows(tokenizer, rollout_config(tmp_path, tokenizer, max_new_tokens=8))
     assert "\n" not in str(e.value)

@@ -1,4 +1,5 @@
-"""The configurator's contract, one test a line. Each guards a hole that lets a run start with a wrong value."""
+"""The configurator's contract, one test a line. Each guards a hole that lets a run start with a
+wrong value."""
 import ast
 import errno
 import importlib
@@ -26,8 +27,8 @@ def knobs(**extra):
     """The globals of a script with one knob of each kind."""
     return {
         "__annotations__": {"clip": float | None, "name": str | None, "sizes": tuple[int, ...]},
-        "__file__": "/nowhere/train.py", "lam": 1.0, "max_steps": 10, "resume": False, "out_dir": "out",
-        "sizes": (1, 2), "clip": None, "name": None, "free": None, "_private": 3,
+        "__file__": "/nowhere/train.py", "lam": 1.0, "max_steps": 10, "resume": False,
+        "out_dir": "out", "sizes": (1, 2), "clip": None, "name": None, "free": None, "_private": 3,
         "os": os, "Path": Path, "main": lambda: None, "LIMIT": 7, "cache": {}, **extra}
 
 
@@ -38,34 +39,41 @@ def file(tmp_path, text, name="diff.py"):
 
 
 @pytest.mark.parametrize("script, bad", [
-    ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 warmup_steps=-3 weighting='none' "
-              "max_synthesis_tokens=-4 opsd_beta=1.5 w_max=0 temperature=nan dtype='fp8' samples_per_prompt=1"),
+    ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 "
+              "warmup_steps=-3 weighting='none' "
+              "max_synthesis_tokens=-4 opsd_beta=1.5 w_max=0 temperature=nan dtype='fp8' "
+              "samples_per_prompt=1"),
     ("coldstart", "epochs=0 n_sft=-1 stop_at_pass1=1.2 synthesis='llm' beta2=1.5 grad_clip=-1"),
-    ("eval", "samples=0 filter_low=-1 device='tpu' max_rows=-1"), ("tools.measure", "continuations=0 w_min=-1")])
+    ("eval", "samples=0 filter_low=-1 device='tpu' max_rows=-1"),
+    ("tools.measure", "continuations=0 w_min=-1")])
 def test_a_value_outside_its_knobs_range_is_refused_in_one_line(script, bad):
     """Bug: grad_clip = 0 is accepted, and nothing ever moves."""
     module = importlib.import_module(script)
     for argument in bad.split():
         key, value = argument.split("=")
         value = float("nan") if value == "nan" else ast.literal_eval(value)
-        with pytest.raises(ValueError, match=rf"^{key} = .* must be (one of|at least|above|between) [^\n]*$"):
+        with pytest.raises(ValueError,
+                           match=rf"^{key} = .* must be (one of|at least|above|between) [^\n]*$"):
             configure(vars(module) | {key: type(getattr(module, key))(value)}, [])
 
 
 def test_w_min_above_w_max_is_refused():
     with pytest.raises(ValueError, match="w_min = 5.0 exceeds w_max = 1.0"):
-        train.check_config(SimpleNamespace(**configure(dict(vars(train)), ["--w_min=5", "--w_max=1"])))
+        train.check_config(
+            SimpleNamespace(**configure(dict(vars(train)), ["--w_min=5", "--w_max=1"])))
 
 
 def test_every_config_file_is_within_the_ranges_of_its_script():
-    scripts = {"coldstart": coldstart, "sft": coldstart, "eval": evaluation, "filter": evaluation, "measure": measure}
+    scripts = {"coldstart": coldstart, "sft": coldstart, "eval": evaluation, "filter": evaluation,
+               "measure": measure}
     for path in sorted((ROOT / "config").glob("*.py")):
         script = next((scripts[part] for part in path.stem.split("_") if part in scripts), train)
         configure(dict(vars(script)), [str(path)])
 
 
 def test_every_trap_that_a_comment_cites_is_in_the_list():
-    listed = re.findall(r"^(\d+)\. \*\*", (ROOT / "docs/traps.md").read_text(encoding="utf-8"), flags=re.M)
+    listed = re.findall(r"^(\d+)\. \*\*", (ROOT / "docs/traps.md").read_text(encoding="utf-8"),
+                        flags=re.M)
     cited = {number for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))
              for number in re.findall(r"\btraps? (\d+)", path.read_text(encoding="utf-8"))}
     assert listed == [str(i) for i in range(1, 24)] and cited <= set(listed) and len(cited) > 20
@@ -78,7 +86,8 @@ def test_help_shows_the_rule_beside_the_reason(capsys):
 
 
 def test_only_lower_case_public_plain_globals_are_knobs():
-    assert list(configure(knobs(), [])) == ["lam", "max_steps", "resume", "out_dir", "sizes", "clip", "name", "free"]
+    assert list(configure(knobs(), [])) == ["lam", "max_steps", "resume", "out_dir", "sizes",
+                                            "clip", "name", "free"]
 
 
 def test_the_globals_are_updated_in_place_and_the_flat_dict_returned():
@@ -139,7 +148,8 @@ def test_a_bool_is_not_a_number():
 
 
 def test_the_annotation_decides_where_the_default_is_of_another_type():
-    result = configure(knobs(lam=1, __annotations__={"lam": float, "max_steps": int}, max_steps=None), ["--lam=2"])
+    result = configure(knobs(lam=1, __annotations__={"lam": float, "max_steps": int},
+                             max_steps=None), ["--lam=2"])
     assert type(result["lam"]) is float
     assert configure(knobs(lam=None, __annotations__={"lam": float}), ["--lam=None"])["lam"] is None
 
@@ -170,7 +180,8 @@ def test_a_string_knob_takes_its_value_verbatim(text):
     assert configure(knobs(), [f"--out_dir={text}"])["out_dir"] == text
 
 
-@pytest.mark.parametrize("text,value", [("3,4,5", (3, 4, 5)), ("(3,)", (3,)), ("()", ()), ("[3, 4]", (3, 4))])
+@pytest.mark.parametrize("text,value", [("3,4,5", (3, 4, 5)), ("(3,)", (3,)), ("()", ()),
+                                        ("[3, 4]", (3, 4))])
 def test_tuples_are_allowed(text, value):
     assert configure(knobs(), [f"--sizes={text}"])["sizes"] == value
 
@@ -180,7 +191,8 @@ def test_a_number_is_not_a_tuple():
         configure(knobs(), ["--sizes=3"])
 
 
-@pytest.mark.parametrize("text,value", [("None", None), ("3", 3), ("(1, 2)", (1, 2)), ("a b", "a b"), ("a=b", "a=b")])
+@pytest.mark.parametrize("text,value", [("None", None), ("3", 3), ("(1, 2)", (1, 2)),
+                                        ("a b", "a b"), ("a=b", "a=b")])
 def test_an_unannotated_none_accepts_any_literal_or_string(text, value):
     assert configure(knobs(), [f"--free={text}"])["free"] == value
 
@@ -192,7 +204,8 @@ def test_an_annotated_none_takes_its_annotation(text, value):
 
 
 def test_an_annotated_none_refuses_other_types():
-    with pytest.raises(ValueError, match=r"--clip: expected float \| None \(default None\), got 'big'"):
+    with pytest.raises(ValueError,
+                       match=r"--clip: expected float \| None \(default None\), got 'big'"):
         configure(knobs(), ["--clip=big"])
 
 
@@ -207,29 +220,34 @@ def test_annotations_given_as_text_are_understood():
 
 
 def test_annotations_without_a_value_and_odd_ones_do_not_disturb():
-    assert configure(knobs(__annotations__={"lam": "float", "later": int}), ["--lam=2"])["lam"] == 2.0
+    assert configure(knobs(__annotations__={"lam": "float", "later": int}),
+                     ["--lam=2"])["lam"] == 2.0
 
 
 def test_files_apply_in_order_and_the_command_line_wins_wherever_it_stands(tmp_path):
-    first, second = file(tmp_path, "lam = 2.0\nmax_steps = 5\n", "a.py"), file(tmp_path, "lam = 3.0\n", "b.py")
+    first, second = file(tmp_path, "lam = 2.0\nmax_steps = 5\n", "a.py"), file(
+        tmp_path, "lam = 3.0\n", "b.py")
     config = configure(knobs(), ["--max_steps=7", first, second])
     assert (config["lam"], config["max_steps"]) == (3.0, 7)
     assert configure(knobs(), [second, first])["lam"] == 2.0
 
 
 def test_a_file_may_compute_import_and_keep_private_names(tmp_path):
-    text = ("import math\nimport os.path\nfrom math import pi\n_half = 0.5\ndef f(x):\n    return x\n"
+    text = ("import math\nimport os.path\nfrom math import pi\n_half = 0.5\ndef f(x):\n    return "
+            "x\n"
             "lam = f(math.sqrt(4) * _half)\n")
     assert configure(knobs(), [file(tmp_path, text)])["lam"] == 1.0
 
 
 def test_a_value_of_the_wrong_kind_for_a_known_knob_in_a_file_is_refused(tmp_path):
     for value in ("{}", "lambda: 1", "'1.0'"):
-        with pytest.raises(ValueError, match=r"diff\.py: lam: expected float \(default 1\.0\), got"):
+        with pytest.raises(ValueError,
+                           match=r"diff\.py: lam: expected float \(default 1\.0\), got"):
             configure(knobs(), [file(tmp_path, f"lam = {value}\n")])
 
 
-def test_a_relative_file_is_found_in_the_current_folder_first_then_beside_the_script(tmp_path, monkeypatch):
+def test_a_relative_file_is_found_in_the_current_folder_first_then_beside_the_script(
+        tmp_path, monkeypatch):
     here, script_dir = tmp_path / "here", tmp_path / "script"
     (here / "config").mkdir(parents=True)
     (script_dir / "config").mkdir(parents=True)
@@ -249,9 +267,11 @@ def test_a_missing_file_lists_the_places_tried(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text,expected", [("lam = 1.0\n\nmax_steps = 1 // 0\n", ":3: ZeroDivisionError"),
-                                           ("lam = 1.0\nmax_steps = (\n", ":2: SyntaxError"),
-                                           ("def f():\n    return x\nlam = f()\n", ":2: NameError")])
+@pytest.mark.parametrize("text,expected",
+                         [("lam = 1.0\n\nmax_steps = 1 // 0\n", ":3: ZeroDivisionError"),
+                          ("lam = 1.0\nmax_steps = (\n", ":2: SyntaxError"),
+                          ("def f():\n    return x\nlam = f()\n",
+                           ":2: NameError")])
 def test_a_file_that_raises_is_reported_with_its_line(tmp_path, text, expected):
     path = file(tmp_path, text)
     with pytest.raises(ValueError) as error:
@@ -286,7 +306,8 @@ def test_a_started_script_reads_its_arguments_and_ends_with_one_line(monkeypatch
     monkeypatch.setattr(sys, "argv", ["train.py", "--lam=two"])
     with pytest.raises(SystemExit) as stop:
         configure(knobs(__name__="__main__"))
-    assert stop.value.code == 1 and capsys.readouterr().err == "error: --lam: expected float (default 1.0), got 'two'\n"
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: --lam: expected float (default 1.0), got 'two'\n"
 
 
 def test_a_real_script_is_configured_end_to_end(tmp_path):
@@ -303,7 +324,8 @@ print(lam, clip, config)
     good = subprocess.run([*run, "--lam=2", "--clip=3"], capture_output=True, text=True, cwd="/")
     assert good.stdout == "2.0 3.0 {'lam': 2.0, 'clip': 3.0}\n", good.stderr
     bad = subprocess.run([*run, "--clip=x"], capture_output=True, text=True, cwd="/")
-    assert (bad.returncode, bad.stderr) == (1, "error: --clip: expected float | None (default None), got 'x'\n")
+    assert (bad.returncode,
+            bad.stderr) == (1, "error: --clip: expected float | None (default None), got 'x'\n")
 
 
 def test_what_differs_from_the_defaults_is_printed(capsys):
@@ -316,7 +338,8 @@ def test_what_differs_from_the_defaults_is_printed(capsys):
 
 def test_the_config_is_saved_with_tuples_as_lists(tmp_path):
     save_config({"lam": 1.0, "sizes": (1, 2), "clip": None}, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"lam": 1.0, "sizes": [1, 2], "clip": None}
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {
+        "lam": 1.0, "sizes": [1, 2], "clip": None}
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
@@ -326,12 +349,14 @@ def test_a_saved_config_does_not_differ_from_itself():
 
 
 def test_differences_are_listed_as_old_and_new():
-    assert diff_configs({"lam": 1.0, "gone": 1, "n": None}, {"lam": 2.0, "n": "x", "new": (1,)}) == [
+    assert diff_configs({"lam": 1.0, "gone": 1, "n": None},
+                        {"lam": 2.0, "n": "x", "new": (1,)}) == [
         "lam: 1.0 -> 2.0", "n: None -> 'x'", "new: (not set) -> (1,)", "gone: 1 -> (not set)"]
 
 
-@pytest.mark.parametrize("problem", [ValueError("lam = 3\nis too much"), FileNotFoundError("no file"),
-                                     OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("problem",
+                         [ValueError("lam = 3\nis too much"), FileNotFoundError("no file"),
+                          OSError(errno.ENOSPC, "No space left on device")])
 def test_what_the_user_can_repair_becomes_one_line_and_exit_code_1(problem, capsys):
     def main():
         raise problem
@@ -341,7 +366,8 @@ def test_what_the_user_can_repair_becomes_one_line_and_exit_code_1(problem, caps
     assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("bug"), KeyError("k"), PermissionError(errno.EACCES, "denied")])
+@pytest.mark.parametrize("problem", [RuntimeError("bug"), KeyError("k"),
+                                     PermissionError(errno.EACCES, "denied")])
 def test_every_other_exception_keeps_its_traceback(problem):
     def main():
         raise problem

@@ -1,4 +1,5 @@
-"""Statistics against brute force, and eval.py end to end on a tiny model or with scripted completions."""
+"""Statistics against brute force, and eval.py end to end on a tiny model or with scripted
+completions."""
 import itertools
 import json
 import threading
@@ -27,7 +28,9 @@ def test_pass_at_k_equals_the_average_over_all_subsets():
 
 def test_pass_at_k_beyond_the_samples_is_refused():
     for k in (0, 6):
-        with pytest.raises(ValueError, match=rf"pass@{k} cannot be estimated from 5 samples.*raise samples or lower k"):
+        with pytest.raises(ValueError,
+                           match=rf"pass@{k} cannot be estimated from 5 samples.*raise samples or "
+                                 rf"lower k"):
             evaluation.pass_at_k(5, 3, k)
 
 
@@ -35,11 +38,14 @@ def test_the_bootstrap_matches_all_possible_resamples():
     values, weights = np.array([0.0, 0.2, 0.5, 1.0, 0.9]), np.array([1.0, 2.0, 1.0, 2.0, 1.0])
     every = [list(i) for i in itertools.product(range(5), repeat=5)]
     for w in (None, weights):
-        exact = np.percentile([values[i].sum() / (np.ones(5) if w is None else w)[i].sum() for i in every], (2.5, 97.5))
-        assert evaluation.bootstrap_interval(values, w, draws=20_000) == pytest.approx(tuple(exact), abs=0.015)
+        exact = np.percentile([values[i].sum() / (np.ones(5) if w is None else w)[i].sum()
+                               for i in every], (2.5, 97.5))
+        assert evaluation.bootstrap_interval(values, w, draws=20_000) == pytest.approx(
+            tuple(exact), abs=0.015)
     assert evaluation.bootstrap_interval(values) == evaluation.bootstrap_interval(values)
     assert evaluation.bootstrap_interval([1, 1, 1]) == (1, 1)
-    low, high = evaluation.bootstrap_interval([1, 0, 0], [2, 0, 0])  # resamples without weight are left out, not NaN
+    # resamples without weight are left out, not NaN
+    low, high = evaluation.bootstrap_interval([1, 0, 0], [2, 0, 0])
     assert low == high == 0.5
 
 
@@ -65,11 +71,14 @@ def test_a_summary_keeps_every_way_to_fail_apart_and_scores_per_level():
     rows = {"a": [row("correct"), row("correct", True), row("wrong"), row("truncated")],
             "b": [row("no_answer"), row("timeout"), row("error"), row("unparsable", tokens=50)]}
     s = evaluation.summarise(rows, {"a": "easy", "b": "hard"}, (1, 2))
-    assert s["pass@k"]["1"]["value"] == pytest.approx(0.25) and s["pass@k"]["2"]["value"] == pytest.approx(5 / 12)
+    assert s["pass@k"]["1"]["value"] == pytest.approx(0.25)
+    assert s["pass@k"]["2"]["value"] == pytest.approx(5 / 12)
     assert s["pass@k"]["1"]["low"] <= 0.25 <= s["pass@k"]["1"]["high"]
-    assert (s["truncated"], s["no_answer"], s["unparsable"], s["timeout"]) == (1 / 8, 1 / 8, 1 / 8, 2 / 8)
+    assert (s["truncated"], s["no_answer"], s["unparsable"], s["timeout"]) == (
+        1 / 8, 1 / 8, 1 / 8, 2 / 8)
     assert s["length"] == 15 and s["reflect_rate"] == 1 / 8 and s["DSR"] == 0.5 and s["ERR"] == 1
-    assert s["levels"]["easy"]["pass@k"]["1"]["value"] == 0.5 and s["levels"]["hard"]["pass@k"]["1"]["value"] == 0
+    assert s["levels"]["easy"]["pass@k"]["1"]["value"] == 0.5
+    assert s["levels"]["hard"]["pass@k"]["1"]["value"] == 0
     assert s["levels"]["easy"]["truncated"] == 0.25 and s["levels"]["hard"]["problems"] == 1
     assert s["per_problem"][0] == {"uid": "a", "level": "easy", "n": 4, "c": 2, "truncated": 1}
     assert evaluation.summarise(rows, {"a": "", "b": ""}, (1,))["levels"] == {}
@@ -82,8 +91,10 @@ def folder(tmp_path_factory):
     """A random toy-sized checkpoint."""
     torch.manual_seed(0)
     tokenizer = toy.make_tokenizer()
-    config = ModelConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+    config = ModelConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                         head_dim=8,
+                         max_position_embeddings=64,
                          eos_token_id=tokenizer.eos_token_id)
     path = tmp_path_factory.mktemp("model")
     save_hf(CausalLM(config), tokenizer, path)
@@ -94,8 +105,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """run(**knobs) runs the script with these knobs and returns OUT.json."""
-    defaults = {"init_from": folder, "problems": f"{folder}/findx_test.jsonl", "n_problems": 6, "instruction": "", "samples": 4,
-                "max_rows": 8, "temperatures": (1.0,), "top_ps": (1.0,), "max_new_tokens": 12,
+    defaults = {"init_from": folder, "problems": f"{folder}/findx_test.jsonl", "n_problems": 6,
+                "instruction": "", "samples": 4, "max_rows": 8, "temperatures": (1.0,),
+                "top_ps": (1.0,), "max_new_tokens": 12,
                 "device": "cpu", "out": str(tmp_path / "e")}
 
     def call(**knobs):
@@ -108,7 +120,8 @@ def run(folder, tmp_path, monkeypatch):
 
 
 def script(monkeypatch, answers):
-    """Replace the sampler: answers maps a prompt's text to the list of its completions' texts (cycled)."""
+    """Replace the sampler: answers maps a prompt's text to the list of its completions' texts
+    (cycled)."""
     tokenizer, calls = toy.make_tokenizer(), []
 
     def generate(model, prompts, n, *, keys, **knobs):
@@ -117,8 +130,9 @@ def script(monkeypatch, answers):
         for prompt in prompts:
             question = tokenizer.decode(prompt).replace("<|user|>", "").replace("<|assistant|>", "")
             texts = itertools.islice(itertools.cycle(answers[question]), n)
-            groups.append([Completion(tokenizer(t.removesuffix("...")).input_ids + ([] if t.endswith("...") else [0]),
-                                      [], not t.endswith("...")) for t in texts])
+            groups.append([Completion(tokenizer(t.removesuffix("...")).input_ids
+                                      + ([] if t.endswith("...") else [0]), [],
+                                      not t.endswith("...")) for t in texts])
         return groups
     monkeypatch.setattr(evaluation, "generate", generate)
     return calls
@@ -126,7 +140,8 @@ def script(monkeypatch, answers):
 
 def write_problems(path, answers=("1", "2", "3"), levels=("", "", "")):
     pairs = enumerate(zip(answers, levels, strict=True))
-    save_problems([Problem(f"p{i}", f"{i}+0=?", answer, level) for i, (answer, level) in pairs], path)
+    save_problems([Problem(f"p{i}", f"{i}+0=?", answer, level) for i, (answer, level) in pairs],
+                  path)
     return str(path)
 
 
@@ -144,16 +159,19 @@ def test_a_run_on_a_real_model_samples_grades_and_saves_everything(run, tmp_path
     result = run(temperatures=(1.0, 0.6), top_ps=(1.0, 0.9), pass_k=(1, 4))
     assert [(s["temperature"], s["top_p"], s["set"]) for s in result["settings"]] == [
         (1.0, 1.0, "findx_test"), (0.6, 0.9, "findx_test")]
-    assert all(len(s["per_problem"]) == 6 and s["per_problem"][0]["n"] == 4 for s in result["settings"])
+    assert all(len(s["per_problem"]) == 6 and s["per_problem"][0]["n"] == 4
+               for s in result["settings"])
     assert result["config"]["samples"] == 4 and result["settings"][0]["max_new_tokens"] == 12
-    rows = [json.loads(line) for line in (tmp_path / "e.samples.jsonl").read_text().splitlines()[1:]]
+    rows = [json.loads(line)
+            for line in (tmp_path / "e.samples.jsonl").read_text().splitlines()[1:]]
     assert len(rows) == 2 * 6 * 4 and len({evaluation.sample_key(r) for r in rows}) == 48
     assert {"text", "grade", "answer", "tokens", "uid", "sample"} <= set(rows[0])
     assert "pass@1" in capsys.readouterr().out
 
 
 def test_truncated_responses_are_wrong_even_when_their_box_is_right(run, tmp_path, monkeypatch):
-    script(monkeypatch, {"0+0=?": [RIGHT, RIGHT + "...", WRONG, "1"], "1+0=?": [RIGHT], "2+0=?": [WRONG]})
+    script(monkeypatch, {"0+0=?": [RIGHT, RIGHT + "...", WRONG, "1"], "1+0=?": [RIGHT],
+                         "2+0=?": [WRONG]})
     path = write_problems(tmp_path / "set.jsonl", answers=("1", "1", "1"), levels=("a", "a", "b"))
     s = run(n_problems=0, problems=path, pass_k=(1, 2))["settings"][0]
     assert {p["uid"]: p["c"] for p in s["per_problem"]} == {"p0": 1, "p1": 4, "p2": 0}
@@ -181,13 +199,15 @@ def test_a_killed_run_continues_to_the_same_result(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", genuine)
     continued = run(**knobs)
     assert continued["settings"] == whole["settings"]
-    lines = [(tmp_path / f"{name}.samples.jsonl").read_text().splitlines() for name in ("e", "whole")]
+    lines = [(tmp_path / f"{name}.samples.jsonl").read_text().splitlines()
+             for name in ("e", "whole")]
     assert lines[0] == lines[1]  # same noise, same samples, in the same order; nothing twice
     monkeypatch.setattr(evaluation, "generate", None)  # a third run has nothing left to sample
     assert run(**knobs)["settings"] == whole["settings"]
 
 
-def test_stored_samples_are_used_only_where_they_answer_the_same_problem(run, tmp_path, monkeypatch):
+def test_stored_samples_are_used_only_where_they_answer_the_same_problem(
+        run, tmp_path, monkeypatch):
     calls = script(monkeypatch, {f"{i}+0=?": [RIGHT] for i in range(3)})
     path, knobs = tmp_path / "set.jsonl", {"n_problems": 0, "max_rows": 1}
     run(problems=write_problems(path), **knobs)
@@ -198,7 +218,9 @@ def test_stored_samples_are_used_only_where_they_answer_the_same_problem(run, tm
     assert len(calls) == 4  # fewer samples: a part of the stored ones
     run(problems=str(path), **knobs, samples=6)
     assert len(calls) == 7
-    with pytest.raises(ValueError, match=r"made otherwise \(seed: 0 -> 1\); choose another --out, or --resume=False"):
+    with pytest.raises(ValueError,
+                       match=r"made otherwise \(seed: 0 -> 1\); choose another --out, or "
+                             r"--resume=False"):
         run(problems=str(path), **knobs, seed=1)
     run(problems=str(path), **knobs, seed=1, resume=False)
     assert len(calls) == 10
@@ -226,7 +248,8 @@ def test_noise_depends_on_the_problem_and_not_on_its_company(run, tmp_path, monk
     run(problems=str(tmp_path / "last.jsonl"), resume=False, temperatures=(0.6,), top_ps=(0.9,))
     keys = [key for call in calls for key in call["keys"]]
     assert len(set(keys[:3])) == 3 and keys[3:] == [keys[2]]
-    assert (calls[-1]["temperature"], calls[-1]["top_p"], calls[-1]["max_new_tokens"]) == (0.6, 0.9, 12)
+    assert (calls[-1]["temperature"], calls[-1]["top_p"], calls[-1]["max_new_tokens"]) == (
+        0.6, 0.9, 12)
 
 
 @pytest.mark.parametrize("knobs, words", [
@@ -255,7 +278,8 @@ def test_problem_files_that_collide_are_refused(run, tmp_path):
     (tmp_path / "b").mkdir()
     one = write_problems(tmp_path / "one.jsonl")
     for other, words in ((write_problems(tmp_path / "two.jsonl"), "uid 'p0' is in one and in two"),
-                         (write_problems(tmp_path / "b" / "one.jsonl"), "two problem files are called one")):
+                         (write_problems(tmp_path / "b" / "one.jsonl"),
+                          "two problem files are called one")):
         with pytest.raises(ValueError, match=words):
             run(problems=f"{one},{other}")
 
@@ -269,22 +293,28 @@ def test_several_problem_files_are_scored_apart(run, tmp_path, monkeypatch):
         ("one", 2, 0.5), ("two", 1, 0.5)]
 
 
-def test_the_difficulty_filter_keeps_the_bounds_and_writes_accuracies(run, tmp_path, monkeypatch, capsys):
+def test_the_difficulty_filter_keeps_the_bounds_and_writes_accuracies(
+        run, tmp_path, monkeypatch, capsys):
     shares = {0: 0, 1: 1, 2: 4, 3: 7, 4: 8}  # right ones of 8
     script(monkeypatch, {f"{i}+0=?": [RIGHT] * c + [WRONG] * (8 - c) for i, c in shares.items()})
     path = write_problems(tmp_path / "set.jsonl", ["1"] * 5, ["L"] * 5)
     run(n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "kept.jsonl"))
     kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert [(r["uid"], r["accuracy"]) for r in kept] == [("p1", 0.125), ("p2", 0.5), ("p3", 0.875)]
-    assert [p.uid for p in load_problems(tmp_path / "kept.jsonl")] == ["p1", "p2", "p3"] and kept[0]["level"] == "L"
+    assert [p.uid for p in load_problems(tmp_path / "kept.jsonl")] == ["p1", "p2", "p3"]
+    assert kept[0]["level"] == "L"
     assert "3 of 5 problems; 1 were too hard, 1 too easy" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no problem's accuracy is within.*the mean is 0.50; take harder"):
-        run(n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "k.jsonl"), filter_low=0.6,
+    with pytest.raises(ValueError,
+                       match="no problem's accuracy is within.*the mean is 0.50; take harder"):
+        run(n_problems=0, problems=path, samples=8, filter_out=str(tmp_path / "k.jsonl"),
+            filter_low=0.6,
             filter_high=0.7)
 
 
 def test_an_untrained_model_filters_to_a_line_that_says_so_and_its_samples_stay(run, tmp_path):
-    with pytest.raises(ValueError, match="this run cannot learn: .* the mean is 0.00; take a stronger model or easier") as e:
+    with pytest.raises(ValueError,
+                       match="this run cannot learn: .* the mean is 0.00; take a stronger model or "
+                             "easier") as e:
         run(filter_out=str(tmp_path / "kept.jsonl"))
     assert "\n" not in str(e.value) and not (tmp_path / "kept.jsonl").exists()
     assert json.loads((tmp_path / "e.json").read_text())["settings"][0]["pass@k"]["1"]["value"] == 0
@@ -294,7 +324,8 @@ def test_an_untrained_model_filters_to_a_line_that_says_so_and_its_samples_stay(
 # --- judge
 
 class Judge(BaseHTTPRequestHandler):
-    """An OpenAI-compatible stub: `replies` by a word of the response; fails by `death` after `limit` requests."""
+    """An OpenAI-compatible stub: `replies` by a word of the response; fails by `death` after
+    `limit` requests."""
     seen, replies, limit, death = [], {}, 10 ** 9, None
 
     def do_POST(self):
@@ -339,28 +370,35 @@ def judge(monkeypatch):
 
 
 def judged_run(run, tmp_path, monkeypatch, **knobs):
-    """Two mixed problems whose responses reflect, and one that is always right and not worth asking about."""
+    """Two mixed problems whose responses reflect, and one that is always right and not worth asking
+    about."""
     wait = "Try 1: 0+0=9, Wait, {} is 1, not 9. "
-    script(monkeypatch, {"0+0=?": [wait.format(7) + RIGHT, wait.format(8) + RIGHT, wait.format(7) + WRONG, RIGHT],
-                         "1+0=?": [wait.format(6) + RIGHT, WRONG], "2+0=?": [wait.format(7) + RIGHT]})
+    script(monkeypatch, {"0+0=?": [wait.format(7) + RIGHT, wait.format(8) + RIGHT, wait.format(7)
+                                   + WRONG, RIGHT],
+                         "1+0=?": [wait.format(6) + RIGHT, WRONG],
+                         "2+0=?": [wait.format(7) + RIGHT]})
     path = write_problems(tmp_path / "set.jsonl", ("1", "1", "1"))
     return run(n_problems=0, problems=path, **knobs)["settings"][0]
 
 
 def test_a_judge_decides_which_reflections_are_real(run, tmp_path, monkeypatch, judge):
-    Judge.replies = {"Wait, 7": "First LOCATED: no DIAGNOSED: no?\nBut {no}.\nLOCATED: yes DIAGNOSED: yes",
+    Judge.replies = {"Wait, 7": "First LOCATED: no DIAGNOSED: no?\nBut {no}.\nLOCATED: yes "
+                                "DIAGNOSED: yes",
                      "Wait, 8": "**LOCATED:** Yes, **DIAGNOSED:** no", "Wait, 6": "no idea"}
     s = judged_run(run, tmp_path, monkeypatch, **judge)
     assert s["ERR"] == pytest.approx(4 / 5) and s["to_judge"] == 5
-    assert s["judged"] == 3 and s["ERR_judge"] == pytest.approx(1 / 3)  # 7 right, 8 undiagnosed, 7 ends wrong; 6: none
+    # 7 right, 8 undiagnosed, 7 ends wrong; 6: none
+    assert s["judged"] == 3 and s["ERR_judge"] == pytest.approx(1 / 3)
     path, key, body = Judge.seen[0]
-    assert path == "/v1/chat/completions" and key == "Bearer k3y" and body["model"] == "m" and len(Judge.seen) == 5
+    assert path == "/v1/chat/completions" and key == "Bearer k3y" and body["model"] == "m"
+    assert len(Judge.seen) == 5
     assert judged_run(run, tmp_path, monkeypatch, **judge)["ERR_judge"] == s["ERR_judge"]
     assert len(Judge.seen) == 5  # verdicts are read back
 
 
 @pytest.mark.parametrize("death", (Judge.error, Judge.cut_off, Judge.no_chat))
-def test_a_judge_that_dies_loses_no_sample_and_is_asked_again(run, tmp_path, monkeypatch, judge, capsys, death):
+def test_a_judge_that_dies_loses_no_sample_and_is_asked_again(
+        run, tmp_path, monkeypatch, judge, capsys, death):
     Judge.replies, Judge.limit, Judge.death = {"Wait": "LOCATED: yes DIAGNOSED: yes"}, 2, death
     s = judged_run(run, tmp_path, monkeypatch, **judge)
     assert "WARNING: the judge at" in capsys.readouterr().out
@@ -383,10 +421,12 @@ def test_tables_are_aligned_and_show_levels_and_missing_values():
     s = evaluation.summarise(rows, {"a": "1", "b": "2"}, (1, 2))
     s |= {"set": "s", "temperature": 0.6, "top_p": 0.9, "samples": 2}
     problems = [line.split() for line in evaluation.problems_table([s]).splitlines()]
-    assert problems[1:] == [["a", "1", "s", "0.6", "0.9", "1", "2", "0"], ["b", "2", "s", "0.6", "0.9", "0", "2", "1"]]
+    assert problems[1:] == [["a", "1", "s", "0.6", "0.9", "1", "2", "0"],
+                            ["b", "2", "s", "0.6", "0.9", "0", "2", "1"]]
     lines = evaluation.results_table([s]).splitlines()
     assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert "25.0 [0.0, 50.0]" in lines[1] and lines[2].startswith("  level 1") and lines[1].rstrip().endswith("-")
+    assert "25.0 [0.0, 50.0]" in lines[1] and lines[2].startswith("  level 1")
+    assert lines[1].rstrip().endswith("-")
 
 
 @pytest.mark.parametrize("name", ["eval_toy", "eval_aime", "filter_deepscaler"])

@@ -13,19 +13,23 @@ import train
 from model import head_backward, head_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-KNOBS = {"n": 8, "max_new_tokens": 40, "stop_ids": (3, 7), "max_rows": 12}  # rows join, rows end, the cache grows
+# rows join, rows end, the cache grows
+KNOBS = {"n": 8, "max_new_tokens": 40, "stop_ids": (3, 7), "max_rows": 12}
 
 
 @pytest.mark.parametrize("top_p,vocab_size,dtype,compiled", [
-    (1.0, 9, torch.float32, False), (0.9, 9, torch.float32, False), (0.9, 6000, torch.float32, False),
-    (1.0, 9, torch.bfloat16, False), (1.0, 9, torch.float32, True)])
-def test_a_recorded_step_draws_what_single_kernels_draw(top_p, vocab_size, dtype, compiled, monkeypatch):
+    (1.0, 9, torch.float32, False), (0.9, 9, torch.float32, False),
+    (0.9, 6000, torch.float32, False), (1.0, 9, torch.bfloat16, False),
+    (1.0, 9, torch.float32, True)])
+def test_a_recorded_step_draws_what_single_kernels_draw(
+        top_p, vocab_size, dtype, compiled, monkeypatch):
     """Guards: a CUDA graph that reads or writes memory which is no longer the sampler's."""
     model, replays = tiny_model(vocab_size=vocab_size).to("cuda", dtype), []
     if compiled:
         model.compile_blocks()
     replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay",
+                        lambda graph: replays.append(1) or replay(graph))
     recorded = draw(model, **KNOBS, top_p=top_p)
     assert len(replays) > 20
     monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
@@ -34,20 +38,23 @@ def test_a_recorded_step_draws_what_single_kernels_draw(top_p, vocab_size, dtype
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_sampler_is_the_trainer(autocast):
-    """Guards traps 8 and 11 on the kernels of a GPU: fused attention under a mask, a head with fp32 output."""
+    """Guards traps 8 and 11 on the kernels of a GPU: fused attention under a mask, a head with fp32
+    output."""
     model = tiny_model().cuda()
     torch.set_default_device("cuda")  # of the tensors that trainer_logprobs makes
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             gaps = [(torch.tensor(c.logprobs) - trainer_logprobs(model, prompt, c.ids)).abs()
-                    for prompt, group in zip(RAGGED, draw(model, **KNOBS), strict=True) for c in group]
+                    for prompt, group in zip(RAGGED, draw(model, **KNOBS), strict=True)
+                    for c in group]
     finally:
         torch.set_default_device(None)
     assert torch.cat(gaps).mean() < (0.02 if autocast else 1e-5)
 
 
 def test_no_token_waits_for_the_device(monkeypatch):
-    """The host may look at the device between the steps, never in one; as single kernels, since recording would fail anyway."""
+    """The host may look at the device between the steps, never in one; as single kernels, since
+    recording would fail anyway."""
     def strict(step, device, pool):
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -62,8 +69,9 @@ def test_no_token_waits_for_the_device(monkeypatch):
     assert same(draw(model, **KNOBS), expected)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"dtype": "bfloat16", "kl_coef": 0.1}, {"method": "opsd"}, {"updates_per_step": 2}])
-def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("knobs", [{}, {"dtype": "bfloat16", "kl_coef": 0.1}, {"method": "opsd"},
+                                   {"updates_per_step": 2}])
+def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch):
     """From the first micro-batch to the clipping of the gradient."""
     seen = []
 
@@ -80,9 +88,11 @@ def test_no_micro_batch_waits_for_the_device(knobs, start, tmp_path, monkeypatch
     assert seen and min(seen) > 1
 
 
-def test_fsdp_over_nccl_samples_trains_saves_and_resumes(start, tmp_path, monkeypatch, device="cuda"):  # noqa: F811
-    """A world of one, wrapped all the same: shard, gather, a recorded step on the gathered tensors, an update in bf16, a
-    checkpoint. Resumed after the second step, the third is that of the uninterrupted run."""
+def test_fsdp_over_nccl_samples_trains_saves_and_resumes(
+        start, tmp_path, monkeypatch, device="cuda"):
+    """A world of one, wrapped all the same: shard, gather, a recorded step on the gathered tensors,
+    an update in bf16, a checkpoint. Resumed after the second step, the third is that of the
+    uninterrupted run."""
     def by_length(rollouts):
         for r in rollouts:
             r.reward, r.grade = float(len(r.completion_ids) % 2), "correct"
@@ -94,15 +104,18 @@ def test_fsdp_over_nccl_samples_trains_saves_and_resumes(start, tmp_path, monkey
 
     replays, precision = [], parallel.precision
     replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1)
+                        or replay(graph))
     monkeypatch.setattr(parallel, "precision", of_several)
     monkeypatch.setattr(train, "score", by_length)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1]}
+        env = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": s.getsockname()[1]}
     for key, value in env.items():
         monkeypatch.setenv(key, str(value))
-    knobs = {"method": "grpo", "device": device, "dtype": "bfloat16", "save_interval": 1, "keep_last": 3, "learning_rate": 1e-2}
+    knobs = {"method": "grpo", "device": device, "dtype": "bfloat16", "save_interval": 1,
+             "keep_last": 3, "learning_rate": 1e-2}
     rows = []
     for resume in (False, True):
         try:
@@ -118,11 +131,15 @@ def test_fsdp_over_nccl_samples_trains_saves_and_resumes(start, tmp_path, monkey
 
 def test_products_of_the_head_are_fp32():
     """Guards trap 11: bf16 operands, fp32 sums and results, in both passes."""
-    hidden, weight = torch.randn(64, 128, device="cuda").bfloat16(), torch.randn(1000, 128, device="cuda").bfloat16()
+    hidden, weight = torch.randn(64, 128, device="cuda").bfloat16(), torch.randn(
+        1000, 128, device="cuda").bfloat16()
     exact = hidden.double() @ weight.double().T
     torch.testing.assert_close(head_logits(hidden, weight).double(), exact, atol=1e-3, rtol=1e-5)
-    g, dhidden = torch.randn(64, 1000, device="cuda").bfloat16().float(), torch.ones(64, 128, device="cuda")
+    g, dhidden = torch.randn(64, 1000, device="cuda").bfloat16().float(), torch.ones(
+        64, 128, device="cuda")
     dweight = torch.ones(1000, 128, device="cuda")
     head_backward(g, hidden, weight, dhidden, dweight)
-    torch.testing.assert_close(dhidden.double(), 1 + g.double() @ weight.double(), atol=1e-3, rtol=1e-5)
-    torch.testing.assert_close(dweight.double(), 1 + g.double().T @ hidden.double(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(dhidden.double(), 1 + g.double() @ weight.double(),
+                               atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(dweight.double(), 1 + g.double().T @ hidden.double(), atol=1e-3,
+                               rtol=1e-5)

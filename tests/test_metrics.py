@@ -1,4 +1,5 @@
-"""wandb and tensorboard: the rows of metrics.jsonl, in the same run after a resume, and no import of either unless asked for."""
+"""wandb and tensorboard: the rows of metrics.jsonl, in the same run after a resume, and no import
+of either unless asked for."""
 import json
 import sys
 from types import ModuleType, SimpleNamespace
@@ -30,12 +31,14 @@ def wandb(monkeypatch):
 
 @pytest.fixture
 def writers(monkeypatch):
-    """Stands in for tensorboard: {folder: {step: {name: value}}}, and what is cut off when a folder is opened again."""
+    """Stands in for tensorboard: {folder: {step: {name: value}}}, and what is cut off when a folder
+    is opened again."""
     folders = {}
 
     class SummaryWriter:
         def __init__(self, log_dir, purge_step):
-            self.steps = folders[log_dir] = {s: row for s, row in folders.get(log_dir, {}).items() if s < purge_step}
+            self.steps = folders[log_dir] = {s: row for s, row in folders.get(log_dir, {}).items()
+                                             if s < purge_step}
 
         def add_scalar(self, name, value, step):
             assert name not in self.steps.setdefault(step, {})  # tensorboard would show both
@@ -49,8 +52,8 @@ def writers(monkeypatch):
 
 
 def killed_and_resumed(source, out, monkeypatch, **knobs):
-    """Three steps with a kill behind the third, whose checkpoint is that of the second; then all four. The rows of metrics.jsonl
-    after each of the two."""
+    """Three steps with a kill behind the third, whose checkpoint is that of the second; then all
+    four. The rows of metrics.jsonl after each of the two."""
     def dies(step, *more):
         if step == 3:
             raise RuntimeError("killed")
@@ -63,34 +66,41 @@ def killed_and_resumed(source, out, monkeypatch, **knobs):
     return first, run(source, out, monkeypatch, max_steps=4, method="grpo", resume=True, **knobs)
 
 
-def test_wandb_gets_the_rows_of_the_log_and_a_resumed_run_is_the_same_run(start, tmp_path, monkeypatch, wandb):  # noqa: F811
+def test_wandb_gets_the_rows_of_the_log_and_a_resumed_run_is_the_same_run(
+        start, tmp_path, monkeypatch, wandb):
     """Bug: every resume makes a new run, so that a curve ends up in pieces."""
     first, second = killed_and_resumed(start, tmp_path / "out", monkeypatch, log_to="wandb")
-    assert wandb.told == first + second[2:] and [row["step"] for row in wandb.told] == [1, 2, 3, 3, 4]
+    assert wandb.told == first + second[2:]
+    assert [row["step"] for row in wandb.told] == [1, 2, 3, 3, 4]
     one, two = wandb.asked
-    assert one["id"] == two["id"] and one["resume"] == two["resume"] == "allow" and one["config"]["max_steps"] == 4
-    assert one["project"] == "tapo" and one["name"] == str(tmp_path / "out") and one["dir"] == str(tmp_path / "out")
+    assert one["id"] == two["id"] and one["resume"] == two["resume"] == "allow"
+    assert one["config"]["max_steps"] == 4
+    assert one["project"] == "tapo" and one["name"] == str(tmp_path / "out")
+    assert one["dir"] == str(tmp_path / "out")
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     metrics.open_log("wandb", {"out_dir": str(tmp_path / "other")}, 0)
     assert wandb.asked[2]["id"] != one["id"] and wandb.asked[2]["project"] == "mine"
 
 
-def test_tensorboard_gets_every_step_of_the_log_once(start, tmp_path, monkeypatch, writers):  # noqa: F811
+def test_tensorboard_gets_every_step_of_the_log_once(start, tmp_path, monkeypatch, writers):
     """Bug: the steps between the last checkpoint and a kill appear twice."""
     first, second = killed_and_resumed(start, tmp_path / "out", monkeypatch, log_to="tensorboard")
     assert len(first) == 3 and len(second) == 4
-    assert writers == {str(tmp_path / "out" / "tensorboard"): {row.pop("step"): row for row in second}}
+    assert writers == {
+        str(tmp_path / "out" / "tensorboard"): {row.pop("step"): row for row in second}}
 
 
-def test_neither_is_imported_unless_asked_for(start, tmp_path, monkeypatch):  # noqa: F811
+def test_neither_is_imported_unless_asked_for(start, tmp_path, monkeypatch):
     for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it would fail
     run(start, tmp_path / "out", monkeypatch, max_steps=1, method="grpo")
     for kind in ("wandb", "tensorboard"):
-        with pytest.raises(ValueError, match=f"^log_to = '{kind}' .*`pip install {kind}`.*leave log_to out") as error:
+        said = f"^log_to = '{kind}' .*`pip install {kind}`.*leave log_to out"
+        with pytest.raises(ValueError, match=said) as error:
             run(start, tmp_path / kind, monkeypatch, max_steps=1, method="grpo", log_to=kind)
         assert "\n" not in str(error.value) and not (tmp_path / kind).exists()
-    with pytest.raises(ValueError, match="log_to = 'mlflow' must be one of '', 'wandb', 'tensorboard'"):
+    with pytest.raises(ValueError,
+                       match="log_to = 'mlflow' must be one of '', 'wandb', 'tensorboard'"):
         run(start, tmp_path / "x", monkeypatch, log_to="mlflow")
 
 
@@ -99,5 +109,7 @@ def test_a_wandb_without_login_says_how_to_go_offline(tmp_path, monkeypatch):
         raise RuntimeError("No API key configured.")
 
     stub(monkeypatch, "wandb", init=init)
-    with pytest.raises(ValueError, match="log_to = 'wandb': No API key configured. Log in, or set WANDB_MODE=offline"):
+    with pytest.raises(ValueError,
+                       match="log_to = 'wandb': No API key configured. Log in, or set "
+                             "WANDB_MODE=offline"):
         metrics.open_log("wandb", {"out_dir": str(tmp_path)}, 0)

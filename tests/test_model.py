@@ -1,4 +1,5 @@
-"""model.py against transformers, against naive formulas, and against itself: decoding equals training."""
+"""model.py against transformers, against naive formulas, and against itself: decoding equals
+training."""
 
 import json
 import shutil
@@ -12,12 +13,23 @@ from safetensors.torch import load_file, save_file
 
 import advantage
 import model as model_file
-from model import CausalLM, KVCache, ModelConfig, TokenLogprobs, decoding_head, flops_per_token, load_hf, num_params, save_hf
+from model import (
+    CausalLM,
+    KVCache,
+    ModelConfig,
+    TokenLogprobs,
+    decoding_head,
+    flops_per_token,
+    load_hf,
+    num_params,
+    save_hf,
+)
 from rollout import prefill
 from tools import plan
 
 LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32
 )
 # (model_type, key-value heads of 4, tied, RoPE scaling)
 FAMILIES = [
@@ -33,7 +45,8 @@ FAMILIES = [
 
 
 def tiny(model_type="qwen3", kv_heads=2, tied=True, rope_scaling=None, **changes) -> ModelConfig:
-    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)
+    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+                 num_attention_heads=4)
     rest = dict(head_dim=16, rope_theta=1e4, max_position_embeddings=256, eos_token_id=3)
     return ModelConfig(
         model_type,
@@ -45,11 +58,13 @@ def tiny(model_type="qwen3", kv_heads=2, tied=True, rope_scaling=None, **changes
 
 
 def random_model(config=None, seed=0) -> CausalLM:
-    """Weights large enough, norms and biases uneven enough, that a wrong one shows in the fifth digit."""
+    """Weights large enough, norms and biases uneven enough, that a wrong one shows in the fifth
+    digit."""
     torch.manual_seed(seed)
     model = CausalLM(config or tiny())
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3 if p.dim() == 1 else 0.1)
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3 if p.dim()
+                              == 1 else 0.1)
     return model
 
 
@@ -60,9 +75,11 @@ def hf_model(config: ModelConfig, seed=0):
     fields = config.to_hf()
     model_type = fields.pop("model_type")
     torch.manual_seed(seed)
-    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), attn_implementation="eager")
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields),
+                                          attn_implementation="eager")
     for name, p in hf.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3 if p.dim() == 1 else 0.1)
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name else 0.0, std=0.3 if p.dim() == 1
+                              else 0.1)
     return hf.eval()
 
 
@@ -74,13 +91,14 @@ def ids_of(*shape, vocab=97, seed=1):
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the same function as transformers, the same files
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_logits_equal_transformers_and_the_round_trip_is_exact(family, tmp_path):
-    """Guards: RoPE pairing and scaling, q/k norm, bias, GQA order, tying; a config.json that transformers misreads."""
+    """Guards: RoPE pairing and scaling, q/k norm, bias, GQA order, tying; a config.json that
+    transformers misreads."""
     from transformers import AutoModelForCausalLM
 
     config, ids = tiny(*family), ids_of(2, 60)  # 60 > 32, the original context of the scaled RoPE
@@ -121,30 +139,36 @@ def test_a_bf16_checkpoint_survives_fp32_masters_bit_for_bit(tmp_path):
     save_hf(ours, None, tmp_path / "ours", dtype=torch.bfloat16)
     assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert load_hf(tmp_path / "ours", dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
+    assert load_hf(tmp_path / "ours",
+                   dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
 
 
 def test_saved_folder_carries_eos_plain_sampling_tokenizer_and_nothing_stale(tmp_path):
-    """Guards: transformers' default top-k 50, a lost chat template, a left-over index that wins over a new file."""
+    """Guards: transformers' default top-k 50, a lost chat template, a left-over index that wins
+    over a new file."""
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>",
+                                        eos_token="<eos>")
     tokenizer.chat_template = "{{ messages }}"
     model = random_model(tiny(eos_token_id=[3, 1]))
     save_hf(random_model(seed=5), tokenizer, tmp_path, max_shard_bytes=20_000)
     save_hf(model, tokenizer, tmp_path, generation_config={"max_new_tokens": 7})
     assert not (tmp_path / "model.safetensors.index.json").exists()
-    assert all(torch.equal(a, b) for a, b in zip(load_hf(tmp_path).parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(load_hf(tmp_path).parameters(), model.parameters(),
+                                                 strict=True))
     generation = GenerationConfig.from_pretrained(tmp_path)
     assert (generation.temperature, generation.top_p, generation.top_k) == (1.0, 1.0, 0)
-    assert (generation.eos_token_id, generation.pad_token_id, generation.max_new_tokens) == ([3, 1], 0, 7)
+    assert (generation.eos_token_id, generation.pad_token_id, generation.max_new_tokens) == (
+        [3, 1], 0, 7)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages }}"
 
 
 def test_a_given_state_dict_is_saved_without_the_tied_head(tmp_path):
-    """Guards: a gathered FSDP state names the tied tensor twice, and the second would be written as an untied head."""
+    """Guards: a gathered FSDP state names the tied tensor twice, and the second would be written as
+    an untied head."""
     model = random_model()
     state = {name: t.clone() for name, t in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -154,9 +178,11 @@ def test_a_given_state_dict_is_saved_without_the_tied_head(tmp_path):
 
 
 def test_loading_reads_eos_of_both_configs_and_no_sampling_default(tmp_path):
-    """Guards trap 3 (a repetition penalty hidden in a checkpoint) and a stop set without generation_config's ids."""
+    """Guards trap 3 (a repetition penalty hidden in a checkpoint) and a stop set without
+    generation_config's ids."""
     save_hf(random_model(), None, tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 9], "repetition_penalty": 2.0, "top_k": 20}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [3, 9], ' '"repetition_penalty": 2.0, "top_k": 20}')
     model = load_hf(tmp_path)
     assert model.config.eos_token_id == (3, 9)
     assert model.config == tiny(eos_token_id=(3, 9))
@@ -180,7 +206,8 @@ def test_loaded_tensors_do_not_map_the_file(tmp_path):
     with open(file, "r+b") as f:
         f.seek(file.stat().st_size // 2)
         f.write(b"\xff" * (file.stat().st_size // 2))
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a,
+               b in zip(loaded.parameters(), model.parameters(), strict=True))
 
 
 QWEN3 = {  # hidden, intermediate, layers, heads, tied: parameters
@@ -212,7 +239,7 @@ def test_flops_count_what_is_multiplied():
     assert flops_per_token(tied, 10) - flops_per_token(tied, 0) == 12 * 3 * 4 * 16 * 10
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # log-probs and entropy
 
 
@@ -221,16 +248,20 @@ def naive(hidden, weight, targets, temperature, num_tokens):
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("per_chunk", [30, 130, 10**4])  # 3 of the 31 rows of the head at once, 13, all
+# 3 of the 31 rows of the head at once, 13, all
+@pytest.mark.parametrize("per_chunk", [30, 130, 10**4])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("use", ["logprobs", "entropy", "both"])
-def test_chunked_logprobs_and_entropy_equal_the_naive_ones(per_chunk, temperature, use, monkeypatch):
-    """Guards trap 14: a chunk boundary, a temperature or a sign lost in the hand-written backward pass."""
+def test_chunked_logprobs_and_entropy_equal_the_naive_ones(
+        per_chunk, temperature, use, monkeypatch):
+    """Guards trap 14: a chunk boundary, a temperature or a sign lost in the hand-written backward
+    pass."""
     monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", per_chunk)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(10, 8, generator=g), torch.randn(37, 8, generator=g)
     targets, coefficients = ids_of(10, vocab=31), torch.randn(2, 10, generator=g)
-    coefficients = coefficients * torch.tensor({"logprobs": [1, 0], "entropy": [0, 1], "both": [1, 1]}[use])[:, None]
+    coefficients = coefficients * torch.tensor({"logprobs": [1, 0], "entropy": [0, 1],
+                                                "both": [1, 1]}[use])[:, None]
     results = []
     for f in (lambda h, w: TokenLogprobs.apply(h, w, targets, temperature, 31, torch.float32),
               lambda h, w: naive(h, w, targets, temperature, 31)):  # fmt: skip
@@ -255,7 +286,8 @@ def test_logprobs_and_entropy_gradients_match_finite_differences():
         return logp.gather(-1, targets[:, None]).sum() + 3 * (logp.exp() * logp).sum()
 
     # TokenLogprobs itself is fp32: compare it with central differences of an fp64 formula
-    lp, entropy = TokenLogprobs.apply(hidden.float(), weight.float(), targets, 0.7, 7, torch.float32)
+    lp, entropy = TokenLogprobs.apply(hidden.float(), weight.float(), targets, 0.7, 7,
+                                      torch.float32)
     (lp.sum() - 3 * entropy.sum()).backward()
     for tensor in (hidden, weight):
         for i in range(tensor.numel()):
@@ -263,7 +295,8 @@ def test_logprobs_and_entropy_gradients_match_finite_differences():
             step[i] = 1e-5
             step = step.view_as(tensor)
             with torch.no_grad():
-                up, down = (f(*[t + s * step if t is tensor else t for t in (hidden, weight)]) for s in (1, -1))
+                up, down = (f(*[t + s * step if t is tensor else t for t in (hidden, weight)])
+                            for s in (1, -1))
             assert abs(((up - down) / 2e-5).item() - tensor.grad.flatten()[i].item()) < 2e-5
 
 
@@ -277,19 +310,22 @@ def test_targets_of_the_last_columns_alone_get_the_numbers_and_gradients_of_thos
 
 
 def test_temperature_divides_the_logits():
-    """Guards trap 2: a trainer that scores softmax(logits) while the sampler drew from softmax(logits / T)."""
+    """Guards trap 2: a trainer that scores softmax(logits) while the sampler drew from
+    softmax(logits / T)."""
     model, ids = random_model(), ids_of(2, 9)
     with torch.no_grad():
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:], temperature=0.5)
         logp = F.log_softmax(logits_of(model, ids[:, :-1]) / 0.5, -1)
-    torch.testing.assert_close(logprobs, logp.gather(-1, ids[:, 1:, None])[..., 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs, logp.gather(-1, ids[:, 1:, None])[..., 0], atol=1e-5,
+                               rtol=1e-5)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_parameter_gets_the_gradient_of_the_naive_loss(tied, checkpointing):
-    """Guards trap 20: a detached head, half of a tied gradient, activation checkpointing that drops some."""
+    """Guards trap 20: a detached head, half of a tied gradient, activation checkpointing that drops
+    some."""
     ids, grads = ids_of(3, 12), []
     for chunked in (True, False):
         model = random_model(tiny(tied=tied))
@@ -298,7 +334,8 @@ def test_every_parameter_gets_the_gradient_of_the_naive_loss(tied, checkpointing
             logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         else:
             logp = F.log_softmax(logits_of(model, ids[:, :-1]), -1)
-            logprobs, entropy = logp.gather(-1, ids[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
+            logprobs, entropy = logp.gather(-1, ids[:, 1:, None])[..., 0], -(
+                logp.exp() * logp).sum(-1)
         (logprobs.square().mean() + entropy.mean()).backward()
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
         grads.append([p.grad for p in model.parameters()])
@@ -307,7 +344,8 @@ def test_every_parameter_gets_the_gradient_of_the_naive_loss(tied, checkpointing
 
 
 def test_what_follows_a_rows_end_changes_nothing_before_it():
-    """Guards trap 16: a mask that is not causal; padding that leaks into a row through attention or gradients."""
+    """Guards trap 16: a mask that is not causal; padding that leaks into a row through attention or
+    gradients."""
     model, ids = random_model(), ids_of(2, 12)
     other = ids.clone()
     other[:, 7:] = ids_of(2, 5, seed=9)
@@ -321,12 +359,13 @@ def test_what_follows_a_rows_end_changes_nothing_before_it():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bf16
 
 
 def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
-    """Guards trap 11: logits rounded to bf16 (errors of 0.06 at 20), and an upcast that unties or copies the head."""
+    """Guards trap 11: logits rounded to bf16 (errors of 0.06 at 20), and an upcast that unties or
+    copies the head."""
     model = random_model(tiny(hidden_size=64)).to(torch.bfloat16)
     ids = ids_of(4, 16)
     with torch.no_grad():
@@ -335,12 +374,14 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
         expected = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         rounded = F.log_softmax(logits.bfloat16().float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        decoded = prefill(model, ids[:, :-1].tolist(), decoding_head(model.head_weight, torch.bfloat16))[1]
+        decoded = prefill(model, ids[:, :-1].tolist(),
+                          decoding_head(model.head_weight, torch.bfloat16))[1]
     assert logprobs.dtype == entropy.dtype == decoded.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5 < 1e-3 < (rounded - expected).abs().max()
     torch.testing.assert_close(decoded, logits[:, -1], atol=1e-5, rtol=1e-5)
     names = [name for name, _ in model.named_parameters()]
-    assert "lm_head.weight" not in names and len(names) == len({p.data_ptr() for p in model.parameters()})
+    assert "lm_head.weight" not in names
+    assert len(names) == len({p.data_ptr() for p in model.parameters()})
     assert model.head_weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
@@ -348,33 +389,39 @@ def test_bf16_weights_get_a_gradient_summed_in_fp32(monkeypatch):
     """Guards: a gradient of the head added up in bf16 over the chunks, where small terms vanish."""
     monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", 16)  # one row of the head a chunk
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(500, 8, generator=g).bfloat16(), torch.randn(16, 8, generator=g).bfloat16()
+    hidden, weight = torch.randn(500, 8, generator=g).bfloat16(), torch.randn(
+        16, 8, generator=g).bfloat16()
     targets = ids_of(500, vocab=16)
     w = weight.clone().requires_grad_()
     TokenLogprobs.apply(hidden, w, targets, 1.0, 16, torch.bfloat16)[0].sum().backward()
     exact = weight.float().requires_grad_()
     naive(hidden.float(), exact, targets, 1.0, 16)[0].sum().backward()
-    assert (w.grad.float() - exact.grad).norm() < 3e-3 * exact.grad.norm()  # one rounding of the sum: 2^-9 and less
+    # one rounding of the sum: 2^-9 and less
+    assert (w.grad.float() - exact.grad).norm() < 3e-3 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("norms", ["as on a CPU", "in fp32, as on a GPU"])
 def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
-    """Guards: autocast reaching into the head or RoPE; training, prefill and decoding must run under it and agree. Bug: keys that
-    leave their norm in fp32 do not fit a cache in bf16, which only a GPU's autocast shows."""
+    """Guards: autocast reaching into the head or RoPE; training, prefill and decoding must run
+    under it and agree. Bug: keys that leave their norm in fp32 do not fit a cache in bf16, which
+    only a GPU's autocast shows."""
     if norms == "in fp32, as on a GPU":
         norm = F.rms_norm
-        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: norm(x.float(), shape, weight.float(), eps))
+        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight,
+                            eps: norm(x.float(), shape, weight.float(), eps))
     model, ids = random_model(), ids_of(3, 12)
     exact = model(ids[:, :-1], ids[:, 1:])[0].detach()
     with torch.autocast("cpu", torch.bfloat16):
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         with torch.no_grad():
             assert model.compute_dtype == torch.bfloat16
-            cache, _ = prefill(model, ids[:, :8].tolist(), decoding_head(model.head_weight, torch.bfloat16))
+            cache, _ = prefill(model, ids[:, :8].tolist(),
+                               decoding_head(model.head_weight, torch.bfloat16))
             assert cache.tensors[0].dtype == torch.bfloat16
             cache = room(cache, 3, 9)
             logits = model(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
-        (logprobs.sum() + entropy.sum()).backward()  # inside autocast on purpose: the head's backward must not mind
+        # inside autocast on purpose: the head's backward must not mind
+        (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.dtype == torch.float32 and logits.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters())
     assert 1e-5 < (logprobs - exact).abs().mean() < 0.05
@@ -382,14 +429,15 @@ def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
     assert (sampled - logprobs[:, 8]).abs().max() < 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # decoding
 
 
 def room(cache, rows, columns, which=None):
     """A cache of rows x columns that begins with rows `which` of another one."""
     head, dtype = cache.head, cache.tensors[0].dtype
-    config = tiny(num_hidden_layers=len(cache.tensors) // 2, kv_heads=cache.sizes[0], head_dim=cache.sizes[1])
+    config = tiny(num_hidden_layers=len(cache.tensors) // 2, kv_heads=cache.sizes[0],
+                  head_dim=cache.sizes[1])
     larger = KVCache(config, rows, columns, dtype, head=head)
     which = torch.arange(cache.shape[0]) if which is None else which
     larger.write(torch.arange(len(which)), cache, which)
@@ -399,16 +447,18 @@ def room(cache, rows, columns, which=None):
 @pytest.mark.parametrize("family", FAMILIES[:4] + FAMILIES[-1:], ids=str)
 @torch.no_grad()
 def test_prefill_and_decode_equal_the_training_forward(family):
-    """Guards trap 8: positions or masks of rows of unlike length, a cache that changes its shape, rows mixed up by it, a
-    NaN in memory that nobody wrote."""
+    """Guards trap 8: positions or masks of rows of unlike length, a cache that changes its shape,
+    rows mixed up by it, a NaN in memory that nobody wrote."""
     model = random_model(tiny(*family)).eval()
     rows = [row[:n].tolist() for row, n in zip(ids_of(4, 9), (2, 9, 1, 5), strict=True)]
     continuations = ids_of(8, 7, seed=2)
     texts = [rows[i // 2] + continuations[i].tolist() for i in range(8)]
-    expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]  # each row alone, no padding
+    # each row alone, no padding
+    expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]
     cache, logits = prefill(model, rows, model.head_weight)
     for i in range(4):
-        torch.testing.assert_close(logits[i], expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[i],
+                                   expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
     larger = KVCache(model.config, 10, 20, head=model.head_weight)
     larger.reshape(torch.tensor([], dtype=torch.long), 9, 12)
     larger.write(torch.arange(8), cache, torch.arange(4).repeat_interleave(2))
@@ -421,17 +471,20 @@ def test_prefill_and_decode_equal_the_training_forward(family):
         elif t in shapes:
             larger.reshape(torch.arange(len(live)), *shapes[t])
         R, n = larger.shape[0], len(live)
-        step, positions = torch.full((R, 1), 96), torch.zeros(R, 1, dtype=torch.long)  # rows nobody lives in
+        # rows nobody lives in
+        step, positions = torch.full((R, 1), 96), torch.zeros(R, 1, dtype=torch.long)
         step[:n], positions[:n, 0] = continuations[live, t : t + 1], lengths[live] + t
         logits = model(step, positions=positions, cache=larger)
         assert logits.shape == (R, 97) and logits.isfinite().all()
         for b, i in enumerate(live):
             torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
-    assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr() for t, m in zip(larger.tensors, larger.memory, strict=True))
+    assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr() for t,
+               m in zip(larger.tensors, larger.memory, strict=True))
 
 
 def test_padding_of_a_prompt_is_never_read():
-    """Guards trap 5: padding found by token value, or attended to; columns behind a row's last token that are."""
+    """Guards trap 5: padding found by token value, or attended to; columns behind a row's last
+    token that are."""
     model, results = random_model(), []
     for garbage in (0.0, 50.0):
         with torch.no_grad():
@@ -439,14 +492,16 @@ def test_padding_of_a_prompt_is_never_read():
             cache = room(cache, 2, 12)
             for tensor in cache.tensors:
                 tensor[0, :, 3:], tensor[1, :, 6:] = garbage, garbage
-            second = model(torch.tensor([[7], [3]]), positions=torch.tensor([[3], [6]]), cache=cache)
+            second = model(torch.tensor([[7], [3]]), positions=torch.tensor([[3], [6]]),
+                           cache=cache)
         results.append(torch.stack([first, second]))
     assert torch.equal(*results)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
-    """Guards: a cache column or a number of rows that is compiled in as a constant, a gradient that differs."""
+    """Guards: a cache column or a number of rows that is compiled in as a constant, a gradient that
+    differs."""
     save_hf(random_model(), None, tmp_path)
     results = []
     for model in (load_hf(tmp_path), load_hf(tmp_path, compile=True)):
@@ -459,7 +514,8 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
             cache, _ = prefill(model, ids[:, :5].tolist(), model.head_weight)
             cache = room(cache, 4, 12)
             for t in range(5, 9):
-                decoded.append(model(ids[:, t : t + 1], positions=torch.full((4, 1), t), cache=cache))
+                decoded.append(model(ids[:, t : t + 1], positions=torch.full((4, 1), t),
+                                     cache=cache))
             cache.reshape(torch.tensor([3, 1]), 2, 20)
             decoded.append(model(ids[:2, 9:10], positions=torch.full((2, 1), 9), cache=cache))
         results.append([logprobs.detach(), *decoded, *(p.grad for p in model.parameters())])
@@ -468,12 +524,13 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # vocabulary, teacher
 
 
 def test_rows_beyond_the_tokenizer_exist_neither_for_trainer_nor_sampler():
-    """Guards trap 4: ids no tokenizer can decode, sampled or given probability in the trainer's softmax alone."""
+    """Guards trap 4: ids no tokenizer can decode, sampled or given probability in the trainer's
+    softmax alone."""
     full, model = random_model(), random_model(tiny(num_tokens=90))
     ids = ids_of(2, 8, vocab=90)
     with torch.no_grad():
@@ -481,18 +538,21 @@ def test_rows_beyond_the_tokenizer_exist_neither_for_trainer_nor_sampler():
         assert model.head_weight.shape == (90, 48) and logits.shape == (2, 90)
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         logp = F.log_softmax(logits, -1)
-        torch.testing.assert_close(logp.gather(-1, ids[:, -1:])[:, 0], logprobs[:, -1], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(-(logp.exp() * logp).sum(-1), entropy[:, -1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logp.gather(-1, ids[:, -1:])[:, 0], logprobs[:, -1],
+                                   atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(-(logp.exp() * logp).sum(-1), entropy[:, -1], atol=1e-5,
+                                   rtol=1e-5)
         whole, _ = full(ids[:, :-1], ids[:, 1:])
-    assert (logprobs - whole).min() > 1e-3, "the mass of the missing rows did not move to the others"
-    assert num_params(model) == num_params(full), "rows are masked, not cut: the checkpoint keeps its shape"
+    assert (logprobs - whole).min() > 1e-3  # the mass of the missing rows moves to the others
+    assert num_params(model) == num_params(full)  # masked, not cut: checkpoints keep their shape
 
 
 @pytest.mark.parametrize("own_head", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_teacher_divergence_equals_the_naive_one_and_trains_the_student_alone(own_head, temperature, monkeypatch):
-    """Guards: a gradient through the teacher (also where it shares the student's head), a chunk boundary, a temperature
-    that only one of the two is divided by."""
+def test_teacher_divergence_equals_the_naive_one_and_trains_the_student_alone(
+        own_head, temperature, monkeypatch):
+    """Guards: a gradient through the teacher (also where it shares the student's head), a chunk
+    boundary, a temperature that only one of the two is divided by."""
     monkeypatch.setitem(model_file.LOGITS_PER_CHUNK, "cpu", 3 * 90)
     student, teacher = random_model(tiny(num_tokens=90)), random_model(tiny(num_tokens=90), seed=3)
     ids, grads, values = ids_of(2, 8, vocab=90), [], []
@@ -506,7 +566,8 @@ def test_teacher_divergence_equals_the_naive_one_and_trains_the_student_alone(ow
             )
             plain = student(ids[:, :-1], ids[:, 1:], temperature=temperature)
             assert torch.equal(logprobs, plain[0]) and torch.equal(entropy, plain[1])
-            assert not any(t._is_view() for t in (logprobs, entropy, divergence)), "FSDP loses its hook on a view"
+            assert not any(t._is_view() for t in (logprobs, entropy,
+                                                  divergence)), "FSDP loses its hook on a view"
         else:
             w = (student if own_head else teacher).head_weight.detach()
             divergence = advantage.generalised_jsd(
@@ -525,7 +586,7 @@ def test_teacher_divergence_equals_the_naive_one_and_trains_the_student_alone(ow
     assert all(p.grad is None for p in teacher.parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loading errors: one line that names value, rule and fix
 
 
@@ -549,24 +610,33 @@ def drop_shard(folder):
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
 BREAKAGES = {
-    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, ["has no config.json"]),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), ValueError, ["config.json", "not valid JSON"]),
+    "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError,
+                  ["has no config.json"]),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), ValueError,
+                      ["config.json", "not valid JSON"]),
     "no size": (lambda f: edit_config(f, hidden_size="absent"), ValueError, ["lacks hidden_size"]),
-    "unknown family": (lambda f: edit_config(f, model_type="mamba"), ValueError, ["'mamba'", "qwen3, qwen2, llama"]),
-    "yarn": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), ValueError, ["rope_type = 'yarn'"]),
+    "unknown family": (lambda f: edit_config(f, model_type="mamba"), ValueError,
+                       ["'mamba'", "qwen3, qwen2, llama"]),
+    "yarn": (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), ValueError,
+             ["rope_type = 'yarn'"]),
     "half of llama3": (
         lambda f: edit_config(f, rope_scaling={"rope_type": "llama3", "factor": 8.0}),
         ValueError,
         ["lacks low_freq_factor, high_freq_factor, original_max_position_embeddings"],
     ),
-    "sliding window": (lambda f: edit_config(f, use_sliding_window=True), ValueError, ["use_sliding_window = True"]),
+    "sliding window": (lambda f: edit_config(f, use_sliding_window=True), ValueError,
+                       ["use_sliding_window = True"]),
     "gelu": (lambda f: edit_config(f, hidden_act="gelu"), ValueError, ["hidden_act = 'gelu'"]),
-    "bias on o": (lambda f: edit_config(f, attention_bias=True), ValueError, ["attention_bias = True", "qwen3"]),
-    "heads": (lambda f: edit_config(f, num_key_value_heads=3), ValueError, ["4 is not divisible", "= 3"]),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, ["lacks model.safetensors"]),
+    "bias on o": (lambda f: edit_config(f, attention_bias=True), ValueError,
+                  ["attention_bias = True", "qwen3"]),
+    "heads": (lambda f: edit_config(f, num_key_value_heads=3), ValueError,
+              ["4 is not divisible", "= 3"]),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError,
+                   ["lacks model.safetensors"]),
     "missing shard": (drop_shard, FileNotFoundError, ["lacks model-00002-of-"]),
     "truncated": (
-        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1000]),
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-1000]),
         ValueError,
         ["model.safetensors is truncated or corrupt"],
     ),
@@ -575,9 +645,11 @@ BREAKAGES = {
         ValueError,
         ["model.safetensors is truncated or corrupt"],
     ),
-    "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), ValueError, ["lacks 1 tensors", NORM]),
+    "missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), ValueError,
+                       ["lacks 1 tensors", NORM]),
     "unexpected": (
-        lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(1))), ValueError, ["unexpected tensor extra"]
+        lambda f: edit_tensors(f, lambda t: t.update(extra=torch.ones(1))), ValueError,
+        ["unexpected tensor extra"]
     ),
     "misshapen": (
         lambda f: edit_tensors(f, lambda t: t.update({DOWN: t[DOWN].T.contiguous()})),
@@ -589,7 +661,8 @@ BREAKAGES = {
 
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_a_broken_folder_is_named_in_one_line(name, tmp_path):
-    """Guards: tracebacks out of third-party code, and models that load with random or wrong parts."""
+    """Guards: tracebacks out of third-party code, and models that load with random or wrong
+    parts."""
     breakage, error, parts = BREAKAGES[name]
     save_hf(random_model(), None, tmp_path)
     load_hf(tmp_path)
@@ -609,10 +682,12 @@ def test_a_missing_folder_and_an_unreachable_hub_say_what_to_pass(tmp_path, monk
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    for name, part in [(str(tmp_path / "nowhere"), "does not exist"), ("org/model", "did not serve it (OSError)")]:
+    for name, part in [(str(tmp_path / "nowhere"), "does not exist"),
+                       ("org/model", "did not serve it (OSError)")]:
         with pytest.raises(FileNotFoundError, match="pass") as caught:
             load_hf(name)
-        assert part in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+        assert part in str(caught.value) and name in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_hub_id_is_downloaded_with_weights_and_tokenizer_only(tmp_path, monkeypatch):
@@ -635,17 +710,22 @@ def test_a_hub_id_is_downloaded_with_weights_and_tokenizer_only(tmp_path, monkey
     def wanted(file):
         return any(fnmatch.fnmatch(file, pattern) for pattern in asked["patterns"])
 
-    assert all(map(wanted, ["model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]))
-    assert not any(map(wanted, ["original/consolidated.00.pth", "pytorch_model.bin", "onnx/model.onnx"]))
+    assert all(map(wanted, ["model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt",
+                            "chat_template.jinja"]))
+    assert not any(map(wanted, ["original/consolidated.00.pth", "pytorch_model.bin",
+                                "onnx/model.onnx"]))
 
 
 def test_more_tokens_than_rows_are_refused():
-    """Guards: a tokenizer that does not belong to the model, met later as an index error on the device."""
-    with pytest.raises(ValueError, match=r"tokenizer has 98 tokens.* 97 rows; take .* out .*or add rows"):
+    """Guards: a tokenizer that does not belong to the model, met later as an index error on the
+    device."""
+    with pytest.raises(ValueError,
+                       match=r"tokenizer has 98 tokens.* 97 rows; take .* out .*or add rows"):
         tiny(num_tokens=98)
 
 
-@pytest.mark.parametrize("eos, ids", [("2", (2,)), ([2, "0"], (2, 0)), (0, (0,)), (None, ()), ("</s>", "is no token id")])
+@pytest.mark.parametrize("eos, ids", [("2", (2,)), ([2, "0"], (2, 0)), (0, (0,)), (None, ()),
+                                      ("</s>", "is no token id")])
 def test_stop_ids_are_numbers_however_a_config_writes_them(eos, ids):
     """Guards: a stop id '2' that no sampled token equals."""
     if isinstance(ids, str):
@@ -666,7 +746,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, bad):
 
 
 def test_folders_that_are_no_whole_weights_say_what_they_are(tmp_path):
-    """Guards: a LoRA adapter, GGUF or quantised folder that ends in an error about a missing or strange tensor."""
+    """Guards: a LoRA adapter, GGUF or quantised folder that ends in an error about a missing or
+    strange tensor."""
     def refused(words, folder=tmp_path):
         for load in (load_hf, lambda path: plan.read_model_config(str(path))):
             with pytest.raises((ValueError, FileNotFoundError), match=words) as e:
@@ -677,7 +758,8 @@ def test_folders_that_are_no_whole_weights_say_what_they_are(tmp_path):
     refused("holds GGUF files; only safetensors")
     save_hf(random_model(), None, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     refused("quantised .gptq.; training needs the original")
     (tmp_path / "adapter_config.json").write_text("{}")
     refused("is a LoRA adapter; merge it")
@@ -687,7 +769,8 @@ def test_folders_that_are_no_whole_weights_say_what_they_are(tmp_path):
 
 def test_quantised_tensors_are_refused(tmp_path):
     model = random_model()
-    tensors = {name: t.to(torch.int8) if name.endswith("up_proj.weight") else t for name, t in model.state_dict().items()}
+    tensors = {name: t.to(torch.int8) if name.endswith("up_proj.weight") else t for name,
+               t in model.state_dict().items()}
     save_hf(model, None, tmp_path, state_dict=tensors)
     with pytest.raises(ValueError, match="is torch.int8: quantised; use the original weights"):
         load_hf(tmp_path)
@@ -695,7 +778,8 @@ def test_quantised_tensors_are_refused(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
 def test_positions_in_the_thousands_are_those_of_transformers(model_type):
-    """Guards: positions rounded to bf16, which cannot count beyond 256, in training, prefill or decoding."""
+    """Guards: positions rounded to bf16, which cannot count beyond 256, in training, prefill or
+    decoding."""
     from transformers import AutoConfig, AutoModelForCausalLM
     model = random_model(tiny(model_type, max_position_embeddings=8192, num_hidden_layers=1))
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config.to_hf())).eval()
@@ -703,11 +787,13 @@ def test_positions_in_the_thousands_are_those_of_transformers(model_type):
     model.eval()
     ids = torch.randint(97, (1, 3001), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = theirs(ids).logits[:, -2:].float()                                   # of the last two columns
+        # of the last two columns
+        logits = theirs(ids).logits[:, -2:].float()
         training = model(ids)[:, -2:] @ model.head_weight.T
         cache, prefilled = prefill(model, ids[:, :-1].tolist(), model.head_weight)
         larger = KVCache(model.config, 1, 3008, head=model.head_weight)
         larger.write(torch.tensor([0]), cache, torch.tensor([0]))
         decoded = model(ids[:, -1:], positions=torch.tensor([[3000]]), cache=larger)
     torch.testing.assert_close(training, logits, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.stack([prefilled, decoded], dim=1), logits, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.stack([prefilled, decoded], dim=1), logits, atol=2e-5,
+                               rtol=1e-4)

@@ -1,4 +1,5 @@
-"""The grader: no wrong answer is accepted, few right ones are refused, and nothing a policy writes stops it."""
+"""The grader: no wrong answer is accepted, few right ones are refused, and nothing a policy writes
+stops it."""
 import json
 import os
 import re
@@ -341,16 +342,21 @@ def test_grades_keep_the_order_of_the_texts():
 
 def test_equal_pairs_are_graded_once_and_easy_ones_never_leave_the_process(monkeypatch):
     asked = []
-    monkeypatch.setattr(reward, "_ask", lambda request, _: asked.append(request) or {"status": "wrong"})
-    grade_many([box(r"\sqrt{3}")] * 5 + [box("7")] * 5 + ["none"], [r"\sqrt{2}"] * 5 + ["8"] * 5 + ["1"])
+    monkeypatch.setattr(reward, "_ask", lambda request, _: asked.append(request)
+                        or {"status": "wrong"})
+    grade_many([box(r"\sqrt{3}")] * 5 + [box("7")] * 5 + ["none"], [r"\sqrt{2}"] * 5 + ["8"] * 5
+               + ["1"])
     assert asked == [{"answer": r"\sqrt{3}", "gold": r"\sqrt{2}"}]
 
 
 def test_thousands_of_answers_are_settled_in_a_second_of_one_core(monkeypatch):
-    """Bug: a search that backtracks over the response, or a worker asked what its text already settles."""
+    """Bug: a search that backtracks over the response, or a worker asked what its text already
+    settles."""
     monkeypatch.setattr(reward, "_ask", None)
-    golds = [form.format(i, i + 7) for i in range(1000) for form in (r"{}", r"\frac{{{}}}{{{}}}", r"{}\sqrt{{{}}}", "({},{})")]
-    texts = ["We compute it. " * 100 + box(gold.replace("{", " {").replace(",", ", ")) for gold in golds]
+    golds = [form.format(i, i + 7) for i in range(1000)
+             for form in (r"{}", r"\frac{{{}}}{{{}}}", r"{}\sqrt{{{}}}", "({},{})")]
+    texts = ["We compute it. " * 100 + box(gold.replace("{", " {").replace(",", ", "))
+             for gold in golds]
     normalise.cache_clear()
     start = time.process_time()
     assert all(g.status == "correct" for g in grade_many(texts, golds))
@@ -362,14 +368,16 @@ def test_texts_and_golds_of_unequal_number_are_refused():
         grade_many([box("1")], ["1", "2"])
 
 
-@pytest.mark.parametrize("gold", ["033", r"\frac{9 \sqrt{23}}{23}", r"\text{Evelyn}", "C", r"(3,\pi)", "204_5", "12:30",
-                                  "x=1, y=2", r"\{1\pm\sqrt{5},-2\}", r"31 < p \le 41"])
+@pytest.mark.parametrize("gold", ["033", r"\frac{9 \sqrt{23}}{23}", r"\text{Evelyn}", "C",
+                                  r"(3,\pi)", "204_5", "12:30", "x=1, y=2", r"\{1\pm\sqrt{5},-2\}",
+                                  r"31 < p \le 41"])
 def test_a_readable_gold_passes(gold):
     assert check_gold(gold) is None
 
 
 @pytest.mark.parametrize("gold,why", [("", "empty"), (" $ $ ", "empty"), ("x" * 3000, "too long"),
-                                      (r"\frac{1}{", "cannot be read"), (r"1, \sqrt{", "cannot be read")])
+                                      (r"\frac{1}{", "cannot be read"),
+                                      (r"1, \sqrt{", "cannot be read")])
 def test_an_unreadable_gold_is_refused_in_one_line(gold, why):
     with pytest.raises(ValueError, match=why) as error:
         check_gold(gold)
@@ -387,24 +395,32 @@ def rows(name):
 
 def test_real_responses_get_their_labels():
     data = rows("graded_outputs.jsonl")
-    texts = [box(r["response"].rpartition("A: ")[2]) if "grade-school" in r["origin"] else r["response"] for r in data]
+    texts = [box(r["response"].rpartition("A: ")[2]) if "grade-school" in r["origin"]
+             else r["response"] for r in data]
     grades = grade_many(texts, [r["gold"] for r in data], timeout_s=20.0)
-    # label_checked corrects one label of the source's own grader (10{,}000 against 10000) and leaves one open
+    # label_checked corrects one label of the source's own grader (10{,}000 against 10000) and
+    # leaves one open
     labels = [r["label"] if r["label_checked"] is None else r["label_checked"] for r in data]
-    assert sum((g.reward == 1) == label for g, label in zip(grades, labels, strict=True)) >= 0.997 * len(data)
-    assert not [r["id"] for r, g, label in zip(data, grades, labels, strict=True) if g.reward == 1 and not label]
+    assert sum((g.reward == 1) == label for g,
+               label in zip(grades, labels, strict=True)) >= 0.997 * len(data)
+    assert not [r["id"] for r, g, label in zip(data, grades, labels, strict=True) if g.reward == 1
+                and not label]
 
 
 def final_answer(case):
-    """The case as a boxed final answer, or None if it is about something else: finding an answer in prose, one spread
-    over several boxes, a gold with a decimal comma, a comparison to two digits."""
+    """The case as a boxed final answer, or None if it is about something else: finding an answer in
+    prose, one spread over several boxes, a gold with a decimal comma, a comparison to two
+    digits."""
     gold, answer = case["gold"], case["answer"]
-    if len(re.findall(r"\\boxed", gold)) > 1 or case["params"].get("precision") == 2 or gold == "0,111":
+    if len(re.findall(r"\\boxed",
+                      gold)) > 1 or case["params"].get("precision") == 2 or gold == "0,111":
         return None
     if "boxed" in answer:
         return answer if len(set(re.findall(r"\\boxed\{.*?\}", answer))) == 1 else None
-    formulas = re.findall(r"(?<!\\)\$([^\n]*?)(?<!\\)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", answer, re.DOTALL)
-    around = re.sub(r"(?<!\\)\$.*(?<!\\)\$|\\\[.*\\\]|\\\(.*\\\)|perc\w+", "", answer, flags=re.DOTALL)
+    formulas = re.findall(r"(?<!\\)\$([^\n]*?)(?<!\\)\$|\\\[(.*?)\\\]|\\\((.*?)\\\)", answer,
+                          re.DOTALL)
+    around = re.sub(r"(?<!\\)\$.*(?<!\\)\$|\\\[.*\\\]|\\\(.*\\\)|perc\w+", "", answer,
+                    flags=re.DOTALL)
     prose = re.search(r"[A-Za-z]{3,}", around)
     if prose and (len(formulas) != 1 or re.search(r"\d", around)):
         return None
@@ -414,16 +430,22 @@ def final_answer(case):
 def test_the_cases_of_math_verify_that_are_final_answers_hold():
     kept = [(case, final_answer(case)) for case in rows("verify_cases.jsonl")]
     kept = [(case, text) for case, text in kept if text]
-    grades = grade_many([text for _, text in kept], [case["gold"] for case, _ in kept], timeout_s=20.0)
+    grades = grade_many([text for _, text in kept], [case["gold"] for case, _ in kept],
+                        timeout_s=20.0)
     assert len(kept) >= 100
-    # an option of math-verify that we do not have: without it an inequality is the interval that it describes
-    kept, grades = zip(*[pair for pair in zip(kept, grades, strict=True) if pair[0][0]["params"].get(
-        "allow_set_relation_comp") is not False or pair[1].reward == pair[0][0]["expected"]], strict=True)
-    assert not [(c["gold"], g) for (c, _), g in zip(kept, grades, strict=True) if g.reward != c["expected"]]
+    # an option of math-verify that we do not have: without it an inequality is the interval that it
+    # describes
+    kept, grades = zip(*[pair for pair in zip(kept, grades, strict=True)
+                         if pair[0][0]["params"].get(
+        "allow_set_relation_comp") is not False or pair[1].reward == pair[0][0]["expected"]],
+                       strict=True)
+    assert not [(c["gold"], g) for (c, _), g in zip(kept, grades, strict=True)
+                if g.reward != c["expected"]]
 
 
-@pytest.mark.parametrize("name,refused", [("aime24.jsonl", 0), ("aime25.jsonl", 0), ("hmmt_feb25.jsonl", 0),
-                                          ("gsm8k_test.jsonl", 0)])
+@pytest.mark.parametrize("name,refused",
+                         [("aime24.jsonl", 0), ("aime25.jsonl", 0), ("hmmt_feb25.jsonl", 0),
+                          ("gsm8k_test.jsonl", 0)])
 def test_benchmark_golds_are_readable_and_accept_themselves_alone(name, refused):
     golds = [str(r["answer"]).rpartition("####")[2].strip() for r in rows(name)]
     for gold in golds:
@@ -432,14 +454,16 @@ def test_benchmark_golds_are_readable_and_accept_themselves_alone(name, refused)
     assert all(g.status == "correct" for g in own)
     shifted = golds[1:] + golds[:1]
     assert all((g.reward == 1) == (a == b) for g, a, b in zip(
-        grade_many([box(gold) for gold in shifted], golds, timeout_s=20.0), shifted, golds, strict=True))
+        grade_many([box(gold) for gold in shifted], golds, timeout_s=20.0), shifted, golds,
+        strict=True))
 
 
 def test_two_roots_of_hmmt_are_accepted_in_any_order_but_not_alone():
     gold = {r["id"]: r["answer"] for r in rows("hmmt_feb25.jsonl")}["hmmt25feb-10"]
     one, two = gold.split(", ")
     right = [f"{two}, {one}", rf"{two} \text{{ and }} {one}", rf"\{{{one}, {two}\}}"]
-    grades = grade_many([box(a) for a in [*right, one, two, f"({one}, {two})"]], [gold] * 6, timeout_s=20.0)
+    grades = grade_many([box(a) for a in [*right, one, two, f"({one}, {two})"]], [gold] * 6,
+                        timeout_s=20.0)
     assert [g.status for g in grades] == ["correct"] * 3 + ["wrong"] * 3
 
 
@@ -463,7 +487,8 @@ def gone(pid, within):
 
 
 def forks():
-    return {int(fork) for pid in pids() for fork in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    return {int(fork) for pid in pids()
+            for fork in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
 
 
 STAND_IN = {  # light and badly behaved libraries: what verify does depends on the gold
@@ -493,7 +518,8 @@ def verify(g, a, **_):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """Workers that are started in such a test import the stand-ins; they are gone before and after it."""
+    """Workers that are started in such a test import the stand-ins; they are gone before and after
+    it."""
     def stop():
         for worker in list(reward._alive):
             reward._kill(worker)
@@ -508,13 +534,16 @@ def stand_in(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("answer", [
-    "10^{10^{10}}", "10**10**10", "(10^{9})!", r"\sum_{k=1}^{10^{8}}\sin(k)", "(" * 500 + "1" + ")" * 500,
-    r"\frac{1}{" * 180 + "2" + "}" * 180, "{" * 900 + "}" * 900, r"\sqrt{" * 200 + "x" + "}" * 200, "x+" * 990 + "1",
+    "10^{10^{10}}", "10**10**10", "(10^{9})!", r"\sum_{k=1}^{10^{8}}\sin(k)", "(" * 500 + "1"
+    + ")" * 500, r"\frac{1}{" * 180 + "2" + "}" * 180, "{" * 900 + "}" * 900, r"\sqrt{" * 200 + "x"
+    + "}" * 200,
+    "x+" * 990 + "1",
     "\\" * 1500, "\x00\ud800", "1" * 1990])
 def test_adversarial_latex_ends_in_time_and_the_next_answer_is_graded(answer):
     grade(box(r"\sqrt{4}"), "2", timeout_s=20.0)  # the start of a worker is not under test
     start = time.monotonic()
-    assert grade(box(answer), r"\sqrt{7}", timeout_s=0.5).status in ("unparsable", "timeout", "wrong", "no_answer")
+    assert grade(box(answer), r"\sqrt{7}", timeout_s=0.5).status in (
+        "unparsable", "timeout", "wrong", "no_answer")
     assert grade(box(r"\sqrt{4}"), "2", timeout_s=20.0).status == "correct"
     assert time.monotonic() - start < 10
 
@@ -528,7 +557,8 @@ def test_a_megabyte_is_not_parsed():
 
 @pytest.mark.parametrize("gold", ["\\raise", "\\recursion", "\\abort", "\\exit"])
 def test_a_crash_is_an_error_and_not_a_wrong_answer(gold, stand_in):
-    grades = grade_many([box(r"\sqrt{4}")] * 3, [gold, r"\good", r"\print"], timeout_s=20.0, workers=1)
+    grades = grade_many([box(r"\sqrt{4}")] * 3, [gold, r"\good", r"\print"], timeout_s=20.0,
+                        workers=1)
     assert [g.status for g in grades] == ["error", "correct", "wrong"]
 
 
@@ -536,8 +566,10 @@ def test_an_endless_comparison_is_a_timeout_and_its_process_is_replaced_at_once(
     assert grade(box(r"\sqrt{4}"), r"\good", timeout_s=20.0).status == "correct"
     start = time.monotonic()
     answers = [r"\sqrt{4}", r"\sqrt{9}", "y"]
-    grades = grade_many([box(a) for a in answers], [r"\loop", r"\loop", r"\good"], timeout_s=0.5, workers=1)
-    assert [g.status for g in grades] == ["timeout", "timeout", "correct"] and [g.reward for g in grades] == [0, 0, 1]
+    grades = grade_many([box(a) for a in answers], [r"\loop", r"\loop", r"\good"], timeout_s=0.5,
+                        workers=1)
+    assert [g.status for g in grades] == ["timeout", "timeout", "correct"]
+    assert [g.reward for g in grades] == [0, 0, 1]
     assert 1 <= time.monotonic() - start < 4
     assert len(pids()) == 1 and len(forks()) == 1
 
@@ -576,20 +608,22 @@ def test_a_process_that_was_killed_is_replaced(whom, stand_in):
 
 
 def test_sigterm_to_the_parents_group_or_to_everybody_leaves_grading_alone(stand_in):
-    """torchrun sends it to the whole group of a rank, which finishes its step first: found by runs/chaos.sh, as one response of
-    that step whose grade was 'error'."""
+    """torchrun sends it to the whole group of a rank, which finishes its step first: found by
+    runs/chaos.sh, as one response of that step whose grade was 'error'."""
     grade(box("y"), r"\good", timeout_s=20.0)
     before = pids() | forks()
     for pid in before:
         assert os.getpgid(pid) != os.getpgid(0)
         os.kill(pid, signal.SIGTERM)
-    assert grade(box("y"), r"\good", timeout_s=20.0).status == "correct" and pids() | forks() == before
+    assert grade(box("y"), r"\good",
+                 timeout_s=20.0).status == "correct" and pids() | forks() == before
 
 
 def test_grading_works_from_a_thread(stand_in):
     """An alarm works in the main thread only: there it once made every reward 0."""
     result = []
-    thread = threading.Thread(target=lambda: result.extend(grade_many([box("y"), box("z")], [r"\good", r"\loop"])))
+    thread = threading.Thread(
+        target=lambda: result.extend(grade_many([box("y"), box("z")], [r"\good", r"\loop"])))
     thread.start()
     thread.join(60)
     assert [g.status for g in result] == ["correct", "timeout"]
@@ -622,8 +656,10 @@ time.sleep(0.3)
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)", BUSY + "os.kill(os.getpid(), 9)",
                                  BUSY + "os.kill(pid, 9)\nos.kill(os.getpid(), 9)"])
 def test_a_script_without_a_main_guard_leaves_nobody_behind(end, stand_in):
-    """Nobody cleans up after SIGKILL: idle processes see their input end, a busy one comes to its own limit."""
-    out = subprocess.run([sys.executable, "-c", SCRIPT + end], capture_output=True, text=True, timeout=120)
+    """Nobody cleans up after SIGKILL: idle processes see their input end, a busy one comes to its
+    own limit."""
+    out = subprocess.run([sys.executable, "-c", SCRIPT + end], capture_output=True, text=True,
+                         timeout=120)
     status, *started = out.stdout.split()
     assert status == "correct" and out.stderr == "" and len(started) == 2
     assert all(gone(int(pid), 6) for pid in started)
@@ -632,30 +668,45 @@ def test_a_script_without_a_main_guard_leaves_nobody_behind(end, stand_in):
 # --- as language models write right answers, and what must not pass for one
 
 WRITTEN = [
-    ('72 clips', '72', True), ('\\text{72 clips}', '72', True), ('72 or 73', '72', False), ('7 2', '72', False),
-    ('72\\$', '72', True), ('120^{\\circ} \\mathrm{C}', '120', True), ('4:30 \\text{ p.m.}', '\\text{4:30 p.m.}', True),
+    ('72 clips', '72', True), ('\\text{72 clips}', '72', True), ('72 or 73', '72', False),
+    ('7 2', '72', False), ('72\\$', '72', True), ('120^{\\circ} \\mathrm{C}', '120', True),
+    ('4:30 \\text{ p.m.}', '\\text{4:30 p.m.}', True),
     ('1.5e3', '1500', True), ('\\log_{2}{8}', '3', True), ('\\emptyset', '\\{\\}', True),
     ('0.\\overline{3}', '\\frac13', True), ('5\\text{ tens}', '5', False), ('2,2,3', '2,3', False),
-    ('\\underline{42}', '42', True), ('\\color{red}{42}', '42', True), ('\\bf 42', '42', True), ('**42**', '42', True),
-    ('42\\\\', '42', True), ('(C) 12', 'C', True), ('\\mathrm{(B)}\\ 7', 'B', True), ('\\sin 30^\\circ', '\\frac12', True),
-    ('\\sin 30^\\circ', '\\sin 30', False), ('x \\geq 3', '[3,\\infty)', True), ('204_{\\text{five}}', '204_5', True),
-    ('72 clips and 3 pens', '72', False), ('5 dozen', '5', False), ('5 \\text{ hundred}', '5', False),
-    ('72 clips', '73', False), ('five clips', '5', False), ('\\text{Ann has 72 clips}', '72', False),
-    ('72 m', '72 cm', False), ('72 \\text{ red clips}', '72', True), ('\\$72', '72', True), ('2.5e-1', '1/4', True),
-    ('2e', '2', False), ('98.6^\\circ F', '98.6', True), ('120^{\\circ} \\mathrm{C}', '121', False),
-    ('5:30 p.m.', '\\text{4:30 p.m.}', False), ('4:30', '\\text{4:30 p.m.}', True),
-    ('4:30 a.m.', '\\text{4:30 p.m.}', False), ('0.1\\overline{6}', '\\frac16', True),
-    ('0.\\overline{12}', '\\frac{4}{33}', True), ('0.\\overline{3}', '0.3', False), ('0.\\dot{3}', '\\frac13', True),
-    ('3,2,2', '2,3,2', True), ('\\{2,2,3\\}', '\\{2,3\\}', True), ('2,3,3', '2,2,3', False),
-    ('\\textcolor{blue}{7}', '7', True), ('\\boldsymbol{x+1}', 'x+1', True), ('\\displaystyle\\frac12', '1/2', True),
-    ('{\\bf 42}', '42', True), ('*42*', '42', True), ('2**3', '8', True), ('\\large 42', '42', True),
-    ('(C) 12', '12', False), ('C. 12', 'C', True), ('(C) 12', 'B', False), ('\\text{(C)}', 'C', True), ('C) 12', 'C', True),
-    ('\\cos 60^\\circ', '\\frac12', True), ('\\tan 45^{\\circ}', '1', True), ('\\sin(30^\\circ)', '\\frac12', True),
-    ('30^\\circ', '30', True), ('30^\\circ', '\\frac{\\pi}{6}', False), ('x<3', '(-\\infty,3)', True),
-    ('-1 \\le x < 2', '[-1,2)', True), ('x \\geq 3', '(3,\\infty)', False), ('x \\ge 3', 'x > 3', False),
-    ('204_{\\text{six}}', '204_5', False), ('1011_{\\text{two}}', '1011_2', True), ('\\log_2 8', '3', True),
-    ('\\ln e^2', '2', True), ('\\varnothing', '\\emptyset', True), ('\\text{no solution}', '\\emptyset', False),
-    ('72 clips', '72 cm', False), ('72 people', '72', True), ('0 percent', '0', True), ('3 halves', '3', False),
+    ('\\underline{42}', '42', True), ('\\color{red}{42}', '42', True), ('\\bf 42', '42', True),
+    ('**42**', '42', True), ('42\\\\', '42', True), ('(C) 12', 'C', True),
+    ('\\mathrm{(B)}\\ 7', 'B', True), ('\\sin 30^\\circ', '\\frac12', True),
+    ('\\sin 30^\\circ', '\\sin 30', False),
+    ('x \\geq 3', '[3,\\infty)', True), ('204_{\\text{five}}', '204_5', True),
+    ('72 clips and 3 pens', '72', False),
+    ('5 dozen', '5', False),
+    ('5 \\text{ hundred}', '5', False),
+    ('72 clips', '73', False), ('five clips', '5', False),
+    ('\\text{Ann has 72 clips}', '72', False), ('72 m', '72 cm', False),
+    ('72 \\text{ red clips}', '72', True), ('\\$72', '72', True),
+    ('2.5e-1', '1/4', True), ('2e', '2', False), ('98.6^\\circ F', '98.6', True),
+    ('120^{\\circ} \\mathrm{C}', '121', False), ('5:30 p.m.', '\\text{4:30 p.m.}', False),
+    ('4:30', '\\text{4:30 p.m.}', True), ('4:30 a.m.', '\\text{4:30 p.m.}', False),
+    ('0.1\\overline{6}', '\\frac16', True), ('0.\\overline{12}', '\\frac{4}{33}', True),
+    ('0.\\overline{3}', '0.3', False), ('0.\\dot{3}', '\\frac13', True), ('3,2,2', '2,3,2', True),
+    ('\\{2,2,3\\}', '\\{2,3\\}', True), ('2,3,3', '2,2,3', False),
+    ('\\textcolor{blue}{7}', '7', True),
+    ('\\boldsymbol{x+1}', 'x+1', True), ('\\displaystyle\\frac12', '1/2', True),
+    ('{\\bf 42}', '42', True), ('*42*', '42', True),
+    ('2**3', '8', True), ('\\large 42', '42', True), ('(C) 12', '12', False), ('C. 12', 'C', True),
+    ('(C) 12', 'B', False),
+    ('\\text{(C)}', 'C', True), ('C) 12', 'C', True),
+    ('\\cos 60^\\circ', '\\frac12', True), ('\\tan 45^{\\circ}', '1', True),
+    ('\\sin(30^\\circ)', '\\frac12', True), ('30^\\circ', '30', True),
+    ('30^\\circ', '\\frac{\\pi}{6}', False), ('x<3', '(-\\infty,3)', True),
+    ('-1 \\le x < 2', '[-1,2)', True), ('x \\geq 3', '(3,\\infty)', False),
+    ('x \\ge 3', 'x > 3', False),
+    ('204_{\\text{six}}', '204_5', False), ('1011_{\\text{two}}', '1011_2', True),
+    ('\\log_2 8', '3', True), ('\\ln e^2', '2', True),
+    ('\\varnothing', '\\emptyset', True),
+    ('\\text{no solution}', '\\emptyset', False),
+    ('72 clips', '72 cm', False), ('72 people', '72', True), ('0 percent', '0', True),
+    ('3 halves', '3', False),
     ('2 times', '2', False)
 ]
 
@@ -663,4 +714,5 @@ WRITTEN = [
 def test_how_an_answer_is_written_does_not_decide_its_reward():
     """Bug: reward 0 for `72 clips`, `**42**`, `(C) 12`, reward 1 for `5 tens`."""
     grades = grade_many([box(answer) for answer, _, _ in WRITTEN], [gold for _, gold, _ in WRITTEN])
-    assert not [(case, g) for case, g in zip(WRITTEN, grades, strict=True) if (g.reward == 1) != case[2]]
+    assert not [(case, g) for case, g in zip(WRITTEN, grades, strict=True)
+                if (g.reward == 1) != case[2]]

@@ -14,7 +14,8 @@ from rollout import CORRECTION, DIAGNOSIS, PREFIX, Rollout
 from update import collate
 
 def test_the_docstring_example_of_collate_is_literal():
-    batch = collate([rollout_of([5, 6], [7, 8, 2], loss_scale=0.5), rollout_of([5], [9, 2], loss_scale=0.25)])
+    batch = collate([rollout_of([5, 6], [7, 8, 2], loss_scale=0.5),
+                     rollout_of([5], [9, 2], loss_scale=0.25)])
     assert batch.inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
     assert batch.targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
     assert batch.completion_mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
@@ -23,9 +24,12 @@ def test_the_docstring_example_of_collate_is_literal():
 
 def test_every_field_of_a_batch_speaks_of_the_same_target():
     """Guards: masks or log-probs aligned with inputs, one column from the token they describe."""
-    mask, ots = token_masks([PREFIX, DIAGNOSIS, CORRECTION, CORRECTION], diagnosis="mask", train_prefix=False, ots=True)
-    reflection = rollout_of([5, 6], [10, 11, 12, 13], is_reflection=True, advantage=1.5, mask=mask, ots=ots)
-    ordinary = rollout_of([5, 6, 7, 4, 3], [20, 2], sample_logprobs=[-0.5, -0.25], advantage=-2.0, old_logprobs=[-3.0, -4.0])
+    mask, ots = token_masks([PREFIX, DIAGNOSIS, CORRECTION, CORRECTION], diagnosis="mask",
+                            train_prefix=False, ots=True)
+    reflection = rollout_of([5, 6], [10, 11, 12, 13], is_reflection=True, advantage=1.5, mask=mask,
+                            ots=ots)
+    ordinary = rollout_of([5, 6, 7, 4, 3], [20, 2], sample_logprobs=[-0.5, -0.25], advantage=-2.0,
+                          old_logprobs=[-3.0, -4.0])
     batch = collate([reflection, ordinary])
     # the first column speaks of no completion token: the head is spared it
     assert batch.inputs.tolist() == [[5, 6, 10, 11, 12, 0], [5, 6, 7, 4, 3, 20]]
@@ -35,24 +39,28 @@ def test_every_field_of_a_batch_speaks_of_the_same_target():
     assert batch.ots.tolist() == [[1, 0, 1, 1, 0], [0] * 5]
     assert batch.sample_logprobs.tolist() == [[0] * 5, [0, 0, 0, -0.5, -0.25]]
     assert batch.old_logprobs.tolist() == [[0] * 5, [0, 0, 0, -3, -4]]
-    assert [batch.targets[i, batch.columns_of(i)].tolist() for i in range(2)] == [[10, 11, 12, 13], [20, 2]]
+    assert [batch.targets[i, batch.columns_of(i)].tolist() for i in range(2)] == [
+        [10, 11, 12, 13], [20, 2]]
     assert batch.advantages.tolist() == [1.5, -2.0] and batch.is_reflection.tolist() == [1, 0]
     assert batch.inputs.dtype == batch.targets.dtype == torch.int64
-    assert all(x.dtype == torch.float32 for x in (batch.completion_mask, batch.mask, batch.ots, batch.sample_logprobs,
-                                                  batch.advantages, batch.is_reflection, batch.loss_scale))
+    assert all(x.dtype == torch.float32 for x in (batch.completion_mask, batch.mask, batch.ots,
+                                                  batch.sample_logprobs, batch.advantages,
+                                                  batch.is_reflection, batch.loss_scale))
     for x, y in zip(vars(batch).values(), vars(batch.to("cpu")).values(), strict=True):
         assert torch.equal(x, y) if torch.is_tensor(x) else x is y
 
 
 def test_a_batch_masks_by_length_not_by_value():
-    """Guards trap 5: a prompt that ends, or a completion that has its middle or its stop token, in the padding id 0."""
+    """Guards trap 5: a prompt that ends, or a completion that has its middle or its stop token, in
+    the padding id 0."""
     batch = collate([rollout_of([5, 0], [0, 7, 0, 0]), rollout_of([0, 0, 5], [1, 2, 3, 4, 5])])
     assert batch.completion_mask.tolist() == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]
     assert batch.targets.tolist() == [[0, 7, 0, 0, 0, 0], [5, 1, 2, 3, 4, 5]]
 
 
 def test_a_rows_logprobs_do_not_depend_on_its_padding():
-    """Guards trap 17: the last label of a row taken from elsewhere, attention that sees the padding."""
+    """Guards trap 17: the last label of a row taken from elsewhere, attention that sees the
+    padding."""
     model = tiny_model()
     rollouts = [as_rollout(p, c) for p, group in zip(RAGGED, draw(model)) for c in group]
     batch = collate(rollouts)
@@ -61,7 +69,8 @@ def test_a_rows_logprobs_do_not_depend_on_its_padding():
     for r, row, mask in zip(rollouts, together, batch.completion_mask):
         alone = trainer_logprobs(model, r.prompt_ids, r.completion_ids)
         torch.testing.assert_close(row[mask > 0], alone, atol=1e-5, rtol=0)
-    # the sampler's log-probs lie in the same columns: this difference is the parity metric of every step (trap 8)
+    # the sampler's log-probs lie in the same columns: this difference is the parity metric of every
+    # step (trap 8)
     assert ((together - batch.sample_logprobs) * batch.completion_mask).abs().max() < 1e-4
 
 
@@ -71,9 +80,11 @@ def test_the_docstring_example_of_microbatches_is_literal():
 
 @pytest.mark.parametrize("budget", [1, 10, 40, 100, 10**6])
 def test_microbatches_keep_the_budget_and_hold_every_row_once(budget):
-    """Guards: the budget compared with the sum of lengths instead of the padded rectangle; the last batch forgotten."""
+    """Guards: the budget compared with the sum of lengths instead of the padded rectangle; the last
+    batch forgotten."""
     g = torch.Generator().manual_seed(0)
-    rollouts = [rollout_of([1] * int(a), [2] * int(b)) for a, b in torch.randint(1, 15, (40, 2), generator=g)]
+    rollouts = [rollout_of([1] * int(a), [2] * int(b)) for a,
+                b in torch.randint(1, 15, (40, 2), generator=g)]
     batches = microbatches([len(r) for r in rollouts], budget)
     assert sorted(i for batch in batches for i in batch) == list(range(40))
     for batch in batches:
@@ -92,7 +103,8 @@ def a_step(model) -> list[Rollout]:
         ids = torch.randint(9, (n,), generator=g).tolist()
         roles = [PREFIX] * first + [DIAGNOSIS] * (last - first) + [CORRECTION] * (n - last)
         mask, ots = token_masks(roles, diagnosis="mask", train_prefix=True, ots=True)
-        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True, advantage=1.0 - n % 2 * 2, mask=mask,
+        rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True,
+                                   advantage=1.0 - n % 2 * 2, mask=mask,
                                    ots=ots))
     return rollouts
 
@@ -113,10 +125,13 @@ class Gradients:
 def gradient_of_a_step(model, rollouts, budget) -> tuple[float, dict[str, torch.Tensor]]:
     """The real update of TAPO, up to its optimiser."""
     loss_fn = functools.partial(
-        train.loss_of, model=model, ref_model=None, method="tapo", temperature=1.0, clip_eps=0.2, weighting="ots", w_min=0.01,
-        w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd", opsd_beta=0.5, opsd_clip=0.0, on_policy=True)
+        train.loss_of, model=model, ref_model=None, method="tapo", temperature=1.0, clip_eps=0.2,
+        weighting="ots", w_min=0.01, w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd",
+        opsd_beta=0.5, opsd_clip=0.0,
+        on_policy=True)
     optimizer = Gradients(model)
-    sums = update.update(model, optimizer, rollouts, loss_fn, tokens_per_microbatch=budget, grad_clip=1e9, device="cpu",
+    sums = update.update(model, optimizer, rollouts, loss_fn, tokens_per_microbatch=budget,
+                         grad_clip=1e9, device="cpu",
                          autocast=contextlib.nullcontext())
     return sums["train/loss"], optimizer.kept
 
@@ -136,11 +151,13 @@ def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(lo
             other_loss, others = gradient_of_a_step(model, rows, budget)
             assert other_loss == pytest.approx(loss, abs=1e-6)
             for name, g in gradients.items():
-                torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7, rtol=1e-4)
+                torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7,
+                                           rtol=1e-4)
 
 
 def test_a_filler_takes_part_and_counts_nowhere():
-    """What a rank with nothing left to do runs to keep step. Guards: a missing gradient (FSDP waits), or one not 0."""
+    """What a rank with nothing left to do runs to keep step. Guards: a missing gradient (FSDP
+    waits), or one not 0."""
     model = tiny_model()
     (rows,) = update.microbatches_of([], 100)
     assert len(rows) == 1 and rows[0].mask == [0.0]

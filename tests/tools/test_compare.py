@@ -28,13 +28,13 @@ def test_sign_flips_match_all_patterns_and_their_sampled_version_agrees():
 
 def test_intervals_over_seeds_are_students():
     low, high = compare.t_interval([1, 2, 3])
-    assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.303 / math.sqrt(3),
-        rel=1e-3)
+    assert (low + high) / 2 == pytest.approx(2)
+    assert high - 2 == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     for df, t in ((1, 12.706), (15, 2.131), (16, 2.120), (20, 2.086), (30, 2.042), (120, 1.980)):
         values = np.tile([-1.0, 1.0], df + 1)[:df + 1]
         low, high = compare.t_interval(values)
-        assert (high - low) / 2 / (values.std(ddof=1) / math.sqrt(df + 1)) == pytest.approx(t,
-            abs=2e-3)
+        assert (high - low) / 2 / (values.std(ddof=1) / math.sqrt(df + 1)) == pytest.approx(
+            t, abs=2e-3)
 
 
 def result(path, counts, n=8, **setting):

@@ -176,8 +176,8 @@ def test_recovery_counts_from_the_end_of_the_first_error(model, monkeypatch):
     def generate(_, prompts, n, **__):
         asked.append([TOKENIZER.decode(prompt) for prompt in prompts])
         after = "6 is too low. "
-        texts = [AGAIN + RIGHT, WRONG + AGAIN] if len(asked) == 1 else [after + RIGHT,
-            after + WRONG]
+        texts = [AGAIN + RIGHT, WRONG + AGAIN] if len(asked) == 1 else [
+            after + RIGHT, after + WRONG]
         completions = [Completion(ids_of(text) + [TOKENIZER.eos_token_id], [0.0], True)
                        for text in texts]
         return [completions for _ in prompts]

@@ -185,7 +185,8 @@ def test_an_update_peaks_where_planned(shape, dtype, checkpointing, chunk, monke
     model.checkpoint_activations = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     sampler = parallel.Unsharded(model, dtype)  # whose copies stay
-    with LiveBytes(*(copy for copy, _ in sampler.copies), *model.parameters(), *reference.parameters()) as live:
+    with LiveBytes(*(copy for copy, _ in sampler.copies), *model.parameters(),
+                   *reference.parameters()) as live:
         # the moments exist from the second step on, the gradients from the second micro-batch on
         for width in (2, T, T):
             ids = torch.zeros(B, width, dtype=torch.long)
@@ -230,8 +231,8 @@ def test_sampling_peaks_where_planned(rows, n, prompt, new, dtype):
     sampler = parallel.Unsharded(model, dtype)
     with LiveBytes(*model.parameters(), *(copy for copy, _ in sampler.copies)) as live, \
             autocast(dtype):
-        rollout.generate(sampler.sampler, [[1 + i] * prompt for i in range(rows // n)], n, max_new_tokens=new,
-                         stop_ids=(-1,), keys=[(i,) for i in range(rows // n)])
+        rollout.generate(sampler.sampler, [[1 + i] * prompt for i in range(rows // n)], n,
+                         max_new_tokens=new, stop_ids=(-1,), keys=[(i,) for i in range(rows // n)])
     p = small_plan(config, dtype, max_rows=rows, samples_per_prompt=n, longest_prompt=prompt,
                    max_new_tokens=new)
     assert p["weights"] + p["sampler"] + p["sampling"] == pytest.approx(live.peak, rel=0.1)
@@ -283,8 +284,8 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
     columns = rollout.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, rollout.COLUMNS)
-    assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns,
-        "bfloat16") > p["rollouts: KV cache"]
+    assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns, "bfloat16") > p[
+        "rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
 
 
@@ -443,8 +444,8 @@ def test_the_shipped_cold_starts_fit_the_machine_they_name(name, facts, gpus, gp
 
 def test_the_paper_run_has_the_papers_numbers():
     """§4.1 and §3.2; a slip here would be called a reproduction."""
-    aime, cold = knobs_of("train", "config/aime.py"), knobs_of("coldstart",
-        "config/coldstart_aime.py")
+    aime, cold = knobs_of("train", "config/aime.py"), knobs_of(
+        "coldstart", "config/coldstart_aime.py")
     paper = {"samples_per_prompt": 8, "prompts_per_step": 32, "max_steps": 500,
              "learning_rate": 1e-6, "n_pos": 2, "n_neg": 4, "m_max": 4, "w_min": 0.01,
              "w_max": 10.0, "lam": 1.0, "kl_coef": 0.0, "method": "tapo"}
@@ -454,11 +455,11 @@ def test_the_paper_run_has_the_papers_numbers():
     contests = knobs_of("eval", "config/eval_aime.py")
     paper = {"temperatures": (0.6,), "top_ps": (0.9,), "samples": 5 * 16, "pass_k": (1, 2, 3, 4, 5)}
     assert {key: contests[key] for key in paper} == paper
-    assert [Path(path).stem for path in contests["problems"].split(",")] == ["aime24", "aime25",
-        "hmmt_feb25"]
+    assert [Path(path).stem for path in contests["problems"].split(",")] == [
+        "aime24", "aime25", "hmmt_feb25"]
     middling = knobs_of("eval", "config/filter_deepscaler.py")
-    assert (middling["filter_low"], middling["filter_high"], middling["samples"]) == (1 / 8, 7 / 8,
-        aime["samples_per_prompt"])
+    assert (middling["filter_low"], middling["filter_high"], middling["samples"]) == (
+        1 / 8, 7 / 8, aime["samples_per_prompt"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,15 +96,15 @@ def test_the_command_writes_a_clean_file_and_says_what_it_dropped(tmp_path, monk
         json.dumps([{"problem": "1+1?", "answer": "2"}, {"problem": "1+1?", "answer": "2"},
                     {"problem": STATEMENT.format(1, 1), "answer": "9"}]))
     run(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/deepscaler.jsonl")
-    assert load_problems(tmp_path / "deepscaler.jsonl") == [Problem("deepscaler-00001", "1+1?",
-        "2")]
+    assert load_problems(tmp_path / "deepscaler.jsonl") == [
+        Problem("deepscaler-00001", "1+1?", "2")]
     said = capsys.readouterr().out
     for words in ("3 rows -> 1 problems", "1 duplicate, 1 in aime24.jsonl", "licence: MIT"):
         assert words in said
     run(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/elsewhere/d.jsonl")
     assert "overlap was not tested" in capsys.readouterr().out
     run(monkeypatch, "deepscaler", f"--from={source}", f"--out={tmp_path}/elsewhere/d.jsonl",
-            f"--eval_files={tmp_path}/aime24.jsonl")
+        f"--eval_files={tmp_path}/aime24.jsonl")
     assert "1 in aime24.jsonl" in capsys.readouterr().out
     # an evaluation set keeps all
     run(monkeypatch, "aime24", f"--from={source}", f"--out={tmp_path}/aime24.jsonl")

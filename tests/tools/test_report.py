@@ -58,8 +58,8 @@ def make_run(folder, *, reflections: bool, steps=60, seed=0, reward_gain=0.3, ho
         if step % 2 == 0 or step == 1:
             rollouts = [r for q in (0, 1)
                         for r in make_rollouts(rng, tokenizer, step, q, reflections, hostile)]
-            (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(r) + "\n"
-                for r in rollouts))
+            (folder / "rollouts" / f"step_{step:06d}.jsonl").write_text(
+                "".join(json.dumps(r) + "\n" for r in rollouts))
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
@@ -290,8 +290,8 @@ def test_a_wrong_rollout_is_called_the_source_only_if_no_other_has_the_prefix():
     siblings = [report.ROLLOUT | {"completion_ids": [1, n], "reward": 0.0} for n in (7, 8)]
     assert "The wrong rollout it starts from" in report.card(construction, siblings[:1], None, "")
     assert "A wrong rollout with this prefix" in report.card(construction, siblings, None, "")
-    assert "A wrong rollout of the group" in report.card(construction | {"roles": [2, 2, 2]},
-        siblings, None, "")
+    assert "A wrong rollout of the group" in report.card(
+        construction | {"roles": [2, 2, 2]}, siblings, None, "")
 
 
 def test_what_models_and_users_write_is_escaped_everywhere(tmp_path):
@@ -331,8 +331,8 @@ def test_evaluations_show_seeds_as_mean_and_sd_with_a_paired_difference(page):
             "120 problems") in page
     assert len(tables) == 2 and "Δ Pass@1 <small>to GRPO</small>" in tables[0]
     grpo, tapo, start = re.findall(r'<tr><th scope="row">.*?</tr>', tables[0])
-    assert "<small>2 runs</small>" in tapo and re.search(r"<b>\d\d\.\d</b> <small>± \d\.\d</small>",
-        tapo)
+    assert "<small>2 runs</small>" in tapo
+    assert re.search(r"<b>\d\d\.\d</b> <small>± \d\.\d</small>", tapo)
     assert re.search(r"<b>\d\d\.\d</b> <small>\d\d\.\d–\d\d\.\d</small>", start)
     assert re.search(r'<td><span title="seeds in common: 2, p = [\d.]+">\+\d\.\d '
                      r'<small>[+−]\d+\.\d to \+\d+\.\d<', tapo)
@@ -387,8 +387,8 @@ def comparison(*by_seed, low, high):
 
 
 def test_the_forest_reaches_every_seed_and_interval_but_not_the_useless_one_of_two_seeds():
-    two, three = comparison(0.01, 0.03, low=-0.9, high=0.9), comparison(0.01, 0.02, 0.12, low=-0.08,
-        high=0.18)
+    two, three = comparison(0.01, 0.03, low=-0.9, high=0.9), comparison(
+        0.01, 0.02, 0.12, low=-0.08, high=0.18)
     one = comparison(0.02, low=-0.05, high=0.25)
     assert np.allclose(report.forest_reach([("a", two)]), (-0.15, 3.15))
     assert np.allclose(report.forest_reach([("a", two), ("b", three)]), (-9.3, 19.3))
@@ -414,8 +414,8 @@ def test_measurements_are_three_tables_a_name_for_each_method(page):
     shift, gradient, errors = ([re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)
                                 for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
                                for table in tables)
-    assert [re.sub("<.*?>", "", row[0]) for row in shift] == ["TAPO (A = r, one mean)", "",
-        "a&lt;b", ""]
+    assert [re.sub("<.*?>", "", row[0]) for row in shift] == [
+        "TAPO (A = r, one mean)", "", "a&lt;b", ""]
     # mean and sd over seeds
     assert [row[2] for row in shift] == ["0.00 ± 0.18", "−1.88 ± 0.18", "0.38", "−1.50"]
     assert [row[4] for row in shift] == ["−", "1.50 ± 0.00", "−", "1.50"]
@@ -436,8 +436,8 @@ def test_measurements_outside_a_toy_world_lack_the_errors_and_other_files_are_re
         report.measured_section({"big": [path]}, {})
 
 
-def test_evaluations_without_scores_or_on_other_problems_say_why_there_is_no_difference(world,
-        tmp_path):
+def test_evaluations_without_scores_or_on_other_problems_say_why_there_is_no_difference(
+        world, tmp_path):
     bare = tmp_path / "bare.json"
     bare.write_text('{"settings": [{"temperature": 1.0}]}')
     fewer = make_eval(tmp_path / "fewer.json", 0.4, n=100)
@@ -460,8 +460,8 @@ def test_model_size_comes_from_the_newest_checkpoint(tmp_path):
 
 
 def test_main_figures_are_written_as_png(world):
-    assert {p.name for p in (world / "png").iterdir()} == {"dynamics.png", "reflection.png",
-        "forest.png", "headline.png"}
+    assert {p.name for p in (world / "png").iterdir()} == {
+        "dynamics.png", "reflection.png", "forest.png", "headline.png"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in (world / "png").iterdir())
 
 

@@ -79,8 +79,8 @@ def test_scores_are_means_over_seeds_and_differences_pair_the_seeds_that_both_ha
     low, high = t_interval([25, 50])  # seed 2 of GRPO has no partner
     assert difference == f"+37.5 [{low:+.1f}, {high:+.1f}], p 0.500"
     assert difference_06.startswith("+68.8 [")
-    assert table["cold start"][:2] == ["1", "12.5"] and table["cold start"][-2:] == ["",
-        ""] == table["GRPO"][-2:]
+    assert table["cold start"][:2] == ["1", "12.5"]
+    assert table["cold start"][-2:] == ["", ""] == table["GRPO"][-2:]
 
 
 def test_a_verdict_is_about_the_sign_and_only_where_the_interval_leaves_0_out(tmp_path):
@@ -91,8 +91,8 @@ def test_a_verdict_is_about_the_sign_and_only_where_the_interval_leaves_0_out(tm
         # below TAPO at T 1, above it at T 0.6
         evaluated(world / f"sft_s{seed}.json", [1, seed % 2], [3, 2 + seed % 2])
         evaluated(world / f"full_s{seed}.json", [seed, 2], half)  # within its spread; the same
-        logged(world / f"sft_s{seed}", {"time/step": 1.0}), logged(world / f"full_s{seed}",
-            {"time/step": 1.0})
+        logged(world / f"sft_s{seed}", {"time/step": 1.0}), logged(
+            world / f"full_s{seed}", {"time/step": 1.0})
         logged(world / f"tapo_s{seed}", {"time/step": 1.0})
     table = cells(tables.all_tables(tmp_path)["findx verdicts"])
     published, t1, verdict, t06, verdict_06 = table["SFT on y_ref"]
@@ -118,8 +118,8 @@ def test_tables_without_a_row_of_their_own_are_left_out(sweep):
     evaluated(sweep / "findx" / "wo_ots_s1.json", [4, 4])
     logged(sweep / "findx" / "wo_ots_s1", {"step": 1, "time/step": 1.0})
     table = cells(tables.all_tables(sweep)["findx 4"])
-    assert table["w/o OTS"][-2] == "+12.5" and list(table) == ["", "---", "w/o OTS",
-        tables.ROWS["tapo"]]
+    assert table["w/o OTS"][-2] == "+12.5"
+    assert list(table) == ["", "---", "w/o OTS", tables.ROWS["tapo"]]
 
 
 def test_a_row_that_nobody_knows_is_compared_with_tapo(sweep):
@@ -158,8 +158,9 @@ def test_measurements_are_means_over_seeds(tmp_path):
         ordinary = {"logprob": -0.1 * scale, "entropy": 0.2, "kl": 0.0, "ots": 1.0, "tokens": 100}
         return {"shift": {"full, diagnosis": ordinary | {"tokens": 7}, "ordinary, right": ordinary},
                 "gradient": {"decoupled, A = r": {"right": 0.05, "wrong": 0.06,
-            "constructed": 0.01 * scale, "cosine": 0.5, "wrong_advantage": -1.0,
-            "constructed_advantage": 1.0}},
+                                                  "constructed": 0.01 * scale, "cosine": 0.5,
+                                                  "wrong_advantage": -1.0,
+                                                  "constructed_advantage": 1.0}},
                 "constructions": {"micro": {"candidates": 10, "kept": 5 * scale, "right": 5,
                                             "localised": 4, "groups": 4, "mixed_groups": 1}},
                 "ERR": 0.5, "ERR_true": 0.25 * scale,

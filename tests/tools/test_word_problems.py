@@ -125,9 +125,8 @@ def test_the_split_depends_on_question_and_source_alone():
                        for s in ("train", "val", "test")] for source in ("ASDiv", "SVAMP")}
     assert shares["ASDiv"] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
     assert shares["SVAMP"] == pytest.approx([0.4, 0.0, 0.6], abs=0.03) and shares["SVAMP"][1] == 0
-    assert [split_of(q, "ASDiv")
-            for q in ("What is 0 + 1?", "What is 34 + 1?", "What is 6 + 1?")] == ["train", "val",
-        "test"]
+    assert [split_of(q, "ASDiv") for q in (
+        "What is 0 + 1?", "What is 34 + 1?", "What is 6 + 1?")] == ["train", "val", "test"]
     assert all(split_of(q, "SVAMP") == "test" for q in questions if split_of(q, "ASDiv") == "test")
 
 
@@ -145,7 +144,7 @@ def copies(tmp_path):
         rows = [(f"{name} has {i} + 1 pens . How many ?", f"X = {i} + 1", i + 1.0)
                 for i in range(30)]
         (folder / name / FILES[name]).write_text(mawps(*rows, ("All have 3 pens?", "X=1+2", 3)),
-            encoding="utf-8")
+                                                 encoding="utf-8")
     (folder / "AQuA").mkdir()
     # another set, the same name
     (folder / "AQuA" / "questions.json").write_text("[]", encoding="utf-8")
