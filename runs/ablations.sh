@@ -177,7 +177,7 @@ xargs -P "$JOBS" -L 1 bash runs/ablations.sh job-run < "$OUT/jobs"
 MAIN="grpo tapo copy published opsd"  # what is drawn, besides all rows from the same starts
 echo "== measurements, on the first four seeds"
 for world in "$OUT"/*/; do
-  for name in coldstart grpo tapo; do
+  for name in coldstart $MAIN; do
     for mark in c0 c1 c2 c3 s0 s1 s2 s3; do
       [ ! -d "$world${name}_$mark" ] || echo "$(basename "$world") ${name}_$mark"
     done

@@ -14,6 +14,8 @@ gradient   norm of the part of the loss's gradient that right rollouts, wrong ro
            constructions have, for constructions in a group of their own (Eq. 4, 5), with A = r, and
            mixed into the rollouts' group ('w/o DAE').
 DSR, ERR   §4.3, by rule as eval.py has them, on this step's rollouts.
+decides    what a reflection is for: how often a response stops where it is right so far, and how
+           often it goes on where it is wrong. In a toy world exactly, elsewhere by the last number.
 
 In a toy world alone, where the truth is known:
 ERR_true   of the responses that reflect, the share that says something true about a real mistake of
@@ -24,6 +26,7 @@ recovery   how often a response looks again after its own first error, and how o
 """
 import functools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,6 +234,35 @@ def reflection_rates(ordinary: list[Rollout], samples_per_prompt: int, exact: bo
     return rates
 
 
+NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def attempts(r: Rollout) -> list[str]:
+    """What stands before each doubt that a response voices, and behind the last; not what its cap
+    cut off."""
+    parts = [part for part in reflect.MARKERS.split(r.text) if NUMBER.search(part)]
+    return parts if r.finished else parts[:-1]
+
+
+def decisions(ordinary: list[Rollout], exact: bool) -> dict[str, float | None]:
+    """Of attempts that are right so far the share that the response stops at, of wrong ones the
+    share that it does not; with their numbers. Right is an attempt whose last number is the answer;
+    with `exact`, where it tries, one whose last try is without error."""
+    found = [(r, text, r.finished and i == len(parts) - 1) for r in ordinary
+             for parts in [attempts(r)] for i, text in enumerate(parts)]
+    grades = grade_many([f"\\boxed{{{NUMBER.findall(text)[-1]}}}" for _, text, _ in found],
+                        [r.problem.answer for r, _, _ in found])
+    at = {True: [], False: []}
+    for (r, text, stop), grade in zip(found, grades, strict=True):
+        right = grade.reward > 0
+        if exact and "Try " in text:
+            tried = text[text.rfind("Try "):].split("Answer: ")[0]
+            right = toy.first_error(r.problem.question, tried) is None
+        at[right].append(stop if right else not stop)
+    return {"stop_if_right": mean(at[True]), "right_so_far": len(at[True]),
+            "retry_if_wrong": mean(at[False]), "wrong_so_far": len(at[False])}
+
+
 def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, marker: str,
              seed: int, **sampling) -> dict[str, float]:
     """From the end of the first error of every response that has one: shares that look again and
@@ -319,6 +351,7 @@ def main() -> None:
         "config": config, "pass1": mean([r.reward for r in ordinary]),
         "reflect_rate": mean([reflect.reflects(r.text) for r in ordinary]),
         **reflection_rates(ordinary, c.samples_per_prompt, exact),
+        "decides": decisions(ordinary, exact),
         "shift": shift(model, ordinary, built, **looking),
         "gradient": gradients(model, ordinary, [x.outcome for x in built["micro"]],
                               **looking, **learning),

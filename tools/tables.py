@@ -284,9 +284,14 @@ def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str
     body, truth = [], {"ERR": "ERR, by rule", "ERR_true": "ERR, by truth"}
     if not all(key in m for key in truth for seeds in found.values() for m in seeds):
         truth = {}  # measured before these were
+    decides = {"stop_if_right": "stops if right", "retry_if_wrong": "goes on if wrong"}
+    if not all("decides" in m for seeds in found.values() for m in seeds):
+        decides = {}
     for name, seeds in found.items():
         columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"]
                     for m in seeds]]
+        columns += [[100 * m["decides"][key] for m in seeds if m["decides"][key] is not None]
+                    for key in decides]
         for key in ("unasked_reflects", "unasked_right_if_reflects", "unasked_right",
                     "forced_right"):
             columns.append([100 * m["recovery"][key] for m in seeds if m["recovery"][key]
@@ -297,9 +302,9 @@ def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str
             columns.append([100 * row[part] / row[whole] for row in life if row[whole]])
         columns += [[100 * m[key] for m in seeds if m[key] is not None] for key in truth]
         body.append([ROWS.get(name, name), str(len(seeds)), *map(show, columns)])
-    return ["%", "seeds", "responses with an error", "looks again", "right if so", "right, unasked",
-            "right, forced", "constructions kept", "right", "localised", "mixed groups",
-            *truth.values()], body
+    return ["%", "seeds", "responses with an error", *decides.values(), "looks again",
+            "right if so", "right, unasked", "right, forced", "constructions kept", "right",
+            "localised", "mixed groups", *truth.values()], body
 
 
 # --- the document ---------------------------------------------------------------------------------

@@ -168,6 +168,29 @@ def test_err_by_truth_counts_reflections_on_the_true_mistake_of_mixed_problems_a
     assert measure.reflection_rates(rows[4:], 4, exact=True)["ERR_true"] is None
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_decisions_are_counted_at_every_attempt(exact):
+    """Bug: a second attempt counted as the first, a truncated one as a stop, a lucky evidence (42
+    stands in both) as right."""
+    again_wrong = MISS + AGAIN + "Try 7: 7*7=49, 49-21=28 low. Answer: \\boxed{7}"
+    doubted = RIGHT.split("Answer")[0] + "Wait, 8 is right. Answer: \\boxed{8}"
+    cut = rollout(MISS + AGAIN + "Try 8: 8*7=56, ", 0.0)
+    cut.finished = False
+    question, answer = (QUESTION, "8") if exact else ("How many?", "35")
+    rows = [rollout(RIGHT, 1.0), rollout(WRONG, 0.0), rollout(MISS + AGAIN + RIGHT, 1.0),
+            rollout(again_wrong, 0.0), rollout(doubted, 1.0), cut]
+    if not exact:  # the last number of each attempt: `35 ok.` is the answer, 21 is not
+        for r in rows:
+            r.problem, r.text = Problem("u", question, answer), r.text.split(" Answer")[0]
+    found = measure.decisions(rows, exact)
+    # three tries of 8, one of them doubted and, as the truth has it, still right; five wrong ones,
+    # of which three go on
+    assert found == ({"right_so_far": 4, "stop_if_right": pytest.approx(3 / 4),
+                      "wrong_so_far": 5, "retry_if_wrong": pytest.approx(3 / 5)} if exact else
+                     {"right_so_far": 3, "stop_if_right": pytest.approx(2 / 3),
+                      "wrong_so_far": 6, "retry_if_wrong": pytest.approx(1 / 2)})
+
+
 def test_recovery_counts_from_the_end_of_the_first_error(model, monkeypatch):
     """Two of three responses have an error. Left alone, one continuation of two looks again and is
     right; forced, all look again and half are right."""
