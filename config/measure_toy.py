@@ -2,5 +2,6 @@
 problems = "data/findx/validation.jsonl"
 out = "out/toy/measured.json"
 n_problems = 200
+instruction = ""
 continuations = 2
 max_rows = 1024             # as in config/toy.py

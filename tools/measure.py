@@ -37,7 +37,13 @@ import reflect
 import toy
 from advantage import advantages, ots_weights
 from configurator import above, at_least, configure, one_of, print_config, run_script
-from data import encode_prompts, load_problems, load_tokenizer, stop_ids_of
+from data import (
+    BOXED_INSTRUCTION,
+    encode_prompts,
+    load_problems,
+    load_tokenizer,
+    stop_ids_of,
+)
 from eval import dsr_err
 from model import load_hf
 from parallel import microbatches, pick_device
@@ -63,7 +69,7 @@ init_from = ""                                  # the checkpoint
 problems = ""                                   # jsonl; a toy world's for what is exact
 out = "measured.json"
 n_problems: at_least(0) = 0                     # the first so many; 0 = all
-instruction = ""
+instruction = BOXED_INSTRUCTION
 template: one_of(*reflect.TEMPLATES) = "short"
 seed: at_least(0) = 0
 samples_per_prompt: at_least(2) = 8
@@ -294,15 +300,17 @@ def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, m
 
 
 def counts(constructions: list[Construction], tokenizer, exact: bool) -> dict[str, float]:
-    """What came of the candidates: kept, right, groups with both rewards; with `exact` localised.
-    """
+    """What came of the candidates: kept, right, groups with both rewards; those that state
+    equations, and whose equations all hold; with `exact` localised."""
     built = [c.outcome for c in built_of(constructions)]
     groups: dict[str, set] = {}
     for r in built:
         groups.setdefault(r.group, set()).add(r.reward)
     row = {"candidates": len(constructions), "kept": len(built),
            "right": sum(r.reward > 0 for r in built), "groups": len(groups),
-           "mixed_groups": sum(len(rewards) > 1 for rewards in groups.values())}
+           "mixed_groups": sum(len(rewards) > 1 for rewards in groups.values()),
+           "state": sum(r.faithful is not None for r in built),
+           "faithful": sum(r.faithful is True for r in built)}
     if exact:
         row["localised"] = 0
         for r in built:

@@ -26,7 +26,7 @@ from tools.compare import compare_runs
 KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full")
     for part in ("prefix", "diagnosis", "its first token", "correction"))]
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
-TAPO, GRPO = "tapo", "grpo"
+TAPO, GRPO, METRICS = "tapo", "grpo", "metrics.jsonl"
 ROWS = {  # row: what it is
     "solutions": "SFT on worked solutions", "coldstart": "cold start", "grpo": "GRPO",
     "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
@@ -53,7 +53,7 @@ ROWS = {  # row: what it is
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
 TABLES = {  # name: (rows, what the differences refer to)
-    "1": (["coldstart", "grpo", "opsd", "tapo", "copy", "published"], GRPO),
+    "1": (["solutions", "coldstart", "grpo", "opsd", "tapo", "copy", "published"], GRPO),
     "control": (["copy", "tapo"], "copy"),
     "equal time": (["grpo_long", "tapo"], "grpo_long"),
     "2": (["coldstart", "grpo", "opsd", "tapo", "copy"], None),
@@ -64,7 +64,7 @@ TABLES = {  # name: (rows, what the differences refer to)
              "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "relatives": (["grpo", "copy", "luffy", "replace", "faithful", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
-STARTS = ("coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
+STARTS = ("solutions", "coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
 # Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and
 # TAPO beside it. Table 3 ends at step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
@@ -183,7 +183,7 @@ def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 def read_metrics(path: Path) -> list[dict]:
     """metrics.jsonl beside an evaluation."""
-    return jsonl.read(path.with_suffix("") / "metrics.jsonl")
+    return jsonl.read(path.with_suffix("") / METRICS)
 
 
 def logs_kl(path: Path) -> bool:
@@ -211,7 +211,9 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
     that log no KL where there are any; and what came of the constructions, means over training."""
     body = []
     for name in (name for name in names if name in rows and name not in STARTS):
-        paths = rows[name].values()
+        paths = [p for p in rows[name].values() if p.with_suffix("").joinpath(METRICS).is_file()]
+        if not paths:  # they lie with another set of problems
+            continue
         logs = [read_metrics(p) for p in paths]
         # those that log the KL are slower, by a pass of the reference model
         quiet = [log for p, log in zip(paths, logs, strict=True) if not logs_kl(p)] or logs
@@ -280,31 +282,39 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: per method, in %, what becomes of a response after its own error, and of
-    constructions."""
-    body, truth = [], {"ERR": "ERR, by rule", "ERR_true": "ERR, by truth"}
-    if not all(key in m for key in truth for seeds in found.values() for m in seeds):
-        truth = {}  # measured before these were
-    decides = {"stop_if_right": "stops if right", "retry_if_wrong": "goes on if wrong"}
-    if not all("decides" in m for seeds in found.values() for m in seeds):
-        decides = {}
-    for name, seeds in found.items():
-        columns = [[100 * m["recovery"]["with_an_error"] / m["recovery"]["responses"]
-                    for m in seeds]]
-        columns += [[100 * m["decides"][key] for m in seeds if m["decides"][key] is not None]
-                    for key in decides]
-        for key in ("unasked_reflects", "unasked_right_if_reflects", "unasked_right",
-                    "forced_right"):
-            columns.append([100 * m["recovery"][key] for m in seeds if m["recovery"][key]
-                            is not None])
-        for part, whole in (("kept", "candidates"), ("right", "kept"), ("localised", "kept"),
-                            ("mixed_groups", "groups")):
-            life = [m["constructions"]["micro"] for m in seeds]
-            columns.append([100 * row[part] / row[whole] for row in life if row[whole]])
-        columns += [[100 * m[key] for m in seeds if m[key] is not None] for key in truth]
-        body.append([ROWS.get(name, name), str(len(seeds)), *map(show, columns)])
-    return ["%", "seeds", "responses with an error", *decides.values(), "looks again",
-            "right if so", "right, unasked", "right, forced", "constructions kept", "right",
-            "localised", "mixed groups", *truth.values()], body
+    constructions. What some of them did not measure is left out."""
+    def share(part, whole, *where):
+        """The share of one count of a measurement in another."""
+        def of(m):
+            for key in where:
+                m = m[key]
+            return m[part] / m[whole] if m[whole] else None
+        return of
+
+    micro, recovery = ("constructions", "micro"), ("recovery",)
+    columns = {  # of a measurement -> a share, or None
+        "responses with an error": share("with_an_error", "responses", *recovery),
+        "stops if right": lambda m: m["decides"]["stop_if_right"],
+        "goes on if wrong": lambda m: m["decides"]["retry_if_wrong"],
+        "looks again": lambda m: m["recovery"]["unasked_reflects"],
+        "right if so": lambda m: m["recovery"]["unasked_right_if_reflects"],
+        "right, unasked": lambda m: m["recovery"]["unasked_right"],
+        "right, forced": lambda m: m["recovery"]["forced_right"],
+        "constructions kept": share("kept", "candidates", *micro),
+        "right": share("right", "kept", *micro), "faithful": share("faithful", "state", *micro),
+        "localised": share("localised", "kept", *micro),
+        "mixed groups": share("mixed_groups", "groups", *micro), "DSR": lambda m: m["DSR"],
+        "ERR, by rule": lambda m: m["ERR"], "ERR, by truth": lambda m: m["ERR_true"]}
+    cells = {}
+    for head, of in columns.items():
+        try:
+            cells[head] = [show([100 * v for v in map(of, seeds) if v is not None])
+                           for seeds in found.values()]
+        except KeyError:
+            continue
+    body = [[ROWS.get(name, name), str(len(seeds)), *(column[i] for column in cells.values())]
+            for i, (name, seeds) in enumerate(found.items())]
+    return ["%", "seeds", *cells], body
 
 
 # --- the document ---------------------------------------------------------------------------------

@@ -217,9 +217,10 @@ def test_recovery_counts_from_the_end_of_the_first_error(model, monkeypatch):
 def test_localised_constructions_keep_exactly_the_first_error():
     exactly = built(reflection(MISS, AGAIN, RIGHT))
     too_long = built(reflection(MISS + "Answer: ", "Wait, 6 is wrong. ", RIGHT, 0.0))
+    exactly.outcome.faithful, too_long.outcome.faithful = None, True
     found = measure.counts([exactly, built("unparsable"), too_long], TOKENIZER, exact=True)
     assert found == {"candidates": 3, "kept": 2, "right": 1, "groups": 1, "mixed_groups": 1,
-                     "localised": 1}
+                     "state": 1, "faithful": 1, "localised": 1}
 
 
 def test_the_script_writes_every_measurement_of_a_checkpoint(model, tmp_path, monkeypatch):
@@ -227,13 +228,13 @@ def test_the_script_writes_every_measurement_of_a_checkpoint(model, tmp_path, mo
     save_problems(toy.make_problems("findx", "validation", 3), tmp_path / "problems.jsonl")
     knobs = {"init_from": str(tmp_path / "model"), "problems": str(tmp_path / "problems.jsonl"),
              "out": str(tmp_path / "deep" / "measured.json"), "samples_per_prompt": 2,
-             "max_new_tokens": 8, "max_synthesis_tokens": 8}
+             "instruction": "", "max_new_tokens": 8, "max_synthesis_tokens": 8}
     for key, value in knobs.items():
         monkeypatch.setattr(measure, key, value)
     measure.main()
     found = json.loads((tmp_path / "deep" / "measured.json").read_text())
     assert {"pass1", "reflect_rate", "DSR", "ERR", "ERR_true", "shift", "gradient",
-            "constructions", "recovery"} <= set(found)
+            "constructions", "decides", "recovery"} <= set(found)
     assert found["shift"]["ordinary, wrong"]["logprob"] < 0
     assert found["gradient"]["one mixed group"]["all"] == 0
     monkeypatch.setattr(measure, "problems", "")
