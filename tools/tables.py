@@ -64,7 +64,8 @@ TABLES = {  # name: (rows, what the differences refer to)
              "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "relatives": (["grpo", "copy", "luffy", "replace", "faithful", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
-STARTS = ("solutions", "coldstart", "base")  # rows whose seeds are numbers of cold starts: paired with nothing
+# rows whose seeds are numbers of cold starts: paired with nothing
+STARTS = ("solutions", "coldstart", "base")
 # Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and
 # TAPO beside it. Table 3 ends at step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
