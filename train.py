@@ -26,14 +26,7 @@ import jsonl
 import opsd
 import parallel
 import reflect
-from advantage import (
-    WEIGHTINGS,
-    advantages,
-    distillation_loss,
-    kl_to_ref,
-    nll_loss,
-    policy_loss,
-)
+from advantage import WEIGHTINGS, distillation_loss, kl_to_ref, nll_loss, policy_loss
 from checkpoint import Saver, check_same_model, find_start, keep_log, load_optimizer
 from configurator import (
     above,
@@ -70,7 +63,13 @@ from model import load_hf
 from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
-from update import set_learning_rate, set_loss_scales, set_old_logprobs, update
+from update import (
+    set_advantages,
+    set_learning_rate,
+    set_loss_scales,
+    set_old_logprobs,
+    update,
+)
 
 # --- what is learned ------------------------------------------------------------------------------
 method: one_of("tapo", "grpo", "opsd", "sft") = "tapo"  # grpo: Eq. 2; sft: likelihood of y_ref
@@ -297,11 +296,7 @@ def main() -> None:
         batch = rollouts + sorted(reflections, key=lambda r: r.query)
 
         # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5)
-        values = advantages(torch.tensor([r.reward for r in batch]), [r.query for r in batch],
-                            [r.group for r in batch], [r.is_reflection for r in batch],
-                            ref_advantage=c.ref_advantage)
-        for r, value in zip(batch, values.tolist(), strict=True):
-            r.advantage = value
+        set_advantages(batch, ref_advantage=c.ref_advantage)
 
         # what each token is for: the inserted diagnosis carries no gradient, Eq. 7 weighs the rest
         for r in reflections:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from advantage import loss_scales
+from advantage import advantages, loss_scales
 from metrics import add_up, reduce_sums
 from parallel import balance, whole, world_size
 from rollout import PREFIX, Rollout
@@ -87,6 +87,18 @@ def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list
     rows = [*rollouts, filler]
     return [[rows[i] for i in index]
             for index in balance([len(r) for r in rollouts], tokens_per_microbatch)]
+
+
+def set_advantages(rollouts: list[Rollout], *, ref_advantage: str,
+                   decoupled: bool = True) -> None:
+    """r.advantage of a step's scored rollouts (Eq. 1, 4, 5); not decoupled: a query is one group.
+    """
+    values = advantages(
+        torch.tensor([r.reward for r in rollouts]), [r.query for r in rollouts],
+        [r.group if decoupled else str(r.query) for r in rollouts],
+        [r.is_reflection for r in rollouts], ref_advantage=ref_advantage)
+    for r, value in zip(rollouts, values.tolist(), strict=True):
+        r.advantage = value
 
 
 def set_loss_scales(rollouts: list[Rollout], *, lam: float, loss_agg: str, loss_norm: str) -> None:

@@ -180,7 +180,7 @@ def test_a_rollout_of_advantage_zero_takes_no_pass_and_changes_nothing(
     """Bugs: groups all right or all wrong left out of the denominator; moments that freeze where no
     row at all learns. The other run gives them an advantage of 1e-30, so that they take part in
     everything."""
-    compute, with_grad = train.advantages, rows_with_grad(monkeypatch)
+    compute, with_grad = update.advantages, rows_with_grad(monkeypatch)
     # nothing to learn in the third step
     author(monkeypatch, solved=lambda query: query in (0, 2, 5))
     knobs = {"method": "grpo", "log_kl": False}
@@ -188,7 +188,7 @@ def test_a_rollout_of_advantage_zero_takes_no_pass_and_changes_nothing(
     # 3 mixed groups of 4; a filler in step 3
     assert len(with_grad) == 3 * 4 + 1 and all(with_grad)
     with_grad.clear()
-    monkeypatch.setattr(train, "advantages", lambda *a, **k: (v := compute(*a, **k))
+    monkeypatch.setattr(update, "advantages", lambda *a, **k: (v := compute(*a, **k))
                         + 1e-30 * (v == 0))
     expected = run(start, tmp_path / "all", monkeypatch, **knobs)
     assert all(with_grad) and len(with_grad) == 3 * 16
@@ -214,7 +214,8 @@ def test_where_the_advantage_is_not_the_whole_loss_rows_of_advantage_zero_learn(
     with_grad = rows_with_grad(monkeypatch)
     author(monkeypatch, solved=lambda query: query < 2 or knobs["method"] == "opsd")
     if knobs["method"] == "opsd":
-        monkeypatch.setattr(train, "advantages", lambda rewards, *a, **k: torch.zeros_like(rewards))
+        monkeypatch.setattr(update, "advantages",
+                            lambda rewards, *a, **k: torch.zeros_like(rewards))
     row = run(start, tmp_path / "out", monkeypatch, max_steps=1, **knobs)[0]
     if knobs["method"] == "sft":
         assert row["reflect/correct"] == 1 and sum(with_grad) == row["reflect/kept"] > 1

@@ -33,7 +33,6 @@ import jsonl
 import reward
 import rollout
 import toy
-from advantage import advantages
 from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
 from model import (
@@ -48,7 +47,7 @@ from parallel import Unsharded, pick_device, precision
 from rollout import PREFIX, ROLLOUT, Decoder, Rollout, generate, sample_rollouts
 from tools.plan import cache_bytes, memory_plan
 from train import loss_of
-from update import set_loss_scales, update
+from update import set_advantages, set_loss_scales, update
 
 what = "limits,rollout,step,tapo,update,logprobs,scale,memory,grading"
 # and for a GPU: nano, evaluation, phases, attention, profile
@@ -384,10 +383,7 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_
     coin = np.random.default_rng(0)
     for r in rollouts:
         r.reward = float(coin.random() < 0.5)
-    values = advantages(torch.tensor([r.reward for r in rollouts]), [r.query for r in rollouts],
-                        [r.group for r in rollouts], [False] * len(rollouts))
-    for r, value in zip(rollouts, values.tolist(), strict=True):
-        r.advantage = value
+    set_advantages(rollouts, ref_advantage="reward")
     grpo_update(model, optimizer, rollouts, tokens_per_microbatch)
     clock.append(time.perf_counter())
     generated, graded, updated = (b - a for a, b in zip(clock, clock[1:], strict=False))

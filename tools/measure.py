@@ -35,7 +35,7 @@ import torch
 
 import reflect
 import toy
-from advantage import advantages, ots_weights
+from advantage import ots_weights
 from configurator import above, at_least, configure, one_of, print_config, run_script
 from data import (
     BOXED_INSTRUCTION,
@@ -63,7 +63,7 @@ from rollout import (
     sample_rollouts,
 )
 from train import loss_of
-from update import collate, microbatches_of, set_loss_scales
+from update import collate, microbatches_of, set_advantages, set_loss_scales
 
 init_from = ""                                  # the checkpoint
 problems = ""                                   # jsonl; a toy world's for what is exact
@@ -201,12 +201,7 @@ def gradients(model, ordinary: list[Rollout], constructed: list[Rollout], *, tem
              "wrong": [r for r in ordinary if r.reward <= 0], "constructed": constructed}
     result = {}
     for name, (decoupled, ref_advantage) in ESTIMATORS.items():
-        groups = [r.group if decoupled else str(r.query) for r in everything]
-        values = advantages(torch.tensor([r.reward for r in everything]),
-                            [r.query for r in everything], groups,
-                            [r.is_reflection for r in everything], ref_advantage=ref_advantage)
-        for r, value in zip(everything, values.tolist(), strict=True):
-            r.advantage = value
+        set_advantages(everything, decoupled=decoupled, ref_advantage=ref_advantage)
         found, row = {}, {}
         for part, rows in parts.items():
             found[part] = gradient(model, rows, loss_fn, tokens_per_microbatch)
