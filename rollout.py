@@ -306,12 +306,14 @@ class Decoder:
         self.prompt, self.reach, self.limit = np.ones((3, self.rows), dtype=int)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def fit(self, n: int, columns: int) -> None:
-        """Move live rows to the front of buckets that hold n rows of so many columns."""
+    def fit(self, n: int, columns: int = 0) -> None:
+        """Move live rows to the front of buckets that hold n rows of so many columns, and theirs.
+        """
+        rows, n_live = list(self.live), len(self.live)
+        columns = max([columns, *(self.reach[rows] + 1).tolist()])
         R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
         if R == self.cache.shape[0] and C <= self.cache.shape[1]:
             return
-        rows, n_live = list(self.live), len(self.live)
         index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.cache.reshape(index, R, C)
         for state in (self.tokens, self.logprobs, self.uniforms, self.length, self.end, self.ended):
@@ -372,8 +374,8 @@ class Decoder:
         """Decode LEAVE_EVERY tokens, fewer if the youngest row is nearer to its cap."""
         rows = list(self.live)
         steps = min(LEAVE_EVERY, int(max(self.limit[rows] - self.reach[rows])))
-        self.fit(len(rows), int(max(self.reach[rows])) + steps + 1)
         self.reach = np.minimum(self.reach + steps, self.limit)
+        self.fit(len(rows))
         key = *self.cache.shape, self.temperature, self.top_p
         for _ in range(steps):
             if key in self.captured:

@@ -341,6 +341,17 @@ def test_rows_that_wait_take_the_place_of_those_that_ended(monkeypatch, calls):
     assert max(widths) <= rollout.bucket(30 + 30 + 1, 4) < sum(lengths) / 6 + 30
 
 
+@pytest.mark.parametrize("max_rows", (2, 3, 5))
+def test_a_row_at_its_cap_needs_no_room_for_the_tokens_that_younger_rows_draw(
+        max_rows, monkeypatch):
+    """Bug: columns for the tokens of a block of steps beyond a row's cap, more than the memory has,
+    where rows that joined later decode on."""
+    monkeypatch.setattr(rollout, "COLUMNS", 4)
+    model, prompts = tiny_model(), [[1, 2]] * 3 + [[1, 2, 4] * 6] * 2
+    knobs = {"n": 4, "max_new_tokens": 21, "stop_ids": (3, 7)}  # 18 + 21 + 1 columns: a bucket
+    assert same(draw(model, prompts, **knobs, max_rows=max_rows), draw(model, prompts, **knobs))
+
+
 def test_prompts_are_prefilled_once_and_finished_rows_cost_no_more_than_a_bucket(
         monkeypatch, calls):
     """Guards: K prefills of one prompt, rows decoded on to the cap, a last forward pass whose
