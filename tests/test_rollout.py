@@ -27,6 +27,12 @@ EDGES = (0.0, 1 - 2**-53)
 RAGGED = [[5, 1, 2], [4], [0, 0, 3, 7, 1, 6], [0, 2], [8, 8, 8, 8]]
 
 
+@pytest.fixture(autouse=True)
+def many_buckets(monkeypatch):
+    """Buckets so small that a few tokens leave one, as thousands do in a run."""
+    monkeypatch.setattr(rollout, "COLUMNS", 4)
+
+
 def tiny_model(*, vocab_size: int = 9, num_tokens: int = 0, tied: bool = True,
                std: float = 0.3) -> CausalLM:
     """Two layers of width 16, weights large enough that its distributions are far from uniform."""
@@ -342,11 +348,9 @@ def test_rows_that_wait_take_the_place_of_those_that_ended(monkeypatch, calls):
 
 
 @pytest.mark.parametrize("max_rows", (2, 3, 5))
-def test_a_row_at_its_cap_needs_no_room_for_the_tokens_that_younger_rows_draw(
-        max_rows, monkeypatch):
+def test_a_row_at_its_cap_needs_no_room_for_the_tokens_that_younger_rows_draw(max_rows):
     """Bug: columns for the tokens of a block of steps beyond a row's cap, more than the memory has,
     where rows that joined later decode on."""
-    monkeypatch.setattr(rollout, "COLUMNS", 4)
     model, prompts = tiny_model(), [[1, 2]] * 3 + [[1, 2, 4] * 6] * 2
     knobs = {"n": 4, "max_new_tokens": 21, "stop_ids": (3, 7)}  # 18 + 21 + 1 columns: a bucket
     assert same(draw(model, prompts, **knobs, max_rows=max_rows), draw(model, prompts, **knobs))
