@@ -66,12 +66,15 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation 
   for set in svamp rest; do
     phase "eval_$1_$set" 1200 python eval.py config/words_eval.py "${all[@]}" "${ev[@]}" \
       --init_from="$2" --out="$OUT/eval/$set/$1" --problems="$OUT/data/$set.jsonl"
-    mkdir -p "$RESULTS/$set/$1"
+    mkdir -p "$RESULTS/$set"
     cp "$OUT/eval/$set/$1.json" "$RESULTS/$set/"
   done
   phase "measure_$1" 1200 python -m tools.measure config/measure_words.py "${looked[@]}" \
     --init_from="$2" --problems="$OUT/data/val.jsonl" --out="$RESULTS/svamp/measured/$1.json"
-  [ ! -d "$OUT/runs/$1" ] || cp "$OUT/runs/$1"/{metrics.jsonl,config.json} "$RESULTS/svamp/$1/"
+  if [ -d "$OUT/runs/$1" ]; then
+    mkdir -p "$RESULTS/svamp/$1"
+    cp "$OUT/runs/$1"/{metrics.jsonl,config.json} "$RESULTS/svamp/$1/"
+  fi
 }
 best_rate() {  # best_rate METHOD: the one that ends best on validation problems, seed 100
   python - "$OUT/runs" "$1" <<'PY'
