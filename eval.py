@@ -214,8 +214,7 @@ def sample_all(c, problems: list[Problem],
     `path` does not hold."""
     tokenizer = load_tokenizer(c.init_from)
     encode_prompts(tokenizer, problems, c.instruction)
-    # A stored sample answers one prompt and was graded against one answer; after a change of either
-    # it is drawn anew.
+    # a stored sample is of one prompt and one answer; after a change of either it is drawn anew
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), "seed": c.seed,
               "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
