@@ -1,6 +1,6 @@
 """The cold start (§3.2): supervised training on two formats, so that RL can begin.
 
-    python toy.py findx && python coldstart.py config/coldstart_toy.py   # from nothing, minutes
+    python toy.py findx --levels=1 && python coldstart.py config/coldstart_toy.py  # minutes
     python coldstart.py --init_from=Qwen/Qwen3-8B --problems=data/deepscaler.jsonl   # the paper's
     python coldstart.py --init_from=out/small --examples=solved.jsonl    # worked examples
 

@@ -3,7 +3,7 @@ Face folder.
 
     python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
     python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/base  # §4.1: contests
-    python eval.py config/filter_deepscaler.py --init_from=out/coldstart  # §4.1: middling problems
+    python eval.py config/filter_deepscaler.py --init_from=out/aime/coldstart/final  # §4.1
 
 Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it
 is graded, and the same command continues there after a kill. Deliberately missing: majority voting,

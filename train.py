@@ -1,10 +1,11 @@
-"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algorithm 1.
+r"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algorithm 1.
 
     python train.py config/toy.py                         # two CPU cores, about two minutes
     python train.py config/toy.py --method=grpo           # also opsd, sft
     python train.py config/toy.py --resume=True           # continue where out_dir stopped
     torchrun --nproc_per_node=8 train.py config/aime.py   # FSDP2 over 8 GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:PORT train.py config/aime.py
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT \
+      train.py config/aime.py
 
 One step: K rollouts for each problem, scored; right and wrong ones of a group paired (Eq. 3); from
 every pair the policy writes a micro-reflective trajectory; advantages per group (Eq. 1, 4, 5); one

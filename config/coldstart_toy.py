@@ -1,4 +1,4 @@
-# A 175k-parameter model learns the world findx from nothing: one CPU thread, minutes.
+# A 177k-parameter model learns the world findx from nothing: one CPU thread, minutes.
 #   python toy.py findx --levels=1 && python coldstart.py config/coldstart_toy.py
 init_from = "data/findx/model"              # random weights, and the toy's tokenizer
 examples = "data/findx/coldstart.jsonl"     # worked examples of both formats, seen once each
@@ -18,6 +18,6 @@ max_rows = 1024             # all at once: rows of so small a model cost next to
 
 stop_at_pass1 = 0.34        # RL needs room: the probes that compared methods started here
 eval_interval = 200
-eval_samples = 1            # of about 370 problems: as many samples as 4 of 100 problems
+eval_samples = 1            # of 352 problems: as many samples as 4 of 100 problems
 save_interval = 200
 threads = 1                 # so small a model gains nothing from a second thread

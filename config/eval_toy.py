@@ -1,6 +1,6 @@
 # Held-out problems of the toy world: at the training temperature, and as the paper has it (§4.1).
 #   python eval.py config/eval_toy.py --init_from=out/toy/tapo/step_000060 --out=out/toy/tapo/eval
-problems = "data/findx/test.jsonl"  # about 370
+problems = "data/findx/test.jsonl"  # 401
 instruction = ""               # the toy prompt is the bare question
 samples = 16
 temperatures = (1.0, 0.6)

@@ -2,7 +2,7 @@
 # data/deepscaler_filtered.jsonl, the accuracy beside each problem; the same command continues
 # after a kill.
 #   python -m tools.prepare deepscaler
-#   python eval.py config/filter_deepscaler.py --init_from=out/coldstart/final
+#   python eval.py config/filter_deepscaler.py --init_from=out/aime/coldstart/final
 problems = "data/deepscaler.jsonl"
 filter_out = "data/deepscaler_filtered.jsonl"
 filter_low = 0.125             # 1 of 8

@@ -15,7 +15,7 @@ max_new_tokens = 54         # room for one retry; whatever does not finish is wr
 max_synthesis_tokens = 120
 max_rows = 1024             # all at once: rows of so small a model cost next to nothing
 
-learning_rate = 6e-4        # best of three for GRPO, TAPO and OPSD, on validation (docs/results.md)
+learning_rate = 6e-4        # best of three for GRPO, TAPO and OPSD, on validation (docs/tables.md)
 warmup_steps = 5
 tokens_per_microbatch = 1024
 eval_interval = 20

@@ -1,7 +1,6 @@
 # The start of runs/smollm.sh: a small instruction model learns one-line solutions of word problems
 # (GSM8K's long ones teach it far less: Pass@1 12 % instead of 22).
-#   python -m tools.prepare word_problems
-#   python coldstart.py config/words_sft.py
+#   python coldstart.py config/words_sft.py   # after runs/smollm.sh has made its examples
 init_from = "HuggingFaceTB/SmolLM2-135M-Instruct"
 examples = "out/smollm/data/solved.jsonl"  # training problems with a worked solution, 2,263
 out_dir = "out/smollm/sft"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The evidence: every number of docs/results.md, methods x seeds in the toy worlds, two processes
+# The evidence: the tables of docs/tables.md and docs/results.md, methods x seeds, two processes
 # side by side. Finished parts are skipped and interrupted ones go on, so the same command continues
 # after a kill. Hours on two cores.
 #   bash runs/ablations.sh                        # everything, then the tables and the report

@@ -35,7 +35,8 @@ bench evaluation 150 smollm2_135m 4096 96 192 --what=evaluation
 bench phases_135m 120 smollm2_135m 256 96 192 --what=phases --repeats=3
 bench phases_0p6b 180 qwen3_0p6b 128 128 512 --what=phases --repeats=2
 # a pretrained model with GRPO and TAPO
-entry smollm "${SMOLLM_SECONDS:-600}" env OUT="$OUT/smollm" bash runs/smollm.sh
+entry smollm "${SMOLLM_SECONDS:-600}" env OUT="$OUT/smollm" \
+  RESULTS="$OUT/smollm/results" bash runs/smollm.sh
 # Qwen3-0.6B's shape, random weights: three steps; log-probs of sampler and trainer, peak memory
 # against tools.plan (kl_coef: a random model solves nothing, and without it no row would have a
 # gradient)

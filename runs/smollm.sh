@@ -14,8 +14,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
-OUT=${OUT:-out/smollm} RESULTS=${RESULTS:-results/smollm} WORDS=${WORDS:-data/word_problems}
 PRESET=${PRESET:-gpu}
+case $PRESET in gpu) at="" ;; *) at=_$PRESET ;; esac  # trials are no part of the experiment
+OUT=${OUT:-out/smollm$at} RESULTS=${RESULTS:-results/smollm$at} WORDS=${WORDS:-data/word_problems}
 case $PRESET in
   gpu) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} METHODS=${METHODS:-grpo tapo copy published opsd faithful}
        RATES=${RATES:-5e-6 2e-5} SIDE=${SIDE:-4} STEPS=60
@@ -79,11 +80,11 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation 
 best_rate() {  # best_rate METHOD: the one that ends best on validation problems, seed 100
   python - "$OUT/runs" "$1" <<'PY'
 import json, pathlib, sys
-def final(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n") if line]
-    return rows[-1].get("eval/pass1", -1.0)
-found = list(pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*"))
-print(max(found, key=final).name.split("_")[-1])
+def final(log):
+    rows = [json.loads(line) for line in log.read_text().split("\n") if line]
+    return rows[-1].get("eval/pass1", -1.0) if rows else -1.0
+found = list(pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*/metrics.jsonl"))
+print(max(found, key=final).parent.name.split("_")[-1] if found else "2e-5")
 PY
 }
 
@@ -120,10 +121,16 @@ done
 wait
 
 python -m tools.tables "$RESULTS" | tee "$RESULTS/tables.md"
-runs=()
-for method in $METHODS; do for seed in $SEEDS; do runs+=("$OUT/runs/${method}_s$seed"); done; done
+runs=() evals=()
+for method in $METHODS; do
+  for seed in $SEEDS; do  # those that came to their end
+    [ ! -f "$RESULTS/svamp/${method}_s$seed.json" ] || {
+      runs+=("$OUT/runs/${method}_s$seed") evals+=("$RESULTS/svamp/${method}_s$seed.json"); }
+  done
+done
+((${#runs[@]})) || { echo "no run came to its end; see $OUT/logs"; exit 1; }
 python -m tools.report "${runs[@]}" --out="$OUT/report.html" \
-  --evals="$(ls "$RESULTS"/svamp/*_[sc]*.json | paste -sd,)" \
+  --evals="$(IFS=,; echo "${evals[*]},$(ls "$RESULTS"/svamp/*_c0.json | paste -sd,)")" \
   --measured="$(ls "$RESULTS"/svamp/measured/*.json | paste -sd,)"
 # log-probs and prompts, judged by transformers
 python -m tools.rehearsal check "$OUT/runs" "$(basename "${runs[0]}")"

@@ -576,7 +576,7 @@ def bench_logprobs(limit: dict[str, float]) -> None:
     ours, peak = in_child(head_in_child, False)
     theirs, naive_peak = in_child(head_in_child, True)
     report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs,
-           ratio=ours / theirs,
+           ratio=theirs / ours,
            **({"limit": 3 * 2 * 151936 * 1024 * 2048 / limit["flops"]} if dtype == "float32"
               else {}))
     report("... peak memory", peak, "GiB", naive=naive_peak)

@@ -1,7 +1,7 @@
-"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, docs/results.md out.
+"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, docs/tables.md out.
 
     python -m tools.tables out/ablations                          # all tables, printed
-    python -m tools.tables out/ablations --update=docs/results.md # between <!-- table NAME -->
+    python -m tools.tables out/ablations --update=docs/tables.md  # between <!-- table NAME -->
     marks
 
 A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each.
