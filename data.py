@@ -58,7 +58,7 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
         problem = _problem_of(jsonl.parse(line, where), where)
         if problem.uid in seen:
             raise ValueError(f"{where}: uid {problem.uid!r} already stands on line "
-                             f"{seen[problem.uid]}; uids name advantage groups and must be unique")
+                             f"{seen[problem.uid]}; samples and results go by uid; make it unique")
         seen[problem.uid] = number
         problems.append(problem)
     if not problems:

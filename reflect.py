@@ -4,7 +4,9 @@ roles. Text lives here.
 TAPO (arXiv 2606.18844) §3.3, Eq. 3, Algorithm 1 lines 8-14. A wrong response y- and a right one y+
 to the same question go into a synthesis prompt; the policy answers
 <analysis>..</analysis><reconstruction>..</reconstruction>, and the reconstruction is the
-constructed trajectory y_ref: y- up to its first error, a short reflection, corrected reasoning.
+constructed trajectory y_ref: y- up to and including its first error, a short reflection, corrected
+reasoning. In names: a construction, or `is_reflection`, is the whole of y_ref; DIAGNOSIS is the
+role of the inserted <reflection>; <analysis> locates the error, for the cold start alone to learn.
 
 y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other
 ids in one piece than in two. Only what is newly written is encoded, once. A token that touches the
@@ -207,7 +209,7 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
     for wrong, correct in pairs:
         prompt = synthesis_prompt(tokenizer, wrong.problem, wrong.text, correct.text, template,
                                   prefix_mode)
-        built.append(Construction(wrong, prompt, None, "prompt_too_long"))
+        built.append(Construction(wrong, prompt, None, "prompt_too_long"))  # until it is written
         if len(prompt) + limit > model.config.max_position_embeddings:
             continue
         if by_rule:
@@ -215,6 +217,7 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
             built[-1].synthesis = Completion(encode_completion(tokenizer, text), [], finished=True)
         else:
             asked.append(built[-1])
+            # the pair's number within its query, so that its noise is its own
             earlier = sum(other.wrong.query == wrong.query for other in built[:-1])
             keys.append((*key, wrong.query, earlier))
     written = generate(model, [c.prompt_ids for c in asked], 1, keys=keys, max_new_tokens=limit,

@@ -93,13 +93,13 @@ n_pos: at_least(1) = 2                  # Eq. 3: a group is eligible with at lea
 n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
 m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
-prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # keeps y- up to its error, see reflect.py
+prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y- with its error is kept
 keep: one_of("all", "right", "faithful") = "all"  # constructions trained on; right: 'w/o Negative'
 max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
-decoupled = True            # G_ref normalised alone (Eq. 4, 5); False: 'w/o DAE'
+decoupled = True            # constructions are a group of their own (Eq. 4, 5); False: 'w/o DAE'
 ref_advantage: one_of("group", "reward", "orig", "joint") = "group"  # group: Eq. 5; reward: A = r
-ots = True                              # Eq. 7 weighs the tokens of constructed trajectories
+ots = True                              # weigh the tokens of constructions; False: none of them
 weighting: one_of(*WEIGHTINGS) = "ots"  # ... by this function of advantage.py
 diagnosis: one_of("mask", "ots", "train") = "mask"  # of the diagnosis; ots: the paper
 train_prefix = True                     # False also masks the preserved wrong reasoning
@@ -171,7 +171,7 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
         with torch.no_grad():
             ref_logprobs = ref_model(batch.inputs, batch.targets, temperature=temperature)[0]
     old_logprobs = logprobs.detach() if on_policy else batch.old_logprobs
-    w = WEIGHTINGS[weighting](logprobs, entropy, w_min, w_max)  # Eq. 7
+    w = WEIGHTINGS[weighting](logprobs, entropy, w_min, w_max)  # Eq. 7, or another
     weights = torch.where(batch.ots > 0, w, 1.0)
     sums = train_sums(batch, logprobs, entropy, old_logprobs, weights, ref_logprobs)
     if method == "sft":
@@ -275,10 +275,10 @@ def main() -> None:
             sums = {"time/generate": clock.lap()}
             score(rollouts)
             sums["time/grade"] = clock.lap()
-            selected, outcomes = {}, []
+            counts, outcomes = {}, []
             if c.method in ("tapo", "sft"):
                 # lines 8-11: pairs (y-, y+) of the groups that are eligible (Eq. 3)
-                pairs, selected = reflect.select_pairs(
+                pairs, counts = reflect.select_pairs(
                     rollouts, n_pos=c.n_pos, n_neg=c.n_neg, m_max=c.m_max,
                     key=(c.seed, PAIRING, step))
                 # lines 12-14: from each, a micro-reflective trajectory, scored alike
@@ -291,15 +291,15 @@ def main() -> None:
             sums["time/reflect"] = clock.lap()
         # Now every rank gets all of them, in an order that does not depend on the number of ranks.
         rollouts = sorted(gather(rollouts), key=lambda r: r.query)
-        outcomes, selected = gather(outcomes), reduce_sums(selected)
+        outcomes, counts = gather(outcomes), reduce_sums(counts)
         reflections = [r for r in outcomes if isinstance(r, Rollout)
                        and reflect.is_kept(r, c.keep)]
-        batch = rollouts + sorted(reflections, key=lambda r: r.query)
+        everything = rollouts + sorted(reflections, key=lambda r: r.query)
 
-        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5)
-        set_advantages(batch, ref_advantage=c.ref_advantage)
+        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5); `decoupled` made the groups
+        set_advantages(everything, ref_advantage=c.ref_advantage)
 
-        # what each token is for: the inserted diagnosis carries no gradient, Eq. 7 weighs the rest
+        # what each token is for; by default the inserted diagnosis carries no gradient
         for r in reflections:
             r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=c.diagnosis, ots=c.ots,
                                                 train_prefix=c.train_prefix)
@@ -307,20 +307,20 @@ def main() -> None:
             sums |= opsd.set_teachers(tokenizer, rollouts, template=c.template, context=context,
                                       key=(c.seed, PAIRING, step))
         if c.method == "sft":  # imitates constructions alone, and only the right ones
-            for r in batch:
+            for r in everything:
                 if not r.is_reflection or r.reward <= 0:
                     r.mask = [0.0] * len(r.mask)
 
         # CRITICAL: the one denominator, counted over the whole step before the first backward
-        set_loss_scales(batch, lam=c.lam if c.method == "tapo" else 1.0, loss_agg=c.loss_agg,
+        set_loss_scales(everything, lam=c.lam if c.method == "tapo" else 1.0, loss_agg=c.loss_agg,
                         loss_norm=c.loss_norm)
         # A rollout of advantage 0 (a group all right or all wrong) is in the denominator and needs
-        # no pass: its gradient is 0. Reflections stay for their logs (Fig. 3).
+        # no pass: its gradient is 0, and train/* leaves it out. Reflections stay for Fig. 3's logs.
         needs_advantage = c.method in ("tapo", "grpo") and not c.kl_coef
-        learning = [r for r in batch if sum(r.mask)
+        learning = [r for r in everything if sum(r.mask)
                     and (r.advantage or r.is_reflection or not needs_advantage)]
 
-        # lines 21-22: L_orig + lam * L_ref (Eq. 6), one update
+        # lines 21-22: L_orig + lam * L_ref (Eq. 6; lam is in loss_scale), one update
         rate = set_learning_rate(optimizer, step, learning_rate=c.learning_rate,
                                  warmup_steps=c.warmup_steps, max_steps=c.max_steps)
         clock.lap()
@@ -337,8 +337,8 @@ def main() -> None:
 
         done = step + 1
         sums |= rollout_sums(rollouts)
-        if selected:
-            sums |= reflect_sums(selected, outcomes)
+        if counts:
+            sums |= reflect_sums(counts, outcomes)
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
@@ -348,12 +348,12 @@ def main() -> None:
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")
         if rank() == 0:
             jsonl.write(out / "rollouts" / f"step_{done:06d}.jsonl",
-                        [r.to_row(done, tokenizer) for r in batch])
+                        [r.to_row(done, tokenizer) for r in everything])
             with open(out / "metrics.jsonl", "a") as log:
                 log.write(json.dumps({"step": done} | metrics) + "\n")
             log_also(done, metrics)
         say(console_line(done, c.max_steps, metrics))
-        dry_steps = 0 if selected.get("eligible") else dry_steps + 1
+        dry_steps = 0 if counts.get("eligible") else dry_steps + 1
         if metrics.get("reflect/candidates"):
             lost_steps = 0 if metrics["reflect/kept"] else lost_steps + 1
         for warning in warnings_of(metrics, method=c.method, max_new_tokens=c.max_new_tokens,

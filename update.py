@@ -80,7 +80,7 @@ def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list
     """This rank's rows, micro-batch by micro-batch; as many micro-batches on every rank, >= 1.
 
     A rank that has nothing left to do, or a step in which nothing learns, runs a filler: one token
-    that counts nowhere.
+    that counts nowhere, and a reflection's, so that no log takes it for the policy's own.
     """
     filler = Rollout(None, "", [0], [0], [PREFIX], True, "", is_reflection=True, mask=[0.0])
     rollouts = rollouts or [filler]

@@ -1,4 +1,4 @@
-# TAPO. Its knobs are train.py's defaults; what is said here is what the toy world needs.
+# TAPO as the toy world needs it: it differs from train.py's defaults, Eq. 5 and 6, in two knobs.
 #   python train.py config/toy.py config/tapo.py
 method = "tapo"
 # Nearly every construction of the toy is right: under Eq. 5 their advantages would all be 0.

@@ -159,6 +159,7 @@ def test_the_qwen3_prompt_has_exactly_the_published_ids():
 
 
 def test_a_prompt_has_one_bos_and_asks_for_no_thinking():
+    """Guards trap 6."""
     tokenizer = char_tokenizer()
     # this tokenizer adds BOS by itself; the template writes it too
     assert tokenizer("1").input_ids == [0, 7]

@@ -150,6 +150,7 @@ BODY = ("First, x = 3.\n<reflection>Wait, x is 4, not 3.</reflection>\nThen 2x =
 
 @pytest.mark.parametrize("name", NAMES)
 def test_y_ref_reads_as_prefix_diagnosis_correction_and_ends_with_the_stop_token(name):
+    """Guards trap 1: the prefix is y-'s own ids."""
     tokenizer = tokenizer_of(name)
     y = build(tokenizer, WRONG, BODY)
     assert y.text == BODY.replace("<reflection>", "").replace("</reflection>", "")

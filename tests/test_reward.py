@@ -467,7 +467,7 @@ def test_two_roots_of_hmmt_are_accepted_in_any_order_but_not_alone():
     assert [g.status for g in grades] == ["correct"] * 3 + ["wrong"] * 3
 
 
-# --- the worker: nothing a policy writes may hang, fool or stop the run ---
+# --- the worker: nothing a policy writes may hang, fool or stop the run (trap 23) ---
 
 def pids():
     return {worker.pid for worker in reward._alive}
