@@ -110,7 +110,7 @@ def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple
 
 
 class Unsharded:
-    """`with Unsharded(model, dtype) as sampler`: a plain model of the whole weights, to sample.
+    """`with Unsharded(model, dtype) as sampler`: a plain model of the whole weights, to draw from.
 
     FSDP: every unit is gathered once, and freed at the end. Forwards of the sampler (under no_grad)
     use no collective and run without FSDP's hooks, which cost a fifth of a small step and cannot be

@@ -174,6 +174,9 @@ class Counting(Decoder):
         if len(self.captured) > known:
             self.captures.append(time.perf_counter() - start)
 
+    def counts(self) -> dict[str, float]:
+        return {"captures": len(self.captures), "capture_seconds": sum(self.captures)}
+
     def join(self, names, prompts, noise) -> None:
         super().join(names, prompts, noise)
         if self.caps:
@@ -211,7 +214,7 @@ def bench_nano(_: dict) -> None:
     rates = in_turn(ours=lambda: rate_of(model, prompts, 1, (), decoder, temperature=0.6,
                                          max_new=longest))["ours"]
     report(f"nano-vllm's workload, {size} {dtype}, {sum(caps):,} tokens", statistics.median(rates),
-           "tokens/s", captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+           "tokens/s", **decoder.counts())
 
 
 def bench_evaluation(_: dict) -> None:
@@ -223,7 +226,7 @@ def bench_evaluation(_: dict) -> None:
     rate = rate_of(model, prompts, 16, stop_ids, decoder)
     elapsed = seconds(lambda: rate_of(model, prompts, 16, stop_ids, decoder))
     report(f"{16 * n:,} samples, {size} {dtype}", elapsed, "s", tokens_per_second=rate,
-           captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+           **decoder.counts())
 
 
 def bench_phases(_: dict) -> None:
@@ -240,7 +243,7 @@ def bench_phases(_: dict) -> None:
              ("generate", "grade", "update")}
     report(f"GRPO step {size} {dtype} {rows} rows, ragged" + ", compiled" * compile,
            statistics.median(s["all"] for s in steps), "s", **parts,
-           captures=len(decoder.captures), capture_seconds=sum(decoder.captures))
+           **decoder.counts())
 
 
 def bench_attention(_: dict) -> None:
@@ -361,7 +364,7 @@ def bench_rollout(limit: dict[str, float]) -> None:
         value = median.pop("ours")
         report(f"rollout {size} {dtype} {rows} rows, {lengths}" + ", compiled" * compile, value,
                "tokens/s", **median, ratio=ratio(rates["ours"], rates["transformers"]),
-               captures=len(decoder.captures), capture_seconds=sum(decoder.captures),
+               **decoder.counts(),
                **({"limit": best, "share": value / best} if lengths == "fixed" else {}))
 
 

@@ -284,27 +284,25 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: per method, in %, what becomes of a response after its own error, and of
     constructions. What some of them did not measure is left out."""
-    def share(part, whole, *where):
-        """The share of one count of a measurement in another."""
-        def of(m):
-            for key in where:
-                m = m[key]
-            return m[part] / m[whole] if m[whole] else None
-        return of
+    def share(counts: dict, part: str, whole: str) -> float | None:
+        return counts[part] / counts[whole] if counts[whole] else None
 
-    micro, recovery = ("constructions", "micro"), ("recovery",)
+    def of_constructions(part: str, whole: str):
+        return lambda m: share(m["constructions"]["micro"], part, whole)
+
     columns = {  # of a measurement -> a share, or None
-        "responses with an error": share("with_an_error", "responses", *recovery),
+        "responses with an error": lambda m: share(m["recovery"], "with_an_error", "responses"),
         "stops if right": lambda m: m["decides"]["stop_if_right"],
         "goes on if wrong": lambda m: m["decides"]["retry_if_wrong"],
         "looks again": lambda m: m["recovery"]["unasked_reflects"],
         "right if so": lambda m: m["recovery"]["unasked_right_if_reflects"],
         "right, unasked": lambda m: m["recovery"]["unasked_right"],
         "right, forced": lambda m: m["recovery"]["forced_right"],
-        "constructions kept": share("kept", "candidates", *micro),
-        "right": share("right", "kept", *micro), "faithful": share("faithful", "state", *micro),
-        "localised": share("localised", "kept", *micro),
-        "mixed groups": share("mixed_groups", "groups", *micro), "DSR": lambda m: m["DSR"],
+        "constructions kept": of_constructions("kept", "candidates"),
+        "right": of_constructions("right", "kept"),
+        "faithful": of_constructions("faithful", "state"),
+        "localised": of_constructions("localised", "kept"),
+        "mixed groups": of_constructions("mixed_groups", "groups"), "DSR": lambda m: m["DSR"],
         "ERR, by rule": lambda m: m["ERR"], "ERR, by truth": lambda m: m["ERR_true"]}
     cells = {}
     for head, of in columns.items():
