@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import jsonl
 from configurator import diff_configs
-from model import find_folder, save_hf
+from hf import find_folder, save_hf
 
 # With one process dcp warns that it assumes one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")

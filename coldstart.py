@@ -46,12 +46,13 @@ from data import (
     render_prompt,
     stop_ids_of,
 )
+from hf import load_hf
 from metrics import evaluate, means, open_log
-from model import load_hf, num_params
+from model import num_params
 from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, PREFIX, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
-from update import set_learning_rate, set_loss_scales, update
+from update import set_learning_rate, set_loss_scales, tokens_that_fit, update
 
 # --- what is learned ------------------------------------------------------------------------------
 init_from = ""              # Hugging Face folder or hub id
@@ -83,7 +84,7 @@ warmup_steps: at_least(0) = 50
 weight_decay: at_least(0) = 0.0
 beta2: between(0, 0.9999) = 0.999
 grad_clip: above(0) = 1.0
-tokens_per_microbatch: at_least(1) = 16384  # padded tokens of a forward / backward: the memory knob
+tokens_per_microbatch: at_least(0) = 0  # padded tokens of a forward / backward; 0: as many as fit
 checkpoint_activations = False          # recompute blocks in the backward pass
 # --- evaluation, saving, machine ------------------------------------------------------------------
 eval_interval: at_least(0) = 200        # steps; 0 = only at the end
@@ -349,6 +350,8 @@ def main() -> None:
         keep_log(out / "metrics.jsonl", first_step)
     say(f"{num_params(model):,} parameters on {world_size()} x {device}, stop ids {stop_ids}")
 
+    tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
+        model, optimizer, dtype=c.dtype, device=device)
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps",
                disable=True if rank() else None)
@@ -358,10 +361,10 @@ def main() -> None:
         batch = [row for _, row in problems_for_step(rows, c.seed, step, c.batch_size)]
         rate = set_learning_rate(optimizer, step, learning_rate=c.learning_rate,
                                  warmup_steps=c.warmup_steps, max_steps=max_steps)
-        with no_memory(tokens_per_microbatch=c.tokens_per_microbatch, offload=c.offload,
+        with no_memory(tokens_per_microbatch=tokens_per_microbatch, offload=c.offload,
                        checkpoint_activations=c.checkpoint_activations):
             metrics = imitate(model, optimizer, batch, grad_clip=c.grad_clip, device=device,
-                              autocast=autocast, tokens_per_microbatch=c.tokens_per_microbatch)
+                              autocast=autocast, tokens_per_microbatch=tokens_per_microbatch)
         metrics["train/lr"] = rate
         done = step + 1
         bar.update()

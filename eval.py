@@ -42,7 +42,8 @@ from data import (
     save_problems,
     stop_ids_of,
 )
-from model import load_hf, num_params
+from hf import load_hf
+from model import num_params
 from parallel import pick_device
 from rollout import EVALUATION, completion_text, generate, rows_that_fit
 

@@ -1,4 +1,4 @@
-"""The policy: a decoder-only transformer with one `forward`, and Hugging Face folders in and out.
+"""The policy: a decoder-only transformer with one `forward`.
 
 Qwen3 exactly; by configuration alone also Qwen2 / Qwen2.5 (bias on q, k, v, no q/k norm) and Llama
 3 (scaled RoPE). Parameters carry Hugging Face's names, so loading is a copy and needs no key map.
@@ -14,26 +14,17 @@ rows, T tokens, N = B*T, V vocabulary, d width, nh / nkv query / key-value heads
 layers, S columns of the cache. Deliberately missing: dropout, sliding windows, mixture of experts,
 quantisation, other RoPE scalings.
 """
-
-import json
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from advantage import generalised_jsd
 
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "llama": "LlamaForCausalLM"}
-CONVERT_GGUF = ("only safetensors are read: take the original model, or convert it "
-                "(from_pretrained(gguf_file=...))")
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # logits alive at once in the head; a toy batch is one chunk
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
@@ -634,201 +625,31 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     return 6 * (num_params(config) - looked_up) + 12 * heads * config.head_dim * context
 
 
-# --------------------------------------------------------------------------------------------------
-# Hugging Face folders
+def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
+                     device: str) -> tuple[int, int, int]:
+    """Bytes per token kept for the backward pass: (inside one block, as a block's input, by
+    embedding + final norm + head).
 
+    Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts
+    its input for itself. Sharded bf16 is FSDP's mixed precision: all of it is bf16. A CPU's RMSNorm
+    is not fused: it keeps x and x / rms in fp32.
+    """
+    d, ff = config.hidden_size, config.intermediate_size
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    autocast = dtype == "bfloat16" and not sharded
+    c = 2 if dtype == "bfloat16" else 4          # operands and results of products
+    r = 4 if autocast else c                     # the residual stream, and what RMSNorm reads
+    qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
 
-def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
-            num_tokens: int = 0, wrap=None, compile=False) -> CausalLM:
-    """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on
-    `device`.
+    def norm(size, rows):
+        return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
 
-    The model is made on the meta device and tensors are read into it one by one: peak host memory
-    is one model. Of generation_config.json only the end-of-sequence ids are read: no penalty or
-    top-k hides in a checkpoint (trap 3). num_tokens: see ModelConfig. wrap(model) shards the still
-    empty model (parallel.shard): each process then keeps its part of every tensor. compile: see
-    CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
-    line each."""
-    folder = find_folder(folder_or_hub_id)
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"), num_tokens)
-    if (folder / "generation_config.json").is_file():
-        more = _read_json(folder / "generation_config.json").get("eos_token_id")
-        eos = config.eos_token_id + ModelConfig(eos_token_id=more).eos_token_id
-        config.eos_token_id = tuple(dict.fromkeys(eos))
-    with torch.device("meta"):
-        model = CausalLM(config).to(dtype)
-    if wrap is not None:
-        wrap(model)
-    model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
-    missing, tied = set(expected), config.tie_word_embeddings
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():
-                    if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
-                        # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied
-                        # head
-                        continue
-                    _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
-                    tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point():
-                        raise ValueError(f"{name} in {file} is {tensor.dtype}: quantised; use the "
-                                         "original weights")
-                    if not tensor.isfinite().all():
-                        raise ValueError(f"{name} in {file} holds NaN or inf; take an earlier "
-                                         "checkpoint")
-                    _fill(parameters[name], tensor)
-                    missing.discard(name)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of "
-                         "its safetensors files")
-    if compile:
-        model.compile_blocks()
-    return model
-
-
-def save_hf(
-    model: CausalLM,
-    tokenizer,
-    folder: str | Path,
-    *,
-    generation_config: dict | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    state_dict: dict | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load without a script; the
-    caller makes it atomic.
-
-    tokenizer: saved with its chat template; None leaves it out. generation_config: added to plain
-    sampling. state_dict: given where the model's own tensors are shards (FSDP). dtype: of the saved
-    weights, None as they are."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()  # a left-over index would win over the new file
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # gathered FSDP states name both
-
-    shards, room, total = [], 0, 0
-    for name, t in tensors.items():
-        size = t.numel() * (dtype or t.dtype).itemsize
-        if not shards or size > room:
-            shards, room = [*shards, []], max_shard_bytes
-        shards[-1].append(name)
-        room, total = room - size, total + size
-    weight_map = {}
-    for i, names in enumerate(shards, start=1):
-        of = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"model{of}.safetensors"
-        shard = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous()
-                 for name in names}
-        # transformers refuses a file without this
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-    special = {}
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = model.config.to_hf() | special
-    config["torch_dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
-    # Plain sampling, spelled out: where top_k is absent transformers takes 50.
-    plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
-             "eos_token_id": config["eos_token_id"]}
-    _write_json(folder / "generation_config.json", plain | special | (generation_config or {}))
-
-
-@torch.no_grad()
-def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no
-    communication either way."""
-    if isinstance(parameter, DTensor):
-        tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
-                                   parameter.placements, src_data_rank=None)
-    parameter.copy_(tensor)
-
-
-def find_folder(folder_or_hub_id: str | Path) -> Path:
-    """The folder itself; anything else that looks like owner/name comes from the hub."""
-    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
-    if folder.is_file():
-        fix = CONVERT_GGUF if folder.suffix == ".gguf" else ("pass the folder that holds "
-                                                             "config.json and the weights")
-        raise ValueError(f"{name} is a file; {fix}")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-            raise FileNotFoundError(f"model folder {name!r} does not exist; pass a folder or a hub "
-                                    "id (owner/name)")
-        from huggingface_hub import snapshot_download
-
-        # weights and the tokenizer's files
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
-        # no network, no such repository, no permission; the hub's own text is many lines long
-        except Exception as e:
-            raise FileNotFoundError(
-                f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); "
-                "check the name and the network, or download the model elsewhere and pass its "
-                "folder") from None
-    check_folder(folder)
-    return folder
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder whose config.json, if it has one, does not describe whole weights."""
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is a LoRA adapter; merge it into its base model (peft: "
-                         "merge_and_unload), save that, and pass its folder")
-    if not (folder / "config.json").is_file():
-        if any(folder.glob("*.gguf")):
-            raise ValueError(f"{folder} holds GGUF files; " + CONVERT_GGUF)
-        raise FileNotFoundError(f"{folder} has no config.json; pass --init_from=FOLDER in Hugging "
-                                "Face's layout")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Its safetensors files, each of which exists."""
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    for file in files:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} lacks {file}; copy all of its files (only "
-                                    "safetensors weights are read)")
-    return [folder / file for file in files]
-
-
-def _check_tensor(file: Path, name: str, shape: tuple, expected: dict[str, tuple]) -> None:
-    if name not in expected:
-        raise ValueError(f"{file} holds the unexpected tensor {name}; config.json must describe "
-                         "the weights beside it")
-    if shape != expected[name]:
-        raise ValueError(f"{name} in {file} is {shape}, config.json implies {expected[name]}; use "
-                         "its own config.json")
-
-
-def _some(names) -> str:
-    """The first three names of many."""
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); copy it again") from None
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; what q_proj, k_proj, v_proj read
+    block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
+    # attention: rotated q, k, v, the result that o_proj reads, log-sum-exp
+    block += (2 * q + 2 * kv) * c + 4 * heads
+    # MLP: gate, silu(gate), up, their product
+    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c
+    # 24: ids and targets (int64), log-sum-exp, entropy
+    return block, d * r, norm(d, 1) + d * r + 24

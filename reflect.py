@@ -23,7 +23,7 @@ from os.path import commonprefix  # of any two strings
 
 import numpy as np
 
-import reward
+import answers
 from data import Problem, encode_completion, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
@@ -375,7 +375,7 @@ def name_error(said: str) -> tuple[str, str]:
         if holds(found.groups()):
             return "wrong step", f"Wait, {a} {sign} {b} is not the right step here."
         return "arithmetic slip", f"Wait, {a} {sign} {b} is not {c}."
-    if answer := reward.extract_boxed(said):
+    if answer := answers.extract_boxed(said):
         return "wrong answer", f"Wait, the answer is not {answer}."
     return "invalid step", f'Wait, "{said[:80].rstrip(".!?")}" is not right.'
 

@@ -1,21 +1,15 @@
-r"""Is the final answer right? The only file that decides "correct"; training, evaluation and cold
-start ask here.
+"""Is the final answer right? Training, evaluation and cold start ask here, and only here.
 
-The answer is the last balanced \boxed{...} outside a thinking block. It is right (reward 1) if 1.
-its canonical text equals the gold's: spaces, spellings of a fraction, separators, zeros, units; or
-2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not
-asked; or 3. math-verify (sympy) finds them equal part by part: items of a list or set in any order,
-of a tuple in its own. Step 3 runs in another process that is killed at a time limit: LaTeX from a
-policy can keep sympy busy for ever, and an alarm in a thread is no limit. What could not be decided
-(timeout, error) or read (unparsable, no_answer) is counted apart from wrong. Rules err on the side
-of "not correct": a right answer refused costs a sample, a wrong one accepted teaches it.
-Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
+A response is right (reward 1) if its answer says the same as the gold one (answers.py). Text and
+fractions settle most pairs at once. The rest needs sympy, in another process that is killed at a
+time limit: LaTeX from a policy can keep it busy for ever, and an alarm in a thread is no limit
+(trap 23). What could not be decided (timeout, error) or read (unparsable, no_answer) is counted
+apart from wrong.
 """
 import atexit
 import contextlib
 import json
 import os
-import re
 import select
 import subprocess
 import sys
@@ -23,10 +17,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
 
-MAX_CHARS = 2000  # of an answer; the longest gold of the data sets we know has 92
+from answers import (
+    MAX_CHARS,
+    Unparsable,
+    check_readable,
+    core_and_unit,
+    extract_boxed,
+    is_rational,
+    same,
+    settle,
+)
+
 START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
 SLACK_S = 5.0  # beyond its limit, before a worker that should have replied is taken for dead
 # bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
@@ -54,11 +56,11 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
     clock.
     """
     pairs = list(zip(map(extract_boxed, texts), golds, strict=True))
-    status = {pair: _settle(*pair) for pair in dict.fromkeys(pairs)}
+    status = {pair: settle(*pair) for pair in dict.fromkeys(pairs)}
     hard = [pair for pair, known in status.items() if known is None]
 
     def ask(pair):
-        answer, gold = (_core_and_unit(x)[0] for x in pair)
+        answer, gold = (core_and_unit(x)[0] for x in pair)
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
     if len(hard) > 1 and workers > 1:
@@ -83,11 +85,11 @@ def check_gold(gold: str) -> None:
     """Raise a one-line ValueError if `gold` cannot be read: no differently written response could
     be graded correct."""
     shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
-    core = _core_and_unit(gold)[0]
+    core = core_and_unit(gold)[0]
     if not core or len(gold) > MAX_CHARS:
         raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or "
                          "drop the problem")
-    if not _is_rational(core) and not core.isalpha():
+    if not is_rational(core) and not core.isalpha():
         reply = _ask({"gold": core}, 10.0)
         if reply["status"] != "correct":
             why = reply.get("why", reply["status"])
@@ -95,492 +97,7 @@ def check_gold(gold: str) -> None:
                              "problem")
 
 
-# --- the answer in the text ---
-
-_BOX_TOKENS = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Content of the last balanced \boxed{...} or \fbox{...}, the outer one of a nested pair; None
-    if there is none.
-
-    A box inside a thinking block is a draft: only what follows </think> counts, and nothing after
-    an unclosed <think>. Escaped braces do not count as braces. One pass, linear in the text.
-    """
-    if "think>" in text:
-        text = text.rpartition("</think>")[2].partition("<think>")[0]
-    starts = [i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0]
-    if not starts:
-        return None
-    # of every open brace: where its content begins if it is a box's, else -1
-    opened, last = [], None
-    for token in _BOX_TOKENS.finditer(text, min(starts)):
-        if token[0] == "}":
-            begin = opened.pop() if opened else -1
-            last = (begin, token.start()) if begin >= 0 else last
-        elif token[0] == "{":
-            opened.append(-1)
-        elif token[0] != "\\{" and token[0][-1] == "{":
-            opened.append(token.end())
-    return text[last[0]:last[1]].strip() if last else None
-
-
-# --- 1. canonical text --- What keeps it safe: no rewriting changes the value, and where both sides
-# name a unit it must be the same one.
-
-_UNICODE = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
-    "°": r"^\circ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\neq ", "∪": r"\cup ", "∈": r"\in ",
-    "±": r"\pm ", "²": "^2", "³": "^3", "∅": r"\emptyset ", "，": ",", "：": ":",
-    "（": "(", "）": ")", "％": "%", "€": r"\$",
-    "£": r"\$", "~": " "})
-_COMMANDS = {
-    **dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr bigg "
-                    "Bigg bf it rm boldsymbol bm underline large Large LARGE huge small".split(),
-                    ""),
-    **dict.fromkeys(["emptyset", "varnothing"], r"\{\}"),
-    # spaces, and the math delimiters \( \) \[ \]
-    **dict.fromkeys(["quad", "qquad", *"()[],;:> "], " "),
-    **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"),
-    "degree": r"^\circ", "%": "%", "$": r"\dollar ",
-    **dict.fromkeys("textnormal textrm textbf textit mathrm mathbf mathit mbox".split(), r"\text"),
-    "geq": r"\ge", "geqslant": r"\ge", "leq": r"\le", "leqslant": r"\le", "ne": r"\neq",
-    "gt": ">", "lt": "<"}
-_COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
-
-
-def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, replacement)
-    return [(key, re.compile(pattern), by) for key, pattern, by in rules]
-
-
-_NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
-_BASES = {word: str(i) for i, word in enumerate(_NUMBERS, 2)} | {"sixteen": "16"}
-
-
-def _repeating(m: re.Match) -> str:
-    """0.1\\overline{6} = 1/6: the digits up to the end of the first period less those before it,
-    over 9s and 0s."""
-    whole, before, period = m[1] or "0", m[2], m[3]
-    over = int("9" * len(period) + "0" * len(before))
-    return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
-
-
-_SPELLINGS = _rules(
-    ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
-    # 204_{\text{five}}
-    ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?",
-     lambda m: f"_{{{_BASES[m[1]]}}}"),
-    ("\\log", r"\\log *_ *(?:\{(\w+)\}|(\w)) *(?:\{([^{}]*)\}|(\d+)$)",
-     lambda m: f"\\log_{{{m[1] or m[2]}}}({m[3] or m[4]})"),
-    ("m", r"(?<![a-zA-Z])([apAP])\. ?[mM](?![a-zA-Z])\.?", r"\1m"),  # p.m.
-    ("\\frac", r"\\frac *(\d|\\pi) *(\d)", r"\\frac{\1}{\2}"),  # \frac12
-    ("\\frac", r"\\frac *\{([^{}]*)\} *(\w)", r"\\frac{\1}{\2}"),  # \frac{40}7
-    ("\\frac", r"\\frac *(\w) *\{", r"\\frac{\1}{"),  # \frac3{4}
-    ("\\sqrt", r"\\sqrt *(\d)", r"\\sqrt{\1}"),
-    ("\\begin", r"[\[(] *\\begin\{(?:array|matrix)\}(?: *\{[^{}]*\})?|\\begin\{bmatrix\}",
-     r"\\begin{pmatrix}"),
-    ("\\end", r"\\end\{(?:array|matrix)\} *[\])]|\\end\{bmatrix\}", r"\\end{pmatrix}"),
-    *((word, rf"(?:, *)?(?:\\text *\{{ *{word} *\}}|(?<![a-zA-Z\\]){word}(?![a-zA-Z]))", ", ")
-      for word in ("and", "or")),
-    (" !=", " !=", r"\\neq "),  # but 5!=120 is a factorial
-    ("<=", "<=", r"\\le "), (">=", ">=", r"\\ge "), ("**", r"\*\*", "^"))
-_SPACING = _rules(
-    ("\\text", r"\\text *\{([^{}]*)\}", r"\1"),
-    (" ", r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", "")),  # 5 000 000
-    ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
-    # not in \pi r, nor in 2 3
-    (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))
-_THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
-_SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}")
-_DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?"
-                       r"(?:\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}|(-?\d+)/(\d+))")
-
-
-@lru_cache(maxsize=1 << 16)
-def normalise(answer: str) -> str:
-    r"""Canonical text of an answer: `core`, or `core [unit]`.
-
-    Rational numbers become reduced fractions, so that equal texts mean equal values:
-    `\dfrac{2}{4}`, `.50` -> `1/2`; `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1,
-    2\right)` -> `(1,2)`; `5\text{ meters}` -> `5 [m]`.
-    """
-    s = answer.strip()
-    if len(s) > MAX_CHARS:
-        return s
-    if s.isdecimal() and s.isascii():  # most answers of most data sets
-        return s.lstrip("0") or "0"
-    if _DECIMAL.fullmatch(s) or _FRACTION.fullmatch(s):
-        return _rational(s)
-    if "boxed" in s:  # some golds carry their box
-        s = extract_boxed(s) or s
-    s = s if s.isascii() and "~" not in s else s.translate(_UNICODE)
-    s = _without_typesetting(s)
-    if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
-        s = s.replace("\\\\", "\\")
-    # 11,\! 111: a comma that separates thousands, not answers
-    s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s
-    if "\\" in s or "$" in s:
-        s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
-    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
-    s = " ".join(s.split()).rstrip(" ,;")
-    # what \bf and \underline leave of {\bf 42} and \underline{42}
-    while s[:1] == "{" and _closing(s, 0) == len(s) - 1:
-        s = s[1:-1].strip()
-    if (m := _WHOLE_TEXT.fullmatch(s)) and re.search(r"\d", m[1]):
-        s = m[1].strip()
-    # a full stop; 0.333... is not 0.333
-    s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s
-    for key, pattern, by in _SPELLINGS:
-        s = pattern.sub(by, s) if key in s else s
-    s, unit = _take_unit(s)
-    # 79,380, but neither 32, 349 nor (1,234)
-    s = s.replace(",", "") if "," in s and _THOUSANDS.fullmatch(s) else s
-    for key, pattern, by in _SPACING:
-        s = pattern.sub(by, s) if key in s else s
-    s = s.strip()
-    # two answers stay two when read again
-    s = s.replace(",", ", ") if "," in s and _THOUSANDS.fullmatch(s) else s
-    for _ in range(3):
-        if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
-            break
-        s = s[1:-1]  # (1/3), (A)
-    s = _rational(s)
-    return f"{s} [{unit}]" if unit else s
-
-
-_WHOLE_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
-_TYPESETTING = _rules(
-    ("color", r"\\(?:text)?color *\{\w+\}", ""),
-    ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
-    ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
-
-
-def _without_typesetting(s: str) -> str:
-    """How an answer is set is not what it says."""
-    for key, pattern, by in _TYPESETTING:
-        s = pattern.sub(by, s) if key in s else s
-    return s.strip()
-
-
-def _core_and_unit(answer: str) -> tuple[str, str]:
-    core, _, unit = normalise(answer).partition(" [")
-    return core, unit.removesuffix("]")
-
-
-def _rational(s: str) -> str:
-    """A decimal, fraction or mixed number as a reduced fraction; any other text as it is."""
-    if _DECIMAL.fullmatch(s) or _SCIENTIFIC.fullmatch(s):
-        return str(Fraction(s.rstrip(".")))
-    m = _FRACTION.fullmatch(s)
-    if not m:
-        return s
-    whole, numerator, denominator = int(m[2] or 0), int(m[3] or m[5]), int(m[4] or m[6])
-    if denominator == 0 or (m[2] and (numerator < 0 or denominator < 0)):
-        return s
-    value = whole + Fraction(numerator, denominator)
-    return str(-value if m[1] == "-" else value)
-
-
-def _is_rational(core: str) -> bool:
-    return re.fullmatch(r"-?\d+(?:/[1-9]\d*)?", core) is not None
-
-
-_UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a unit -> the first
-    "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre",
-    "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile", "g gram",
-    "kg kilogram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week",
-    "month", "year yr", "l liter litre", "ml milliliter millilitre", "gal gallon", "mph",
-    "km/h kph", "m/s", "deg degree", "rad radian", "% percent pct percentage", "$ dollar", "cent",
-    "am", "pm", "- unit st nd rd th") for name in names.split()}  # `square units`, `5th`: no unit
-_THINGS = re.compile(  # apples, students: plural nouns that neither scale the number nor qualify it
-    r"(?!.*(?:th|dozen|\bten|\bscore|hundred|thousand|million|billion|halve|quarter|third|les|plu|"
-    r"minu|time|doe|thi|thu|ye)s)(?:(?!and|or|not|than|over|per|more|less)[a-z]{3,} ){0,2}"
-    r"(?:[a-z]{3,}s|people|children|men|women|fish|sheep)")
-_UNIT = re.compile(r" *(?:\\text *\{(?P<text>[^{}]*)\}|"
-                   r"(?<![a-zA-Z\\])(?P<bare>[a-zA-Z]{2,}(?: [a-zA-Z]+){0,2}))"
-                   r" *(?:\^ *\{?(?P<power>[23])\}?)?$")
-_DEGREES = re.compile(r"(.*?) *\^ *(?:\\circ|\{ *\\circ *\}) *(?:\\text *\{ *)?([CF]?) *\}?")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-
-
-def _take_unit(s: str) -> tuple[str, str]:
-    r"""`72.6 \text{ m}` -> ('72.6', 'm'). A right answer may leave its unit out but not exchange
-    it: m is not cm."""
-    if s.startswith("\\dollar "):
-        return s.removeprefix("\\dollar ").strip(), "$"
-    if s.endswith("%"):
-        return s[:-1].rstrip(), "%"
-    if _TRIGONOMETRIC.search(s):  # sin 30 degrees is a number, and not sin 30
-        degrees = r"(\d+(?:\.\d+)?) *\^ *(?:\\circ|\{ *\\circ *\})"
-        return re.sub(degrees, r"(\\frac{\1\\pi}{180})", s), ""
-    if s.endswith("\\dollar"):
-        return s.removesuffix("\\dollar").strip(), "$"
-    if m := _DEGREES.fullmatch(s):
-        return m[1], "deg" + m[2]
-    m = _UNIT.search(s)
-    core = s[:m.start()] if m else ""
-    # a number, complete without the word
-    if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":
-        words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
-        power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
-        name, _, inner = " ".join(words[1:] if power else words).partition("^")  # \text{cm^2}
-        singular = name[:-1] if len(name) > 2 and name[-1] == "s" else name
-        unit = _UNITS.get(name, _UNITS.get(singular)) if name else ""
-        # 72 clips, but not x+2 clips
-        one_number = m["text"] or _is_rational(_rational(core.replace(",", "").strip()))
-        if unit is None and one_number and _THINGS.fullmatch(name):
-            unit = name[:-1]
-        if unit is not None:
-            power = m["power"] or inner.strip("{}") or power
-            return core, unit + ("^" + power if unit and power else "")
-    return s, ""
-
-
-# --- 2. what text and exact fractions settle ---
-
-def _settle(answer: str | None, gold: str) -> str | None:
-    """The status of a pair; None if only a computer algebra system can tell."""
-    if answer is None:
-        return "no_answer"
-    if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
-        return "correct" if answer.strip() == gold.strip() else "unparsable"
-    (a, unit_a), (g, unit_g) = _core_and_unit(answer), _core_and_unit(gold)
-    if not a:
-        return "unparsable"
-    # 20 degrees may be 20 degrees C
-    celsius = "deg" in (unit_a, unit_g) and unit_a[:3] == unit_g[:3]
-    if unit_a and unit_g and unit_a != unit_g and not celsius:
-        return "wrong"
-    if a == g:  # 28% and 28: the question asked for per cent
-        return "correct"
-    # 1000,99 where the gold says 1000.99
-    if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):
-        return "correct"
-    if _is_rational(a) and _is_rational(g):  # 28% and 0.28
-        percent = "%" in (unit_a, unit_g)
-        x, y = (Fraction(v) / (100 if unit == "%" else 1) for v, unit in ((a, unit_a), (g, unit_g)))
-        return "correct" if percent and x == y else "wrong"
-    if re.fullmatch("[A-J]", g) and (m := _OPTION.match(a)):
-        return "correct" if m[1] == g else "wrong"
-    if _is_word(a) or _is_word(g) or (len(a) == len(g) == 1 and (a + g).isalpha()):
-        return "correct" if len(a) > 1 and a.casefold() == g.casefold() else "wrong"
-    return None
-
-
-_OPTION = re.compile(r"\(?([A-J])[).][^,;(+*/^=-]")  # (C) 12, C. 12
-
-
-def _is_word(s: str) -> bool:
-    """Even, YYZ: text, whose letters have an order; `xy` and `abc` are products."""
-    return s.isalpha() and len(s) > 1 and (len(s) > 3 or not s.islower())
-
-
-# --- 3. structure, and math-verify for its parts: everything below runs in the worker ---
-
-class _Unparsable(Exception):
-    pass
-
-
-def _same(answer: str, gold: str) -> bool:
-    """Whether two answers are the same. _Unparsable: the answer cannot be read; any other exception
-    is our failure."""
-    settled = _settle(answer, gold)
-    if settled is not None:
-        return settled == "correct"
-    a, g = _core_and_unit(answer)[0], _core_and_unit(gold)[0]
-    (label_a, value_a), (label_g, value_g) = _label(a), _label(g)
-    if (value_a, value_g) != (a, g):
-        if label_a == label_g or (not label_a and _is_name(label_g)):
-            return _same(value_a, value_g)
-        if label_a and label_g:  # two equations
-            return _verify(a, g)
-        letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", label_a)))
-        # m+n=5, not x^2=5
-        return bool(label_a) and (_is_name(label_a) or len(letters) != 1) and _same(value_a, g)
-    (kind_a, items_a), (kind_g, items_g) = _items(a), _items(g)
-    named = _names_items(items_a)
-    if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
-        return {kind_a, kind_g} <= {"list", "()"} and _same_in_order(items_a, items_g)
-    counted = "\\{" not in a + g and not any(item[:1] in ("(", "[") for item in items_a + items_g)
-    if kind_a == kind_g == "list" and counted:
-        return _same_items(items_a, items_g)
-    # of a set, or of points, each counts once, however often it is named
-    if kind_a == kind_g == "list":
-        return all(any(_same(x, y) for x in items_a) for y in items_g) and \
-            all(any(_same(x, y) for y in items_g) for x in items_a)
-    if kind_a == kind_g != "":
-        clock = kind_g == ":" and re.search(r":0\d", a + g)  # 12:05 is not 12:5
-        return not clock and _same_in_order(items_a, items_g)
-    if {kind_a, kind_g} == {"", "list"} and len(items_a) == len(items_g) == 1:  # \{2\} and 2
-        return _same(items_a[0], items_g[0])
-    # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
-    if kind_g == ":" and not kind_a and len(items_g) == 2:
-        return _same(a, f"\\frac{{{items_g[0]}}}{{{items_g[1]}}}")
-    interval_a, interval_g = _interval(a), _interval(g)
-    if (interval_a and kind_g[:1] in list("([")) or (interval_g and kind_a[:1] in list("([")):
-        return _same(interval_a or a, interval_g or g)
-    if (kind_a or kind_g) and not re.search(r"[<>]|\\(?:le|ge|neq|cup|mathbb)(?![a-zA-Z])", a + g):
-        return False
-    return _verify(a, g)  # also 0<x<1 against (0,1)
-
-
-def _same_items(items_a: list[str], items_g: list[str]) -> bool:
-    """The same items in any order, each as often."""
-    left = list(items_a)
-    for g in items_g:
-        found = next((i for i, a in enumerate(left) if _same(a, g)), None)
-        if found is None:
-            return False
-        del left[found]
-    return not left
-
-
-_BOUND = re.compile(r"([A-Za-z])(<|>|\\le|\\ge) *"
-                    r"([^<>\\]+|\\frac\{[^{}]*\}\{[^{}]*\}|-?\\(?:sqrt|pi).*)")
-_BOUNDS = re.compile(r"(.+?)(<|\\le) *([A-Za-z])(<|\\le) *(.+)")
-
-
-def _interval(s: str) -> str:
-    r"""`x\ge3` -> `[3,\infty)`, `-1\le x<2` -> `[-1,2)`; "" of anything else."""
-    if (m := _BOUNDS.fullmatch(s)) and not re.search(r"[<>,]|\\[lg]e(?![a-z])", m[1] + m[5]):
-        return f"{'(['[m[2] != '<']}{m[1]},{m[5]}{')]'[m[4] != '<']}"
-    if m := _BOUND.fullmatch(s):
-        low, closed = m[2] in (">", "\\ge"), m[2][0] == "\\"
-        return f"{'(['[closed]}{m[3]},\\infty)" if low else f"(-\\infty,{m[3]}{')]'[closed]}"
-    return ""
-
-
-def _same_in_order(items_a: list[str], items_g: list[str]) -> bool:
-    return len(items_a) == len(items_g) and all(map(_same, items_a, items_g))
-
-
-def _closing(s: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`, of any kind ([0,1) is an interval); -1
-    if none does."""
-    depth = 0
-    for i in range(start, len(s)):
-        depth += (s[i] in "([{") - (s[i] in ")]}")
-        if depth == 0:
-            return i
-    return -1
-
-
-def _split(s: str, separators: str) -> list[str]:
-    """Split at separators outside brackets; empty parts are dropped."""
-    parts, depth, begin = [], 0, 0
-    for i, c in enumerate(s):
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0 and c in separators:
-            parts.append(s[begin:i])
-            begin = i + 1
-    return [part for part in (*parts, s[begin:]) if part.strip()]
-
-
-def _label(s: str) -> tuple[str, str]:
-    r"""What an equation or membership is about, and its last value: `x=1+1=2` -> ('x', '2'), `x\in
-    S` -> ('x', 'S'), `5` -> ('', '5'). Approximations are dropped: `\sqrt2\approx1.41` -> ('',
-    '\sqrt2')."""
-    s = re.sub(r"\\approx.*", "", re.sub(r"^([A-Za-z]\w*)\\approx", r"\1=", s))
-    sides = _split(re.sub(r"\\in(?![a-zA-Z])", "=", s), "=")
-    relation = re.search(r"[<>]|\\(?:le|ge|neq|equiv)(?![a-zA-Z])", s)
-    if len(sides) < 2 or len(_split(s, ",;")) > 1 or relation:
-        return "", s
-    return sides[0] if len(sides) == 2 or _is_name(sides[0]) else "", sides[-1]
-
-
-def _is_name(label: str) -> bool:
-    r"""x, x_1, f(x), (p,q), A:B, \angle ABC: such a left-hand side may be left out."""
-    return bool(re.fullmatch(r"(?!.*\\(?:sqrt|frac))[A-Za-z\\(][A-Za-z\\_{}(),:'0-9]*", label))
-
-
-def _names_items(items: list[str]) -> bool:
-    return len({_label(item)[0] for item in items} - {""}) > 1
-
-
-def _items(s: str) -> tuple[str, list[str]]:
-    r"""Kind and items: 'list' of `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... of tuples and
-    intervals; ':' of a ratio."""
-    if s.startswith("{") and _closing(s, 0) == len(s) - 1:
-        return _items(s[1:-1])
-    is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
-    parts = _split(s[2:-2] if is_set else s, ";" if ";" in s else ",")
-    items = [sign for item in parts for sign in _signs(item)]
-    if is_set or len(items) > 1:
-        return "list", items
-    if s[:1] in ("(", "[") and _closing(s, 0) == len(s) - 1:
-        items = _split(s[1:-1], ",;")
-        if len(items) > 1:
-            return s[0] + s[-1], items
-    items = _split(s, ":")
-    return ":" if len(items) > 1 else "", items
-
-
-def _signs(s: str) -> list[str]:
-    r"""`1\pm\sqrt2` is two answers. Two \pm may mean two or four: left alone, and math-verify does
-    not read them."""
-    if s.count("\\pm") != 1 or s.count("\\mp") > 1:
-        return [s]
-    both = [s.replace("\\pm", x).replace("\\mp", y) for x, y in ("+-", "-+")]
-    return [re.sub(r"(?:^|(?<=[(={]))\+", "", one) for one in both]
-
-
-@lru_cache(maxsize=1024)
-def _parse(s: str, is_real: bool):
-    """sympy object of a canonical core: decimals exact, letters with their case, 2\\frac12 in a
-    product still 5/2."""
-    from latex2sympy2_extended import NormalizationConfig, latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Float, Rational
-    if re.search(r"\d \d|\\l?dots|(?:^|[^\\a-zA-Z\]{}^_])\{|[\d)}]\\\{", s):
-        raise ValueError("numbers or groups side by side, or dots")
-    # The parser adds neighbours, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every
-    # product gets its dot.
-    s = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", s)
-    s = re.sub(r"(?:(?<=\d)(?<![_^]\d)|(?<=\)))(?=\(|\\binom)|(?<=\))(?=\d|\\frac)", r"\\cdot ", s)
-    s = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})(?=[\d(]|\\frac|\\binom)", r"\1\\cdot ", s)
-    expr = latex2sympy(
-        s, is_real=is_real, conversion_config=ConversionConfig(lowercase_symbols=False),
-        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True,
-                                                 boxed="none"))
-    return expr.xreplace({x: Rational(str(x)) for x in expr.atoms(Float)})
-
-
-def _verify(answer: str, gold: str) -> bool:
-    """math-verify on two expressions, and a second look where it is known to be too generous."""
-    from math_verify import verify
-    from math_verify.grader import should_treat_as_complex
-    from sympy import Eq, Expr, simplify
-    # 204_5: the parser drops the base; the text decided
-    if re.match(r"-?\d+_", answer) or re.match(r"-?\d+_", gold):
-        return False
-    is_real = not should_treat_as_complex(answer + " " + gold)
-    g = _parse(gold, is_real)
-    try:
-        a = _parse(answer, is_real)
-    except Exception as problem:
-        raise _Unparsable from problem
-    # to math-verify any two equations without a solution are the same
-    if isinstance(g, Eq) and isinstance(a, Eq):
-        return g == a or bool(simplify((g.lhs - g.rhs) / (a.lhs - a.rhs)).is_number)
-    # no alarms: the process is the limit
-    if not verify(g, a, timeout_seconds=None, raise_on_error=True):
-        return False
-    numbers = isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite
-    if numbers and not (g.free_symbols or a.free_symbols):
-        # it looks at 15 digits
-        return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)
-    return True
-
-
-def _read(gold: str) -> None:
-    """Raise if a part of a gold answer cannot be parsed."""
-    s = _label(_core_and_unit(gold)[0])[1]
-    kind, items = _items(s)
-    for item in items if kind else []:
-        _read(item)
-    if not kind and not _is_word(s) and not re.match(r"-?\d+_", s):
-        _parse(s, True)
+# --- the worker ---
 
 
 def _serve() -> None:
@@ -602,7 +119,7 @@ def _serve() -> None:
     try:
         # import, fill tables
         for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):
-            _same(answer, gold)
+            same(answer, gold)
     except Exception as problem:
         first = {"status": f"{type(problem).__name__}: {problem}"}
     replies.write(json.dumps(first).encode() + b"\n")
@@ -639,12 +156,12 @@ def _work(requests: int, replies: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
-                same = _same(request["answer"], request["gold"])
-                reply = {"status": "correct" if same else "wrong"}
+                right = same(request["answer"], request["gold"])
+                reply = {"status": "correct" if right else "wrong"}
             else:
-                _read(request["gold"])
+                check_readable(request["gold"])
                 reply = {"status": "correct"}
-        except _Unparsable:
+        except Unparsable:
             reply = {"status": "unparsable"}
         except MemoryError:
             reply = {"status": "timeout"}

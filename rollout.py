@@ -12,7 +12,6 @@ the batch size, nor on the process that draws it.
 Deliberately missing: top-k, min-p, repetition penalties, beam search. Truncated sampling (top-p) is
 for evaluation only: the trainer scores the full softmax, so rollouts are drawn from it (trap 2).
 """
-import os
 import time
 from bisect import bisect_right
 from collections import deque
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from data import Problem
 from model import KVCache, decoding_head
-from parallel import microbatches
+from parallel import MEMORY_SHARE, free_memory, microbatches, total_memory
 
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2  # roles of tokens; those of ordinary rollouts are PREFIX
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
@@ -36,8 +35,7 @@ PREFILL_TOKENS = 2**14  # padded tokens of one pass over prompts
 BLOCK = 256            # of the vocabulary, see inverse_cdf
 CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
 KEEP_SHARE = 1 / 8     # of all memory: a decoder that has more gives it back after each call
-MEMORY_SHARE = 0.8     # of free memory, that max_rows = 0 fills with rows ...
-MOST_ROWS = 4096       # ... up to so many: more gain nothing
+MOST_ROWS = 4096       # of max_rows = 0: more gain nothing
 
 
 @dataclass
@@ -440,13 +438,7 @@ def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
 
     held: bytes that a decoder already has for them.
     """
-    device = model.head_weight.device
-    if device.type == "cuda":  # what the driver has left, and what torch holds without using it
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = free_memory(model.head_weight.device)
     return most_rows(model.config, free + held, prompt, new, model.compute_dtype.itemsize)
 
 
@@ -455,11 +447,3 @@ def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
     fit = bisect_right(range(1, MOST_ROWS + 1), MEMORY_SHARE * free,
                        key=lambda rows: memory_of(config, rows, prompt, new, size))
     return max(1, fit)
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device, of a CPU shared by the processes on it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return pages // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -39,7 +39,8 @@ import torch
 import jsonl
 from configurator import run_script
 from data import Problem, save_problems
-from model import CausalLM, ModelConfig, save_hf
+from hf import save_hf
+from model import CausalLM, ModelConfig
 from reflect import TEMPLATES
 
 WORLDS = {"findx": 0, "countdown": 2}  # number in the noise key of its problems

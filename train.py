@@ -48,6 +48,7 @@ from data import (
     problems_for_step,
     stop_ids_of,
 )
+from hf import load_hf
 from metrics import (
     add_up,
     console_line,
@@ -60,7 +61,6 @@ from metrics import (
     train_sums,
     warnings_of,
 )
-from model import load_hf
 from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
@@ -69,6 +69,7 @@ from update import (
     set_learning_rate,
     set_loss_scales,
     set_old_logprobs,
+    tokens_that_fit,
     update,
 )
 
@@ -119,7 +120,7 @@ opsd_clip: at_least(0) = 0.0            # cut of a token's divergence; 0 = none
 learning_rate: at_least(0) = 1e-6       # after warm-up a cosine to 0
 warmup_steps: at_least(0) = 10
 grad_clip: above(0) = 1.0
-tokens_per_microbatch: at_least(1) = 16384  # padded tokens of a forward / backward: the memory knob
+tokens_per_microbatch: at_least(0) = 0  # padded tokens of a forward / backward; 0: as many as fit
 checkpoint_activations = False          # recompute blocks in the backward: a third more work
 # --- evaluation, saving, machine ------------------------------------------------------------------
 eval_interval: at_least(0) = 50         # steps; 0 = only at the end
@@ -244,7 +245,6 @@ def main() -> None:
                                   fused=True)
     if first_step:
         load_optimizer(Path(load_from), model, optimizer)
-    say(run_table(training, stop_ids, tokenizer, device, c.dtype, c.max_steps, c.prompts_per_step))
     if rank() == 0:
         save_config(config, out)
         tokenizer.save_pretrained(out / "tokenizer")
@@ -253,7 +253,12 @@ def main() -> None:
     unsharded = Unsharded(model, c.dtype)
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
                 "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
-    on_device = {"tokens_per_microbatch": c.tokens_per_microbatch, "device": device,
+    tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
+        model, optimizer, dtype=c.dtype, device=device,
+        wide_head=c.method == "opsd" and c.opsd_loss == "jsd")
+    say(run_table(training, stop_ids, tokenizer, device, c.dtype, tokens_per_microbatch,
+                  c.max_steps, c.prompts_per_step))
+    on_device = {"tokens_per_microbatch": tokens_per_microbatch, "device": device,
                  "autocast": autocast}
     loss_fn = functools.partial(
         loss_of, model=model, ref_model=ref_model, on_policy=c.updates_per_step == 1,
@@ -324,7 +329,7 @@ def main() -> None:
         rate = set_learning_rate(optimizer, step, learning_rate=c.learning_rate,
                                  warmup_steps=c.warmup_steps, max_steps=c.max_steps)
         clock.lap()
-        with no_memory(tokens_per_microbatch=c.tokens_per_microbatch, offload=c.offload,
+        with no_memory(tokens_per_microbatch=tokens_per_microbatch, offload=c.offload,
                        checkpoint_activations=c.checkpoint_activations):
             if c.updates_per_step > 1:
                 set_old_logprobs(model, learning, temperature=c.temperature, **on_device)
@@ -386,12 +391,14 @@ class Clock:
         return self.last - self.start
 
 
-def run_table(training, stop_ids, tokenizer, device, dtype, max_steps, prompts_per_step) -> str:
+def run_table(training, stop_ids, tokenizer, device, dtype, tokens_per_microbatch, max_steps,
+              prompts_per_step) -> str:
     """What the loaded run amounts to, printed once at start."""
     lengths = sorted(len(p.prompt_ids) for p in training)
     stops = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)}" for i in stop_ids)
     return "\n".join([
-        f"processes   {world_size()} on {device}, compute in {dtype}",
+        f"processes   {world_size()} on {device}, compute in {dtype}, micro-batches of "
+        f"{tokens_per_microbatch:,} tokens",
         f"problems    {len(training):,}, prompts of {lengths[0]} to {lengths[-1]} tokens; "
         f"{max_steps} steps are {max_steps * prompts_per_step / len(training):.2f} epochs",
         f"stop ids    {stops}"])

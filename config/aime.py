@@ -24,7 +24,6 @@ diagnosis = "mask"             # NOT the paper's: it trains the diagnosis under 
 max_new_tokens = 8192          # its responses are 2,000 to 5,000 tokens long (§4.3)
 max_synthesis_tokens = 9216    # a reconstruction as long as a response, 1,024 for the analysis
 max_rows = 0                   # as memory holds: a rollout keeps up to 9k tokens, a reflection 27k
-tokens_per_microbatch = 32768
 checkpoint_activations = True  # 16k tokens of activations would be 94 GiB
 dtype = "bfloat16"
 eval_interval = 0              # the contests are measured once, by eval.py, at a step fixed before

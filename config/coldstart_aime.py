@@ -18,7 +18,6 @@ max_new_tokens = 8192
 max_synthesis_tokens = 9216
 max_rows = 0                   # as many as memory holds
 queries_per_round = 64         # 8 to a GPU
-tokens_per_microbatch = 32768
 checkpoint_activations = True
 dtype = "bfloat16"
 eval_interval = 0

@@ -25,7 +25,6 @@ max_synthesis_tokens = 768
 max_rows = 24                  # reflections decide: 3,328 tokens of keys and values a row, 0.36 GiB
 learning_rate = 1e-6           # the usual one
 warmup_steps = 10
-tokens_per_microbatch = 16384
 checkpoint_activations = True  # without it 4096 tokens would be the limit
 dtype = "bfloat16"
 eval_interval = 100

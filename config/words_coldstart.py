@@ -18,7 +18,6 @@ epochs = 2
 batch_size = 64
 learning_rate = 1e-4
 warmup_steps = 10
-tokens_per_microbatch = 32768
 eval_interval = 0
 save_interval = 0
 dtype = "bfloat16"

@@ -10,7 +10,6 @@ batch_size = 64
 learning_rate = 3e-4           # the usual size for a model this small
 warmup_steps = 10
 max_new_tokens = 96            # a solution has 26 tokens on average, 98 at most
-tokens_per_microbatch = 32768  # the whole batch
 eval_interval = 0
 save_interval = 0              # half a minute on a GPU
 dtype = "bfloat16"

@@ -12,14 +12,15 @@ import threading
 
 import pytest
 import torch
+from test_train import author, run, same_numbers, start, weights_of  # noqa: F401
 
 import checkpoint
 import failing
 import toy
 import train
 from checkpoint import checkpoints
-from model import CausalLM, ModelConfig, save_hf
-from test_train import author, run, same_numbers, start, weights_of  # noqa: F401
+from hf import save_hf
+from model import CausalLM, ModelConfig
 
 GRPO = {"method": "grpo", "ref_advantage": "reward", "save_interval": 1, "keep_last": 9}
 

@@ -20,7 +20,8 @@ import rollout
 import toy
 from checkpoint import checkpoints
 from data import Problem, file_mark, load_tokenizer, render_prompt, save_problems
-from model import CausalLM, ModelConfig, load_hf, save_hf
+from hf import load_hf, save_hf
+from model import CausalLM, ModelConfig
 from rollout import Completion
 
 TINY = """--instruction= --template=short --max_new_tokens=12 --batch_size=6 --epochs=1

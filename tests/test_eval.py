@@ -15,7 +15,8 @@ import eval as evaluation
 import toy
 from configurator import configure
 from data import Problem, load_problems, save_problems
-from model import CausalLM, ModelConfig, save_hf
+from hf import save_hf
+from model import CausalLM, ModelConfig
 from rollout import Completion
 
 # --- statistics

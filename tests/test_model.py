@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import advantage
 import model as model_file
+from hf import load_hf, save_hf
 from model import (
     CausalLM,
     KVCache,
@@ -20,9 +21,7 @@ from model import (
     TokenLogprobs,
     decoding_head,
     flops_per_token,
-    load_hf,
     num_params,
-    save_hf,
 )
 from rollout import prefill
 from tools import plan

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from safetensors import safe_open
+from test_train import author, rollouts_of, same_numbers, start, weights_of  # noqa: F401
 from torch.distributed.fsdp import FSDPModule
 
 import failing
@@ -27,9 +28,8 @@ import parallel
 import train
 import update
 from configurator import configure
-from model import load_hf
+from hf import load_hf
 from parallel import balance
-from test_train import author, rollouts_of, same_numbers, start, weights_of  # noqa: F401
 
 TOY = {"prompts_per_step": 12, "samples_per_prompt": 3, "n_pos": 1, "n_neg": 1, "m_max": 2,
        "max_new_tokens": 60, "max_synthesis_tokens": 130, "max_steps": 5, "learning_rate": 1e-3,

@@ -14,7 +14,8 @@ import reflect
 import rollout
 import train
 from data import load_tokenizer
-from model import CausalLM, ModelConfig, save_hf
+from hf import save_hf
+from model import CausalLM, ModelConfig
 from rollout import Completion
 
 WORDS = ["Ann has 😀 3 + 4 = ? x", "∠ABC = 30° ∴ 你好，世界", "a\u2028b\x85c\x0cd",

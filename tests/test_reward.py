@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import reward
-from reward import check_gold, extract_boxed, grade, grade_many, normalise
+from answers import extract_boxed, normalise
+from reward import check_gold, grade, grade_many
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -10,7 +10,8 @@ from conftest import HostReads, Recorded
 import rollout
 import toy
 from data import Problem
-from model import CausalLM, ModelConfig, load_hf, save_hf
+from hf import load_hf, save_hf
+from model import CausalLM, ModelConfig
 from rollout import (
     PREFIX,
     Completion,

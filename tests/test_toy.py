@@ -14,7 +14,7 @@ import torch
 import reward
 import toy
 from data import load_problems
-from model import load_hf
+from hf import load_hf
 
 QUESTION = "x*7-21=35"
 COUNTDOWN = "5,9,15=12..21"

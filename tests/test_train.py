@@ -29,8 +29,9 @@ import toy
 import train
 import update
 from data import save_problems
+from hf import load_hf, save_hf
 from metrics import means
-from model import CausalLM, ModelConfig, load_hf, save_hf
+from model import CausalLM, ModelConfig
 from rollout import Completion, Rollout
 
 ROOT = Path(train.__file__).parent

@@ -13,6 +13,7 @@ from reflect import token_masks
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Rollout
 from update import collate
 
+
 def test_the_docstring_example_of_collate_is_literal():
     batch = collate([rollout_of([5, 6], [7, 8, 2], loss_scale=0.5),
                      rollout_of([5], [9, 2], loss_scale=0.25)])

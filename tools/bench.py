@@ -35,14 +35,8 @@ import rollout
 import toy
 from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
-from model import (
-    CausalLM,
-    ModelConfig,
-    TokenLogprobs,
-    attend_cache,
-    flops_per_token,
-    save_hf,
-)
+from hf import save_hf
+from model import CausalLM, ModelConfig, TokenLogprobs, attend_cache, flops_per_token
 from parallel import Unsharded, pick_device, precision
 from rollout import PREFIX, ROLLOUT, Decoder, Rollout, generate, sample_rollouts
 from tools.plan import cache_bytes, memory_plan

@@ -15,7 +15,8 @@ import jsonl
 import train
 from configurator import configure
 from data import load_tokenizer
-from model import CausalLM, ModelConfig, num_params, save_hf
+from hf import save_hf
+from model import CausalLM, ModelConfig, num_params
 from tools.plan import train_table
 
 

@@ -45,7 +45,7 @@ from data import (
     stop_ids_of,
 )
 from eval import dsr_err
-from model import load_hf
+from hf import load_hf
 from parallel import microbatches, pick_device
 from reflect import Construction
 from reward import grade_many, score

@@ -28,15 +28,17 @@ import torch
 
 from configurator import configure, run_script
 from data import load_problems
+from hf import check_folder
 from model import (
     LOGITS_PER_CHUNK,
     CausalLM,
     ModelConfig,
-    check_folder,
+    activation_bytes,
     flops_per_token,
     num_params,
 )
 from rollout import BLOCK, COLUMNS, KEEP_SHARE, MOST_ROWS, PREFILL_TOKENS, bucket, most_rows
+from update import most_tokens
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
@@ -69,36 +71,6 @@ def read_model_config(init_from: str) -> ModelConfig:
     except json.JSONDecodeError as e:
         raise ValueError(
             f"{path} is not valid JSON (line {e.lineno}: {e.msg}); copy it again") from None
-
-
-def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
-                     device: str) -> tuple[int, int, int]:
-    """Bytes per token kept for the backward pass: (inside one block, as a block's input, by
-    embedding + final norm + head).
-
-    Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts
-    its input for itself. Sharded bf16 is FSDP's mixed precision: all of it is bf16. A CPU's RMSNorm
-    is not fused: it keeps x and x / rms in fp32.
-    """
-    d, ff = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    q, kv = heads * config.head_dim, kv_heads * config.head_dim
-    autocast = dtype == "bfloat16" and not sharded
-    c = 2 if dtype == "bfloat16" else 4          # operands and results of products
-    r = 4 if autocast else c                     # the residual stream, and what RMSNorm reads
-    qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
-
-    def norm(size, rows):
-        return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
-
-    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; what q_proj, k_proj, v_proj read
-    block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
-    # attention: rotated q, k, v, the result that o_proj reads, log-sum-exp
-    block += (2 * q + 2 * kv) * c + 4 * heads
-    # MLP: gate, silu(gate), up, their product
-    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c
-    # 24: ids and targets (int64), log-sum-exp, entropy
-    return block, d * r, norm(d, 1) + d * r + 24
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
@@ -147,14 +119,15 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
                 reference_model: bool = True, full_divergence: bool = False,
                 checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
     """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'; the
-    rows that decode at once.
+    rows that decode at once, and the tokens of a micro-batch.
 
     peak = persistent + max(update, sampling): gradients and activations are gone when sampling
     begins. Lengths in tokens. dtype: of products; masters, gradients and AdamW's moments are fp32.
     world_size: processes that share one copy of the model (FSDP2). reflections: a process writes at
     most so many a step. max_rows 0: each phase takes the rows that `limit` bytes hold, of the
-    step's `rollouts` and reflections. full_divergence: OPSD over the whole vocabulary. longest_row:
-    of the update, if it is more than a prompt and a response.
+    step's `rollouts` and reflections; tokens_per_microbatch 0: as many as they hold.
+    full_divergence: OPSD over the whole vocabulary. longest_row: of the update, if it is more than
+    a prompt and a response.
     """
     total, block, matrices, tensors = count_parameters(config)
     L, V = config.num_hidden_layers, config.num_tokens
@@ -169,6 +142,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
+    tokens_per_microbatch = tokens_per_microbatch or most_tokens(
+        config, (1 - KEEP_SHARE) * limit - persistent - share, dtype=dtype, sharded=sharded,
+        device=device, checkpoint_activations=checkpoint_activations, wide_head=full_divergence)
     longest = longest_row or longest_prompt + max_new_tokens
     tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
     in_block, of_input, of_ends = activation_bytes(
@@ -190,7 +166,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     copies = c * ((1 + reference_model) * root + 2 * block)
     backward += pending + tokens * in_block * checkpoint_activations + (c + 4) * block * sharded
     parts |= {
-        "gradients": share, "compute copies": copies if sharded else 2 * matrices * autocast,
+        "tokens": tokens, "gradients": share,
+        "compute copies": copies if sharded else 2 * matrices * autocast,
         "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else in_block)),
         "head": (logits * chunk + (8 if full_divergence else 4) * head + 2 * head * autocast
                  + tokens * of_input),
@@ -241,10 +218,11 @@ def what_fits(limit: float, sizes: dict) -> dict | None:
     while (plan := memory_plan(**sizes | turned))["peak"] > limit:
         now, room = sizes | turned, limit - plan["persistent"]
         row = now["longest_prompt"] + now["max_new_tokens"]
+        budget = now["tokens_per_microbatch"] or plan["tokens"]
         if plan["update"] > room and not now["checkpoint_activations"]:
             turned["checkpoint_activations"] = True
-        elif plan["update"] > room and now["tokens_per_microbatch"] > row:
-            turned["tokens_per_microbatch"] = max(now["tokens_per_microbatch"] // 2, row)
+        elif plan["update"] > room and budget > row:
+            turned["tokens_per_microbatch"] = max(budget // 2, row)
         elif plan["update"] <= room and now["max_rows"] > 1:
             turned["max_rows"] = now["max_rows"] // 2
         elif now["max_new_tokens"] > 256:
@@ -302,7 +280,7 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         "full_divergence": opsd and c.opsd_loss == "jsd", "world_size": processes // c.replicas}
 
     rows = rollouts + reflections
-    batches = -(-rows // (max(1, c.tokens_per_microbatch // row) * processes))
+    batches = -(-rows // (max(1, memory_plan(**sizes)["tokens"] // row) * processes))
     synthesis = c.max_synthesis_tokens or 2 * c.max_new_tokens
     sampled = rollouts * c.max_new_tokens + reflections * synthesis
     passes = 3 + c.checkpoint_activations + sizes["reference_model"]  # forward passes' worth

@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import answers
 import jsonl
-import reward
 from configurator import run_script
 from data import Problem, load_problems, save_problems, unusable_answers
 from tools import word_problems
@@ -118,7 +118,7 @@ def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str
             by_text.setdefault(" ".join(problem.question.lower().split()), []).append(problem)
     problems = []
     for copies in by_text.values():
-        if len({reward.normalise(p.answer) for p in copies}) > 1:
+        if len({answers.normalise(p.answer) for p in copies}) > 1:
             dropped["copies disagree"] += len(copies)
         else:
             problems.append(copies[0])

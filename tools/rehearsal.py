@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
+import answers
 import jsonl
 import reflect
 import reward
 from checkpoint import checkpoints
 from data import Problem, load_problems, load_tokenizer, save_problems
+from hf import load_hf, save_hf
 from metrics import PARITY_ALARM
-from model import CausalLM, ModelConfig, load_hf, save_hf
+from model import CausalLM, ModelConfig
 
 N_PROBLEMS = 24
 MAX_QUESTION = 24  # tokens
@@ -105,7 +107,7 @@ def check(out: Path, names: list[str]) -> None:
             assert (ids[-1] in stops) == r["finished"] and stops.isdisjoint(ids[:-1]), r["uid"]
             assert tokenizer.decode(ids[:-1] if r["finished"] else ids) == r["text"], r["uid"]
             assert tokenizer.decode(r["prompt_ids"]) == r["prompt"] and max(ids) < len(tokenizer)
-            settled = reward.normalise(r["answer"] or "") == reward.normalise(r["gold"])
+            settled = answers.normalise(r["answer"] or "") == answers.normalise(r["gold"])
             assert settled <= (r["reward"] == 1.0) or not r["finished"], r["uid"]
             # its preserved prefix is that of one of the group's own wrong responses, id by id
             if r["is_reflection"]:

@@ -12,7 +12,8 @@ import reflect
 import toy
 from advantage import advantages
 from data import Problem, save_problems
-from model import CausalLM, ModelConfig, save_hf
+from hf import save_hf
+from model import CausalLM, ModelConfig
 from reflect import Construction
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout
 from tools import measure

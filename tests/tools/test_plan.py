@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import model as model_file
 import parallel
 import rollout
+import update
 from configurator import configure
 from model import CausalLM, ModelConfig, num_params
 from tools import plan
@@ -387,10 +388,40 @@ def test_max_rows_0_is_counted_as_a_run_counts_it(monkeypatch):
     """The same rows in rollout.rows_that_fit, with so many bytes free, as in the plan."""
     model = CausalLM(ModelConfig(**SMALL))
     for free in (0, 10**6, 10**7, 10**12):
-        monkeypatch.setattr(rollout.os, "sysconf", lambda name, free=free: {
+        monkeypatch.setattr(parallel.os, "sysconf", lambda name, free=free: {
             "SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
         assert rollout.rows_that_fit(model, 20, 50) == plan.most_rows(
             model.config, free, 20, 50, 4)
+
+
+@pytest.mark.parametrize("shape", [QWEN_06B, QWEN_8B, SMALL], ids=["0.6B", "8B", "small"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype,world_size", [("float32", 1), ("bfloat16", 1), ("bfloat16", 8)])
+@pytest.mark.parametrize("other", [{}, {"checkpoint_activations": True}, {"full_divergence": True}],
+                         ids=["plain", "checkpointed", "opsd"])
+def test_micro_batches_that_fit_fill_what_is_free(shape, device, dtype, world_size, other):
+    """tokens_per_microbatch = 0, against the formulas that the tests above hold to measured bytes:
+    never more than what is free, and four times as many would want most of it."""
+    config = ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig(**shape)
+    found = set()
+    for gigabytes in (16, 24, 48, 80, 141):
+        def needed(tokens, free=gigabytes * 2**30):
+            p = plan.memory_plan(config, max_rows=1, longest_prompt=1, max_new_tokens=1,
+                                 tokens_per_microbatch=tokens, dtype=dtype, device=device,
+                                 world_size=world_size, limit=2 * free, **other)
+            return p["update"] - p["gradients"]
+        free = gigabytes * 2**30
+        tokens = update.most_tokens(
+            config, free, dtype=dtype, sharded=world_size > 1, device=device,
+            checkpoint_activations="checkpoint_activations" in other,
+            wide_head="full_divergence" in other)
+        found.add(tokens)
+        if tokens > 256:
+            assert needed(tokens) <= free
+        if tokens < update.MOST_TOKENS[device]:
+            assert needed(4 * tokens) > 0.6 * free
+    if shape is QWEN_06B and device == "cuda" and not other:
+        assert len(found) > 1
 
 
 @pytest.mark.parametrize("argv,machine", [
