@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -521,6 +522,21 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
     assert all(block._compiled_call_impl for block in model.model.layers)
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_ragged_micro_batches_are_compiled_once():
+    """Guards: a compilation, which takes a minute, for every new width of a micro-batch. A single
+    row is the one exception: torch takes a size of 1 for a constant."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, graphs = random_model(), []
+    model.compile_blocks()
+    for rows, width in ((3, 7), (4, 11), (2, 9), (5, 30), (8, 3), (1, 12), (1, 33), (6, 6)):
+        ids = ids_of(rows, width)
+        model(ids, ids)[0].sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1] * 5 + [2] * 3
 
 
 # --------------------------------------------------------------------------------------------------
