@@ -13,3 +13,5 @@ if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
   touch .venv/ready
 fi
 source .venv/bin/activate
+# Ctrl-C ends what runs in the background as well: bash starts it deaf to Ctrl-C. Runs save first.
+trap 'trap "" INT TERM; kill 0; wait; exit 130' INT
