@@ -1,6 +1,8 @@
 # Sourced by the other scripts: a virtual environment in .venv with the pinned requirements, made
 # once. VENV=none takes the `python` on the PATH as it is, e.g. on a machine without network that
 # has the packages.
+# Ctrl-C ends what runs in the background as well: bash starts it deaf to Ctrl-C. Runs save first.
+trap 'trap "" INT TERM; kill 0; wait; exit 130' INT
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 [ "${VENV:-}" != none ] || return 0
 if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
@@ -13,5 +15,3 @@ if [ ! -f .venv/ready ] || [ requirements.txt -nt .venv/ready ]; then
   touch .venv/ready
 fi
 source .venv/bin/activate
-# Ctrl-C ends what runs in the background as well: bash starts it deaf to Ctrl-C. Runs save first.
-trap 'trap "" INT TERM; kill 0; wait; exit 130' INT
