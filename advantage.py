@@ -1,4 +1,4 @@
-"""All equations of the paper as pure tensor functions: advantages (Eq. 1, 4, 5), OTS weights
+"""The paper's equations but Eq. 3 as pure tensor functions: advantages (Eq. 1, 4, 5), OTS weights
 (Eq. 7), the policy loss (Eq. 2, 6, 8); beside them the KL estimate and OPSD's divergence (arXiv
 2601.18734).
 
@@ -99,11 +99,12 @@ def ots_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.
 
 def luffy_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.01,
                   w_max: float = 10.0, gamma: float = 0.1) -> torch.Tensor:
-    """Policy shaping of LUFFY (arXiv 2504.14945), the opposite of Eq. 7: w = g p / (p + g)^2.
+    """Policy shaping of LUFFY (arXiv 2504.14945): w = g p / (p + g)^2.
 
     Its surrogate for tokens that the policy did not sample is f(p) = p / (p + g), whose gradient is
-    f'(p) p grad log p. At most 1/4, at p = g; for small p it falls like p / g, ten times slower
-    than p itself. w_min and w_max, Eq. 7's, are not LUFFY's. (B,T) -> (B,T), no gradient.
+    f'(p) p grad log p. Largest, 1/4, at p = g, and as small at p = 1 as at p = 0.01: sure tokens
+    are quietened, which Eq. 7 weighs most. w_min and w_max, Eq. 7's, are not LUFFY's. (B,T) ->
+    (B,T), no gradient.
 
         p 1 0.1 0.001  ->  w 0.08 0.25 0.01
     """

@@ -1,10 +1,14 @@
 r"""The answer in a response, and whether two answers say the same. Pure functions of text.
 
 The answer is the last balanced \boxed{...} outside a thinking block. Two are the same if
+
 1. their canonical texts are equal: spaces, spellings of a fraction, separators, zeros, units; or
 2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not
-asked; or 3. math-verify (sympy) finds them equal part by part: items of a list or set in any order,
-of a tuple in its own. It may take for ever (reward.py gives it a process and a time limit), and by
+   asked; or
+3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a
+   tuple in its own.
+
+It may take for ever (reward.py gives it a process and a time limit), and by
 itself it is too generous for a reward: to it 3(4) is 7 and 72.6 cm is 72.6 m. Rules err on the side
 of "not the same": a right answer refused costs a sample, a wrong one accepted teaches it.
 Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
@@ -297,7 +301,7 @@ def _is_word(s: str) -> bool:
     return s.isalpha() and len(s) > 1 and (len(s) > 3 or not s.islower())
 
 
-# --- 3. structure, and math-verify for its parts: everything below runs in the worker ---
+# --- 3. structure, and math-verify for its parts: `same` and `check_readable` run in a worker ---
 
 class Unparsable(Exception):
     pass

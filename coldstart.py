@@ -47,12 +47,13 @@ from data import (
     stop_ids_of,
 )
 from hf import load_hf
+from memory import tokens_that_fit
 from metrics import evaluate, means, open_log
 from model import num_params
 from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, PREFIX, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
-from update import set_learning_rate, set_loss_scales, tokens_that_fit, update
+from update import set_learning_rate, set_loss_scales, update
 
 # --- what is learned ------------------------------------------------------------------------------
 init_from = ""              # Hugging Face folder or hub id
@@ -348,10 +349,11 @@ def main() -> None:
         load_optimizer(Path(load_from), model, optimizer)
     if rank() == 0:
         keep_log(out / "metrics.jsonl", first_step)
-    say(f"{num_params(model):,} parameters on {world_size()} x {device}, stop ids {stop_ids}")
-
     tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
-        model, optimizer, dtype=c.dtype, device=device)
+        model, optimizer, device=device, dtype=c.dtype, reference_model=False)
+    say(f"{num_params(model):,} parameters on {world_size()} x {device}, micro-batches of "
+        f"{tokens_per_microbatch:,} tokens, stop ids {stop_ids}")
+
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
     bar = tqdm(total=max_steps, initial=first_step, desc="cold start", unit=" steps",
                disable=True if rank() else None)

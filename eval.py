@@ -43,9 +43,10 @@ from data import (
     stop_ids_of,
 )
 from hf import load_hf
+from memory import rows_that_fit
 from model import num_params
 from parallel import pick_device
-from rollout import EVALUATION, completion_text, generate, rows_that_fit
+from rollout import EVALUATION, completion_text, generate
 
 # --- what is measured -----------------------------------------------------------------------------
 init_from = ""                      # Hugging Face folder or hub id

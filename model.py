@@ -11,10 +11,10 @@ One `forward`, three uses:
 The output head lives inside `forward`: (B,T,V) never exists (0.6 MB a token at Qwen's vocabulary),
 the head stays in the root's FSDP unit, and all that follows the head's product is fp32. Shapes: B
 rows, T tokens, N = B*T, V vocabulary, d width, nh / nkv query / key-value heads, hs head size, L
-layers, S columns of the cache. Deliberately missing: dropout, sliding windows, mixture of experts,
-quantisation, other RoPE scalings.
+layers, R rows and C columns of the cache. Deliberately missing: dropout, sliding windows, mixture
+of experts, quantisation, other RoPE scalings.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -513,8 +513,8 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The policy, the reference and the teacher. checkpoint_activations (set by train.py):
-    recompute each block in the backward pass, a third more work for the memory of one block.
+    """The policy, the reference and the teacher. checkpoint_activations (set by the scripts):
+    recompute each block in the backward pass, a third more work; kept are the blocks' inputs.
     compiled: see compile_blocks."""
 
     def __init__(self, config: ModelConfig):
@@ -615,6 +615,17 @@ def num_params(model: CausalLM | ModelConfig) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Numbers in the model, in one block, in the matrices of all blocks; and how many tensors. On
+    the meta device."""
+    with torch.device("meta"):
+        model = CausalLM(replace(config, num_hidden_layers=1))  # all blocks are alike
+    L, block = config.num_hidden_layers, list(model.model["layers"].parameters())
+    size, matrices = sum(w.numel() for w in block), sum(w.numel() for w in block if w.dim() == 2)
+    tensors = len(list(model.parameters())) + (L - 1) * len(block)
+    return num_params(model) + (L - 1) * size, size, L * matrices, tensors
+
+
 def flops_per_token(config: ModelConfig, context: int) -> int:
     """Floating-point operations of forward + backward for a token of a row of `context` tokens: 6
     per weight that is multiplied (an untied embedding is looked up) + 12 L nh hs context for
@@ -623,33 +634,3 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     heads = config.num_hidden_layers * config.num_attention_heads
     return 6 * (num_params(config) - looked_up) + 12 * heads * config.head_dim * context
-
-
-def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
-                     device: str) -> tuple[int, int, int]:
-    """Bytes per token kept for the backward pass: (inside one block, as a block's input, by
-    embedding + final norm + head).
-
-    Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts
-    its input for itself. Sharded bf16 is FSDP's mixed precision: all of it is bf16. A CPU's RMSNorm
-    is not fused: it keeps x and x / rms in fp32.
-    """
-    d, ff = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    q, kv = heads * config.head_dim, kv_heads * config.head_dim
-    autocast = dtype == "bfloat16" and not sharded
-    c = 2 if dtype == "bfloat16" else 4          # operands and results of products
-    r = 4 if autocast else c                     # the residual stream, and what RMSNorm reads
-    qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
-
-    def norm(size, rows):
-        return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
-
-    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; what q_proj, k_proj, v_proj read
-    block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
-    # attention: rotated q, k, v, the result that o_proj reads, log-sum-exp
-    block += (2 * q + 2 * kv) * c + 4 * heads
-    # MLP: gate, silu(gate), up, their product
-    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c
-    # 24: ids and targets (int64), log-sum-exp, entropy
-    return block, d * r, norm(d, 1) + d * r + 24

@@ -1,10 +1,11 @@
 """OPSD, on-policy self-distillation (arXiv 2601.18734): a model teaches itself.
 
-The student answers the plain question. The teacher is the same model with a right solution in its
-prompt, and says at every token of the student's own response how it would have gone on. The
-solution is a right response of the same group (the data sets here hold answers, not solutions).
-Its divergence is `advantage.generalised_jsd`; with opsd_loss = 'sampled' the advantage of a token
-is the teacher's log-prob minus the current student's, at every one of several updates.
+The student answers the plain question. The teacher is the model as it was at the start (init_from),
+frozen, with a right solution in its prompt, and says at every token of the student's own response
+how it would have gone on. The solution is a right response of the same group (the data sets here
+hold answers, not solutions). Its divergence is `advantage.generalised_jsd`; with opsd_loss =
+'sampled' the advantage of a token is the teacher's log-prob minus the current student's, at every
+one of several updates.
 """
 import dataclasses
 

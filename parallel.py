@@ -28,8 +28,6 @@ from torch.distributed.tensor import DTensor
 
 from model import CausalLM
 
-MEMORY_SHARE = 0.8  # of free memory, that max_rows = 0 and tokens_per_microbatch = 0 fill
-
 
 def check_world(replicas: int, prompts_per_step: int = 0) -> None:
     """ValueError, before anything starts, if queries or replicas do not fit the processes."""
@@ -59,26 +57,6 @@ def start(device: str, timeout_minutes: float) -> str:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(minutes=timeout_minutes))
     return device
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take."""
-    if device.type == "cuda":  # what the driver has left, and what torch holds without using it
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                - torch.cuda.memory_allocated(device))
-    return _host_memory("SC_AVPHYS_PAGES")
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device, of a CPU shared by the processes on it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return _host_memory("SC_PHYS_PAGES")
-
-
-def _host_memory(pages: str) -> int:
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages) // here
 
 
 def rank() -> int:

@@ -168,7 +168,7 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
         right, wrong = [r for r in group if r.reward > 0], [r for r in group if r.reward <= 0]
         if len(right) < n_pos or len(wrong) < n_neg:
             continue
-        # it may well be right
+        # neither cut off nor left unjudged: such a response may be right
         usable = [r for r in wrong if r.finished and r.grade not in ("timeout", "error")]
         # not hash(), which is salted per process
         noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))
@@ -596,8 +596,8 @@ def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool,
     0 a token.
 
     diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq.
-    7's weights (the paper), 'train' with weight 1. train_prefix = False also keeps out the policy's
-    own wrong reasoning that is preserved.
+    7's weights (the paper), 'train' with weight 1. ots: whether Eq. 7 weighs prefix and correction.
+    train_prefix = False also keeps out the policy's own wrong reasoning that is preserved.
 
         roles 0 0 1 1 2 2, diagnosis = 'mask', ots = True   ->   1 1 0 0 1 1,  1 1 0 0 1 1
     """

@@ -60,7 +60,7 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
     hard = [pair for pair, known in status.items() if known is None]
 
     def ask(pair):
-        answer, gold = (core_and_unit(x)[0] for x in pair)
+        answer, gold = (core_and_unit(x)[0] for x in pair)  # units are settled already
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
     if len(hard) > 1 and workers > 1:

@@ -13,7 +13,6 @@ Deliberately missing: top-k, min-p, repetition penalties, beam search. Truncated
 for evaluation only: the trainer scores the full softmax, so rollouts are drawn from it (trap 2).
 """
 import time
-from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,19 +22,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Problem
+from memory import COLUMNS, KEEP_SHARE, PREFILL_TOKENS, bucket, rows_that_fit, total_memory
 from model import KVCache, decoding_head
-from parallel import MEMORY_SHARE, free_memory, microbatches, total_memory
+from parallel import microbatches
 
-PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2  # roles of tokens; those of ordinary rollouts are PREFIX
+# roles of tokens; PREFIX: the policy's own words, and so every token of an ordinary rollout
+PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
 LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
 LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all
-COLUMNS = 32           # smallest bucket of columns
-PREFILL_TOKENS = 2**14  # padded tokens of one pass over prompts
 BLOCK = 256            # of the vocabulary, see inverse_cdf
 CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
-KEEP_SHARE = 1 / 8     # of all memory: a decoder that has more gives it back after each call
-MOST_ROWS = 4096       # of max_rows = 0: more gain nothing
 
 
 @dataclass
@@ -66,7 +63,7 @@ class Rollout:
     faithful: bool | None = None  # of a reflection: its new equations all hold; None: it has none
     sample_logprobs: list[float] | None = None  # None: a reflection, sampled under another prompt
     reward: float = 0.0
-    grade: str = ""             # reward.Grade.status
+    grade: str = ""             # reward.Grade.status, or 'truncated'
     answer: str | None = None   # what the grader extracted
     advantage: float = 0.0
     mask: list[float] = field(default_factory=list)  # default: all ones
@@ -231,13 +228,6 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
     if decoder.bytes > KEEP_SHARE * total_memory(model.head_weight.device):
         decoder.release()
     return completions
-
-
-def bucket(n: int, least: int = 1) -> int:
-    """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond
-    16 of it. Rows 1 2 .. 16 18 20 .. 32 36 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
-    step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
-    return -(-n // step) * step
 
 
 class Decoder:
@@ -421,29 +411,3 @@ def prefill(model, prompts: list, head: torch.Tensor) -> tuple[KVCache, torch.Te
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)
     cache = KVCache(model.config, len(prompts), width, model.compute_dtype, device, head)
     return cache, model(inputs, cache=cache, last=last)
-
-
-def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
-    """About the bytes that `rows` rows of `prompt` + `new` tokens take; size: bytes of a number."""
-    tensors = 2 * config.num_hidden_layers  # keys and values; one is copied where rows move
-    column = tensors * config.num_key_value_heads * config.head_dim * size
-    cache = (1 + 1 / tensors) * bucket(prompt + new + 1, COLUMNS) * column
-    decoding = cache + 24 * config.num_tokens  # logits, p and its sums in fp64
-    prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
-    return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
-
-
-def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
-    """max_rows = 0: rows of `prompt` + `new` tokens in MEMORY_SHARE of free memory, at least 1.
-
-    held: bytes that a decoder already has for them.
-    """
-    free = free_memory(model.head_weight.device)
-    return most_rows(model.config, free + held, prompt, new, model.compute_dtype.itemsize)
-
-
-def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
-    """The most rows, of 1 .. MOST_ROWS, that take no more than MEMORY_SHARE of so many bytes."""
-    fit = bisect_right(range(1, MOST_ROWS + 1), MEMORY_SHARE * free,
-                       key=lambda rows: memory_of(config, rows, prompt, new, size))
-    return max(1, fit)

@@ -1,15 +1,15 @@
 r"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algorithm 1.
 
-    python train.py config/toy.py                         # two CPU cores, about two minutes
-    python train.py config/toy.py --method=grpo           # also opsd, sft
-    python train.py config/toy.py --resume=True           # continue where out_dir stopped
+    python train.py config/toy.py config/tapo.py          # two CPU cores, about two minutes
+    python train.py config/toy.py config/grpo.py          # also opsd, published
+    python train.py config/toy.py config/tapo.py --resume=True  # continue where out_dir stopped
     torchrun --nproc_per_node=8 train.py config/aime.py   # FSDP2 over 8 GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT \
-      train.py config/aime.py
+      train.py config/aime.py --replicas=2
 
 One step: K rollouts for each problem, scored; right and wrong ones of a group paired (Eq. 3); from
 every pair the policy writes a micro-reflective trajectory; advantages per group (Eq. 1, 4, 5); one
-update on L_orig + lam * L_ref (Eq. 6, 8).
+update on L_orig + lam * L_ref (Eq. 6, 8), constructions weighed token by token (Eq. 7).
 
 Deliberately missing: a value model, a KL penalty by default, a reward model, replay, top-p in
 rollouts (the trainer scores the full softmax).
@@ -49,6 +49,7 @@ from data import (
     stop_ids_of,
 )
 from hf import load_hf
+from memory import tokens_that_fit
 from metrics import (
     add_up,
     console_line,
@@ -69,7 +70,6 @@ from update import (
     set_learning_rate,
     set_loss_scales,
     set_old_logprobs,
-    tokens_that_fit,
     update,
 )
 
@@ -95,14 +95,17 @@ n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
 m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
 prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y- with its error is kept
-keep: one_of("all", "right", "faithful") = "all"  # constructions trained on; right: 'w/o Negative'
+# constructions trained on; right: 'w/o Negative'; faithful: those without a false equation
+keep: one_of("all", "right", "faithful") = "all"
 max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
-decoupled = True            # constructions are a group of their own (Eq. 4, 5); False: 'w/o DAE'
-ref_advantage: one_of("group", "reward", "orig", "joint") = "group"  # group: Eq. 5; reward: A = r
-ots = True                              # weigh the tokens of constructions; False: none of them
-weighting: one_of(*WEIGHTINGS) = "ots"  # ... by this function of advantage.py
-diagnosis: one_of("mask", "ots", "train") = "mask"  # of the diagnosis; ots: the paper
+# constructions are a group of their own (Eq. 4, 5); False: 'w/o DAE', Eq. 1 over the whole query
+decoupled = True
+# of that group; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
+ref_advantage: one_of("group", "reward", "orig", "joint") = "group"
+weighting: one_of(*WEIGHTINGS) = "ots"  # of constructions' tokens, by a function of advantage.py
+ots = True                              # ... of prefix and correction; False: they have weight 1
+diagnosis: one_of("mask", "ots", "train") = "mask"  # ... of the diagnosis; ots: weighed (the paper)
 train_prefix = True                     # False also masks the preserved wrong reasoning
 w_min: at_least(0) = 0.01               # Eq. 7 clips to [w_min, w_max]
 w_max: above(0) = 10.0
@@ -157,7 +160,8 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
             weighting: str, w_min: float, w_max: float, kl_coef: float, log_kl: bool,
             opsd_loss: str, opsd_beta: float, opsd_clip: float,
             on_policy: bool) -> tuple[torch.Tensor, dict]:
-    """The loss of one micro-batch (Eq. 2, 6, 8 for GRPO and TAPO) and the sums of train/* logs.
+    """The loss of one micro-batch (Eq. 2, 6, 8 for GRPO and TAPO) and the sums of train/* logs;
+    log-probs and weights of constructions are noted on their rows, for the logs.
 
     on_policy: the step has one update, so the old policy is the policy itself (trap 9).
     """
@@ -188,7 +192,7 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
         add_up(sums, {"train/clip_fraction": stats["clipped"],
                       "train/clip_fraction#": batch.mask.sum(),
                       "train/ratio_max": stats["ratio_max"]})
-    if kl_coef:  # on the policy's own tokens only: elsewhere the estimate is not one of the KL
+    if kl_coef:  # an estimate of the KL only where the policy itself sampled the tokens
         own = batch.mask * (1 - batch.is_reflection[:, None])
         kl = kl_to_ref(logprobs, ref_logprobs, own)
         loss = loss + kl_coef * (batch.loss_scale[:, None] * kl).sum()
@@ -251,11 +255,12 @@ def main() -> None:
         keep_log(out / "metrics.jsonl", first_step)
 
     unsharded = Unsharded(model, c.dtype)
+    # max_new_tokens: of a response; of a construction too, which is sampled under another cap
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
                 "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
     tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
-        model, optimizer, dtype=c.dtype, device=device,
-        wide_head=c.method == "opsd" and c.opsd_loss == "jsd")
+        model, optimizer, device=device, dtype=c.dtype, reference_model=ref_model is not None,
+        full_divergence=c.method == "opsd" and c.opsd_loss == "jsd")
     say(run_table(training, stop_ids, tokenizer, device, c.dtype, tokens_per_microbatch,
                   c.max_steps, c.prompts_per_step))
     on_device = {"tokens_per_microbatch": tokens_per_microbatch, "device": device,
@@ -301,7 +306,7 @@ def main() -> None:
                        and reflect.is_kept(r, c.keep)]
         everything = rollouts + sorted(reflections, key=lambda r: r.query)
 
-        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5); `decoupled` made the groups
+        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5): r.group, given at birth
         set_advantages(everything, ref_advantage=c.ref_advantage)
 
         # what each token is for; by default the inserted diagnosis carries no gradient

@@ -7,19 +7,14 @@ many processes share them (trap 12).
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from advantage import advantages, loss_scales
 from metrics import add_up, reduce_sums
-from model import LOGITS_PER_CHUNK, ModelConfig, activation_bytes, num_params
-from parallel import MEMORY_SHARE, balance, free_memory, gather, total_memory, whole, world_size
-from rollout import KEEP_SHARE, PREFIX, Rollout
-
-# of tokens_per_microbatch = 0: larger ones gain nothing
-MOST_TOKENS = {"cpu": 2**12, "cuda": 2**15}
+from parallel import balance, whole, world_size
+from rollout import PREFIX, Rollout
 
 
 @dataclass
@@ -93,41 +88,6 @@ def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list
     rows = [*rollouts, filler]
     return [[rows[i] for i in index]
             for index in balance([len(r) for r in rollouts], tokens_per_microbatch)]
-
-
-def tokens_that_fit(model, optimizer, *, dtype: str, device: str, wide_head: bool = False) -> int:
-    """tokens_per_microbatch = 0: as many as the free memory of every rank holds, before the first
-    update. wide_head: see `most_tokens`."""
-    here = [p for p in model.parameters() if p.device.type == device]  # none where they offload
-    numbers = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in here)
-    # yet to come: the gradient, AdamW's two moments if not yet loaded, what a decoder may keep
-    free = free_memory(torch.device(device)) - (4 if optimizer.state else 12) * numbers
-    free -= int(KEEP_SHARE * total_memory(torch.device(device)))
-    return min(gather([most_tokens(
-        model.config, free, dtype=dtype, sharded=world_size() > 1, wide_head=wide_head,
-        checkpoint_activations=model.checkpoint_activations, device=device)]))
-
-
-def most_tokens(config: ModelConfig, free: float, *, dtype: str, sharded: bool,
-                checkpoint_activations: bool, device: str, wide_head: bool = False) -> int:
-    """The most padded tokens of a micro-batch, a power of two from 256 to MOST_TOKENS, that take no
-    more than MEMORY_SHARE of `free` bytes beside gradients.
-
-    wide_head: OPSD's divergence holds ten tensors of logits. A power of two, so that a run that is
-    resumed finds the same one.
-    """
-    in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded,
-                                                   device=device)
-    size, L = 2 if dtype == "bfloat16" else 4, config.num_hidden_layers
-    kept = L * of_input + in_block if checkpoint_activations else L * in_block
-    passing = 4 * of_input + 3 * config.intermediate_size * size  # temporaries of one block
-    root = num_params(replace(config, num_hidden_layers=0))
-    block = (num_params(config) - root) // L
-    copies = 2 * (root + 2 * block) if sharded else L * block * (size == 2)  # autocast's
-    fixed = (8 * config.vocab_size * config.hidden_size + size * copies
-             + (40 if wide_head else 16) * LOGITS_PER_CHUNK[device])
-    room = (MEMORY_SHARE * free - fixed) / (kept + of_ends + passing)
-    return min(MOST_TOKENS[device], 1 << max(8, int(max(room, 1)).bit_length() - 1))
 
 
 def set_advantages(rollouts: list[Rollout], *, ref_advantage: str,

@@ -11,6 +11,5 @@ n_ift = 1000
 max_new_tokens = 512
 max_synthesis_tokens = 768
 max_rows = 24
-tokens_per_microbatch = 4096
 dtype = "bfloat16"
 eval_interval = 0

@@ -1,12 +1,12 @@
 # The CPU-sized world: two cores, a few minutes. Needs data/findx and out/toy/coldstart, which
 # runs/toy.sh makes.
-#   python train.py config/toy.py --method=tapo --out_dir=out/toy/tapo
+#   python train.py config/toy.py config/tapo.py      # or grpo, opsd, published
 init_from = "out/toy/coldstart/final"
 problems = "data/findx/train.jsonl"
 eval_problems = "data/findx/validation.jsonl"
 instruction = ""            # the toy's questions are equations, its tokenizer has no English
 template = "short"
-out_dir = "out/toy/tapo"
+out_dir = "out/toy/run"     # each method's file names its own
 
 max_steps = 60
 prompts_per_step = 32

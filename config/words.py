@@ -14,6 +14,7 @@ max_synthesis_tokens = 256
 max_rows = 1024                # all at once
 learning_rate = 1e-5           # runs/smollm.sh tries rates on the validation problems
 warmup_steps = 5
+tokens_per_microbatch = 16384  # runs/smollm.sh has four runs share a GPU
 eval_interval = 20
 eval_samples = 4               # of 361 problems: a standard error of 1.2 points
 save_interval = 20

@@ -24,6 +24,7 @@ from test_train import author, rollouts_of, same_numbers, start, weights_of  # n
 from torch.distributed.fsdp import FSDPModule
 
 import failing
+import memory
 import parallel
 import train
 import update
@@ -76,6 +77,9 @@ def child(argv: list[str], fault: str = "") -> None:
     if fault == "unscored":  # the real sampler, and rewards for whatever it writes
         patch.undo()
         patch.setattr(train, "score", by_length)
+    if fault == "little memory":  # of rank 1
+        patch.setattr(memory, "free_memory",
+                      lambda _: 10**12 if os.environ["RANK"] == "0" else 0)
     configure(vars(train), argv)
     failing.run(train.main)
 
@@ -196,6 +200,14 @@ def test_micro_batches_of_any_size_train_the_same_on_two_processes(start, runs, 
     """Trap 12, FSDP: one micro-batch for everything, so that rank 1 has none but the filler. Bug: a
     mean per micro-batch or per rank."""
     train_on(2, start, tmp_path / "out", tokens_per_microbatch=10**6)
+    assert_same_run(runs[1], tmp_path / "out")
+
+
+def test_ranks_with_different_memory_agree_on_the_micro_batch(start, runs, tmp_path):
+    """Trap 21. Bug: as many micro-batches as each rank's own memory asks for, and a hang."""
+    done = fail_on(2, start, tmp_path / "out", "little memory", tokens_per_microbatch=0)
+    assert [status for status, _ in done] == [0, 0], "\n".join(text for _, text in done)
+    assert "micro-batches of 256 tokens" in done[0][1]
     assert_same_run(runs[1], tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_rollout import RAGGED, as_rollout, draw, rollout_of, tiny_model, trainer_logprobs
 
+import memory
 import train
 import update
 from parallel import microbatches
@@ -154,6 +155,22 @@ def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(lo
             for name, g in gradients.items():
                 torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7,
                                            rtol=1e-4)
+
+
+def test_what_is_yet_to_come_is_left_free_for_it(monkeypatch):
+    """tokens_per_microbatch = 0: before the first step gradients and AdamW's two moments do not
+    exist yet; where they were loaded the moments do. Guards: running out of memory in step 1."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(memory, "free_memory", lambda _: 10**9)
+    monkeypatch.setattr(memory, "total_memory", lambda _: 8 * 10**6)
+    monkeypatch.setattr(memory, "most_tokens", lambda config, free, **how: free)
+    n, found = sum(p.numel() for p in model.parameters()), []
+    for _ in range(2):
+        found.append(memory.tokens_that_fit(model, optimizer, device="cpu", dtype="float32"))
+        model(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
+        optimizer.step()
+    assert found == [10**9 - 12 * n - 10**6, 10**9 - 4 * n - 10**6]
 
 
 def test_a_filler_takes_part_and_counts_nowhere():

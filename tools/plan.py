@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,16 +28,19 @@ import torch
 from configurator import configure, run_script
 from data import load_problems
 from hf import check_folder
-from model import (
-    LOGITS_PER_CHUNK,
-    CausalLM,
-    ModelConfig,
+from memory import (
+    COLUMNS,
+    KEEP_SHARE,
+    MOST_ROWS,
+    PREFILL_TOKENS,
     activation_bytes,
-    flops_per_token,
-    num_params,
+    bucket,
+    most_rows,
+    most_tokens,
+    update_bytes,
 )
-from rollout import BLOCK, COLUMNS, KEEP_SHARE, MOST_ROWS, PREFILL_TOKENS, bucket, most_rows
-from update import most_tokens
+from model import ModelConfig, count_parameters, flops_per_token
+from rollout import BLOCK
 
 GIB = 2**30
 USABLE = 0.92             # of a GPU's memory
@@ -71,17 +73,6 @@ def read_model_config(init_from: str) -> ModelConfig:
     except json.JSONDecodeError as e:
         raise ValueError(
             f"{path} is not valid JSON (line {e.lineno}: {e.msg}); copy it again") from None
-
-
-def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Numbers in the model, in one block, in the matrices of all blocks; and how many tensors. On
-    the meta device."""
-    with torch.device("meta"):
-        model = CausalLM(replace(config, num_hidden_layers=1))  # all blocks are alike
-    L, block = config.num_hidden_layers, list(model.model["layers"].parameters())
-    size, matrices = sum(w.numel() for w in block), sum(w.numel() for w in block if w.dim() == 2)
-    tensors = len(list(model.parameters())) + (L - 1) * len(block)
-    return num_params(model) + (L - 1) * size, size, L * matrices, tensors
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
@@ -130,9 +121,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     a prompt and a response.
     """
     total, block, matrices, tensors = count_parameters(config)
-    L, V = config.num_hidden_layers, config.num_tokens
-    root = total - L * block
-    head = config.vocab_size * config.hidden_size
+    root = total - config.num_hidden_layers * block
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
     autocast = c == 2 and not sharded
     share = 0 if offload else 4 * -(-total // world_size)  # fp32, one number a parameter
@@ -142,40 +131,15 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
+    how = {"dtype": dtype, "sharded": sharded, "device": device, "reference_model": reference_model,
+           "full_divergence": full_divergence, "checkpoint_activations": checkpoint_activations}
     tokens_per_microbatch = tokens_per_microbatch or most_tokens(
-        config, (1 - KEEP_SHARE) * limit - persistent - share, dtype=dtype, sharded=sharded,
-        device=device, checkpoint_activations=checkpoint_activations, wide_head=full_divergence)
+        config, (1 - KEEP_SHARE) * limit - persistent - share, **how)
     longest = longest_row or longest_prompt + max_new_tokens
     tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
-    in_block, of_input, of_ends = activation_bytes(
-        config, dtype=dtype, sharded=sharded, device=device)
-    mlp = config.intermediate_size * c
-    # temporaries of a block without gradient (the reference), ...
-    forward = tokens * (3 * mlp + 4 * of_input)
-    # ... and of the last one's backward; the head's states are freed
-    backward = tokens * (2 * mlp + of_input - of_ends)
-    chunk = min(tokens * V, max(LOGITS_PER_CHUNK[device], V if full_divergence else tokens))
-    if full_divergence:  # bytes of a logit: ten tensors
-        logits = 40
-    elif chunk == tokens * V:
-        logits = 8 if c == 4 else 10
-    else:
-        logits = 16 if device == "cpu" and c == 2 else 12
-    # the head's gradient waits for the embedding's
-    pending = c * head if sharded else 4 * head * config.tie_word_embeddings
-    copies = c * ((1 + reference_model) * root + 2 * block)
-    backward += pending + tokens * in_block * checkpoint_activations + (c + 4) * block * sharded
-    parts |= {
-        "tokens": tokens, "gradients": share,
-        "compute copies": copies if sharded else 2 * matrices * autocast,
-        "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else in_block)),
-        "head": (logits * chunk + (8 if full_divergence else 4) * head + 2 * head * autocast
-                 + tokens * of_input),
-        "block": max(forward * reference_model, backward),
-        # of the root's gradient, last, when the activations are gone
-        "reduction": (c + 4) * root * sharded}
-    passing = parts["activations"] + max(parts["head"], parts["block"])
-    update = parts["gradients"] + parts["compute copies"] + max(passing, parts["reduction"])
+    micro_batch = update_bytes(config, tokens, **how)
+    update = share + micro_batch.pop("peak")
+    parts |= {"tokens": tokens, "gradients": share} | micro_batch
     shown = ("gradients", "compute copies", "activations")
     parts["temporaries"] = update - sum(parts[name] for name in shown)
 

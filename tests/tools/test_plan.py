@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import memory
 import model as model_file
 import parallel
 import rollout
-import update
 from configurator import configure
 from model import CausalLM, ModelConfig, num_params
 from tools import plan
@@ -284,7 +284,7 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     config = ModelConfig.from_hf(QWEN_06B)
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
-    columns = rollout.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, rollout.COLUMNS)
+    columns = memory.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, memory.COLUMNS)
     assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns, "bfloat16") > p[
         "rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
@@ -385,12 +385,11 @@ def test_a_plan_with_max_rows_0_fills_what_is_left_and_no_more(gigabytes, tmp_pa
 
 
 def test_max_rows_0_is_counted_as_a_run_counts_it(monkeypatch):
-    """The same rows in rollout.rows_that_fit, with so many bytes free, as in the plan."""
+    """The same rows in memory.rows_that_fit, with so many bytes free, as in the plan."""
     model = CausalLM(ModelConfig(**SMALL))
     for free in (0, 10**6, 10**7, 10**12):
-        monkeypatch.setattr(parallel.os, "sysconf", lambda name, free=free: {
-            "SC_PAGE_SIZE": 1, "SC_AVPHYS_PAGES": free}[name])
-        assert rollout.rows_that_fit(model, 20, 50) == plan.most_rows(
+        monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
+        assert memory.rows_that_fit(model, 20, 50) == plan.most_rows(
             model.config, free, 20, 50, 4)
 
 
@@ -401,7 +400,7 @@ def test_max_rows_0_is_counted_as_a_run_counts_it(monkeypatch):
                          ids=["plain", "checkpointed", "opsd"])
 def test_micro_batches_that_fit_fill_what_is_free(shape, device, dtype, world_size, other):
     """tokens_per_microbatch = 0, against the formulas that the tests above hold to measured bytes:
-    never more than what is free, and four times as many would want most of it."""
+    never more than what is free, and twice as many would want most of it."""
     config = ModelConfig.from_hf(shape) if "model_type" in shape else ModelConfig(**shape)
     found = set()
     for gigabytes in (16, 24, 48, 80, 141):
@@ -411,15 +410,13 @@ def test_micro_batches_that_fit_fill_what_is_free(shape, device, dtype, world_si
                                  world_size=world_size, limit=2 * free, **other)
             return p["update"] - p["gradients"]
         free = gigabytes * 2**30
-        tokens = update.most_tokens(
-            config, free, dtype=dtype, sharded=world_size > 1, device=device,
-            checkpoint_activations="checkpoint_activations" in other,
-            wide_head="full_divergence" in other)
+        tokens = memory.most_tokens(
+            config, free, dtype=dtype, sharded=world_size > 1, device=device, **other)
         found.add(tokens)
         if tokens > 256:
             assert needed(tokens) <= free
-        if tokens < update.MOST_TOKENS[device]:
-            assert needed(4 * tokens) > 0.6 * free
+        if tokens < memory.MOST_TOKENS[device]:
+            assert needed(2 * tokens) > 0.75 * free
     if shape is QWEN_06B and device == "cuda" and not other:
         assert len(found) > 1
 
