@@ -28,6 +28,7 @@ import itertools
 import operator
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from os.path import commonprefix
@@ -293,6 +294,10 @@ CONCLUSION = re.compile(r"Answer: \\boxed\{(\d+)\}")
 DELIMITER = re.compile(r", |\. |\n|\}")
 
 
+def judgement(end: int, ok: bool, written: int, true: int | str, reflection: str) -> Judgement:
+    return Judgement(end, ok, f"{written} vs {true} {'ok' if ok else 'wrong'}. ", reflection)
+
+
 def malformed(text: str, position: int) -> list[Judgement]:
     """The judgement of a text that has no statement at `position`; none yet while it is unfinished.
     """
@@ -308,44 +313,45 @@ def audit(question: str, text: str) -> list[Judgement]:
     result against target. Text that is no statement at all is an error that ends at its next
     delimiter.
     """
-    return (_audit_countdown if is_countdown(question) else _audit_findx)(question, text)
+    judged = []
+    for one in (_judge_countdown if is_countdown(question) else _judge_findx)(question, text):
+        judged.append(one)
+        if not one.ok:
+            break
+    return judged
 
 
-def _audit_findx(question: str, text: str) -> list[Judgement]:
-    judged: list[Judgement] = []
+def _judge_findx(question: str, text: str) -> Iterator[Judgement]:
+    """See audit, which asks for no more after the first error."""
     start = re.match(r"Try (\d+): ", text)
     if not start:
-        return malformed(text, 0)
+        yield from malformed(text, 0)
+        return
     position, guess = start.end(), int(start[1])
-
-    def judge(ok: bool, written: int, true: int, reflection: str) -> bool:
-        audit = f"{written} vs {true} {'ok' if ok else 'wrong'}. "
-        judged.append(Judgement(position, ok, audit, reflection))
-        return ok
-
-    carried: dict[int, int] = {}
-    for i in range(len(calculate(question, guess))):
-        operation, _, true = calculate(question, guess, carried)[i]
+    for operation, _, true in calculate(question, guess):
         statement = STATEMENT.match(text, position)
         if not statement:
-            return judged + malformed(text, position)
+            yield from malformed(text, position)
+            return
         position, written = statement.end(), int(statement[2])
         # only the wrong number is named: a check, its diagnosis and a second try fit into 54 tokens
-        if not judge(statement[1] == operation and written == true, written, true,
-                     f"Wait, {written} is wrong. "):
-            return judged
-        carried[i] = written
+        yield judgement(position, statement[1] == operation and written == true, written, true,
+                        f"Wait, {written} is wrong. ")
     answer, target, said = answer_of(question), target_of(question), statement[3]
     word = "right" if guess == answer else "too low" if guess < answer else "too high"
-    if not judge(said == verdict(written, target, target) == " ok. ", written, target,
-                 f"Wait, {guess} is {word}. "):
-        return judged
+    yield judgement(position, said == verdict(written, target, target) == " ok. ", written, target,
+                    f"Wait, {guess} is {word}. ")
+    yield from _judge_conclusion(text, position, guess)
+
+
+def _judge_conclusion(text: str, position: int, reached: int) -> Iterator[Judgement]:
     conclusion = CONCLUSION.match(text, position)
-    if not conclusion:
-        return judged + malformed(text, position)
-    position, final = conclusion.end(), int(conclusion[1])
-    judge(final == guess, final, guess, f"Wait, {guess} is right. ")
-    return judged
+    if conclusion:
+        final = int(conclusion[1])
+        yield judgement(conclusion.end(), final == reached, final, reached,
+                        f"Wait, {reached} is right. ")
+    else:
+        yield from malformed(text, position)
 
 
 def first_error(question: str, text: str) -> int | None:
@@ -564,56 +570,43 @@ def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
     return before + attempt(question, route, said) + boxed(route[-1][1])
 
 
-def _audit_countdown(question: str, text: str) -> list[Judgement]:
-    """See audit. Where a number is not there, or some are left over, what is written is judged
-    against all that is there."""
-    judged: list[Judgement] = []
+def _judge_countdown(question: str, text: str) -> Iterator[Judgement]:
+    """See audit, which asks for no more after the first error. Where a number is not there, or some
+    are left over, what is written is judged against all that is there."""
     if not text.startswith("Try "):
-        return malformed(text, 0)
-    position, left = len("Try "), list(numbers_of(question))
+        yield from malformed(text, 0)
+        return
+    position, left, said = len("Try "), list(numbers_of(question)), ", "
 
-    def judge(ok: bool, written: int, true: int | str, reflection: str) -> bool:
-        evidence = f"{written} vs {true} {'ok' if ok else 'wrong'}. "
-        judged.append(Judgement(position, ok, evidence, reflection))
-        return ok
-
-    def judge_numbers(written: int) -> None:
+    def not_there(written: int) -> Judgement:
         there = ",".join(map(str, left))
-        judge(False, written, there, f"Wait, {there}, not {written}. ")
+        return judgement(position, False, written, there, f"Wait, {there}, not {written}. ")
 
-    said = ", "
     while said == ", " and len(left) > 1:
         step = STEP.match(text, position)
         if not step:
-            return judged + malformed(text, position)
+            yield from malformed(text, position)
+            return
         first, second, written = int(step[1]), int(step[3]), int(step[4])
         position, said = step.end(), step[5]
         for number in (first, second):
             if number not in left:
-                judge_numbers(number)
-                return judged
+                yield not_there(number)
             left.remove(number)
         operation = f"{first}{step[2]}{second}"
         true = calculate(operation)[0][2]
-        if not judge(written == true, written, true,
-                     f"Wait, {operation} is {true}, not {written}. "):
-            return judged
+        yield judgement(position, written == true, written, true,
+                        f"Wait, {operation} is {true}, not {written}. ")
         left.append(written)
     if said == ", ":  # nothing is left to go on with
-        return judged + malformed(text, position)
+        yield from malformed(text, position)
+        return
     if len(left) > 1:
-        judge_numbers(written)
-        return judged
+        yield not_there(written)
     low, high = range_of(question)
-    if not judge(said == verdict(written, low, high) == " ok. ", written, f"{low}..{high}",
-                 too_far(question, written)):
-        return judged
-    conclusion = CONCLUSION.match(text, position)
-    if not conclusion:
-        return judged + malformed(text, position)
-    position, final = conclusion.end(), int(conclusion[1])
-    judge(final == written, final, written, f"Wait, {written} is right. ")
-    return judged
+    yield judgement(position, said == verdict(written, low, high) == " ok. ", written,
+                    f"{low}..{high}", too_far(question, written))
+    yield from _judge_conclusion(text, position, written)
 
 
 # --------------------------------------------------------------------------------------------------
