@@ -188,31 +188,35 @@ def solution(rng: np.random.Generator, question: str,
     planted wrong tokens.
 
     direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its
-    answer all the same. What follows from a mistake (the evidence of a wrong guess, the steps after
-    a slip) is stated truly and can be learnt; the mistake itself must not be, or the model learns
-    to make it: its spans are left out of the loss.
+    answer all the same. What follows from a mistake, its evidence, is stated truly and can be
+    learnt; the mistake itself must not be, or the model learns to make it.
     """
-    wrote = _findx_pieces if is_findx(question) else _countdown_pieces
+    answer = answer_of(question)
+    if is_countdown(question):
+        found = routes(numbers_of(question), answer)
+        right, fail = attempt(question, found[rng.integers(len(found))]), _failed_route
+    else:
+        right, fail = trial(question, answer), _failed_guess
+    pieces = [(right + boxed(answer), True)]
+    if kind != "direct":
+        failed, reached = fail(rng, question)
+        doubt = (too_far(question, reached), True)
+        given_up = [("Answer: \\boxed{", True), (str(reached), False), ("}", True)]
+        pieces = [*failed, *given_up] if kind == "give_up" else [*failed, doubt, *pieces]
     text, no_loss = "", []
-    for piece, learn in wrote(rng, question, kind):
+    for piece, learn in pieces:
         if not learn:
             no_loss.append((len(text), len(text) + len(piece)))
         text += piece
     return text, no_loss
 
 
-def _findx_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
-    answer = answer_of(question)
-    right = [(trial(question, answer) + boxed(answer), True)]
-    if kind == "direct":
-        return right
+def _failed_guess(rng: np.random.Generator,
+                  question: str) -> tuple[list[tuple[str, bool]], int]:
+    """A wrong guess and its evidence: pieces of text and whether each is learnt; the guess."""
     guess = wrong_guess(rng, question)
-    failed = [("Try ", True), (str(guess), False),
-              (trial(question, guess).removeprefix(f"Try {guess}"), True)]
-    if kind == "give_up":
-        return [*failed, ("Answer: \\boxed{", True), (str(guess), False), ("}", True)]
-    side = "low" if guess < answer else "high"
-    return [*failed, (f"Wait, {guess} is too {side}. ", True), *right]
+    evidence = trial(question, guess).removeprefix(f"Try {guess}")
+    return [("Try ", True), (str(guess), False), (evidence, True)], guess
 
 
 def boxed(answer: int) -> str:
@@ -230,6 +234,13 @@ def trial(question: str, guess: int, slips: dict[int, int] | None = None) -> str
 
 def verdict(value: int, low: int, high: int) -> str:
     return " low. " if value < low else " high. " if value > high else " ok. "
+
+
+def too_far(question: str, value: int) -> str:
+    """The truth about a guess, or about the value that a route reached."""
+    low, high = range_of(question) if is_countdown(question) else [answer_of(question)] * 2
+    side = "too low" if value < low else "too high" if value > high else "right"
+    return f"Wait, {value} is {side}. "
 
 
 def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...] = ()) -> int:
@@ -263,10 +274,9 @@ def wrong_solution(rng: np.random.Generator, question: str) -> str:
     if draw < 0.5:  # an honest check, and then its answer all the same
         return trial(question, guess) + boxed(guess)
     if draw < 0.7:  # a reflection that did not help: check two fails, or is bent
-        word = "low" if guess < answer_of(question) else "high"
         again = wrong_guess(rng, question, exclude=(guess,))
         second = trial(question, again, {1: target_of(question)} if draw < 0.6 else {})
-        return trial(question, guess) + f"Wait, {guess} is too {word}. " + second + boxed(again)
+        return trial(question, guess) + too_far(question, guess) + second + boxed(again)
     where, written = random_slip(rng, question, guess)
     if draw < 0.8:                                     # evidence bent until it fits
         where, written = 1, target_of(question)
@@ -337,10 +347,9 @@ def _judge_findx(question: str, text: str) -> Iterator[Judgement]:
         # only the wrong number is named: a check, its diagnosis and a second try fit into 54 tokens
         yield judgement(position, statement[1] == operation and written == true, written, true,
                         f"Wait, {written} is wrong. ")
-    answer, target, said = answer_of(question), target_of(question), statement[3]
-    word = "right" if guess == answer else "too low" if guess < answer else "too high"
+    target, said = target_of(question), statement[3]
     yield judgement(position, said == verdict(written, target, target) == " ok. ", written, target,
-                    f"Wait, {guess} is {word}. ")
+                    too_far(question, guess))
     yield from _judge_conclusion(text, position, guess)
 
 
@@ -528,28 +537,15 @@ def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> lis
     return min(tries, key=lambda route: max(low - route[-1][1], route[-1][1] - high, 0))
 
 
-def _countdown_pieces(rng: np.random.Generator, question: str, kind: str) -> list[tuple[str, bool]]:
-    answer = answer_of(question)
-    found = routes(numbers_of(question), answer)
-    right = [(attempt(question, found[rng.integers(len(found))]) + boxed(answer), True)]
-    if kind == "direct":
-        return right
+def _failed_route(rng: np.random.Generator,
+                  question: str) -> tuple[list[tuple[str, bool]], int]:
+    """A miss, as _failed_guess: what was tried is the mistake, what came of it is true."""
     route = wrong_route(rng, question)
-    reached = route[-1][1]
-    failed = [("Try ", True)]
-    # what was tried is the mistake, what came of it is true
+    pieces = [("Try ", True)]
     for i, (operation, value) in enumerate(route):
-        failed += [(operation, False), (f"={value}" + (", " if i + 1 < len(route) else ""), True)]
-    failed.append((verdict(reached, *range_of(question)), True))
-    if kind == "give_up":
-        return [*failed, ("Answer: \\boxed{", True), (str(reached), False), ("}", True)]
-    return [*failed, (too_far(question, reached), True), *right]
-
-
-def too_far(question: str, reached: int) -> str:
-    low, high = range_of(question)
-    side = "too low" if reached < low else "too high" if reached > high else "right"
-    return f"Wait, {reached} is {side}. "
+        end = ", " if i + 1 < len(route) else verdict(value, *range_of(question))
+        pieces += [(operation, False), (f"={value}{end}", True)]
+    return pieces, value
 
 
 def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
