@@ -29,7 +29,7 @@ import operator
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
@@ -52,12 +52,8 @@ LARGEST_X, LARGEST_VALUE = 15, 99
 # What the author of the cold-start set writes: share of each kind of example. The first three are
 # ordinary solutions. give_up / (give_up + reflective) is how seldom the author looks again after a
 # mistake, well above one half on purpose.
-SHARES = {
-    "findx": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
-              "solve": 0.03},
-    "countdown": {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
-                  "solve": 0.03},
-}
+SHARES = {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
+          "solve": 0.03}
 
 # --------------------------------------------------------------------------------------------------
 # Problems
@@ -609,28 +605,14 @@ def _judge_countdown(question: str, text: str) -> Iterator[Judgement]:
 # Cold-start examples (§3.2)
 
 
-@dataclass
-class Example:
-    """One training pair. Loss falls on the completion and its stop token, except on the spans of
-    planted mistakes."""
-    kind: str
-    prompt: str                    # the user's turn, as text
-    completion: str                # without the stop token
-    # (start, end) character spans of the completion
-    no_loss: list[tuple[int, int]] = field(default_factory=list)
-
-    def to_row(self) -> dict:
-        """A line of coldstart.py's examples."""
-        row = {"prompt": self.prompt, "completion": self.completion}
-        return row | ({"no_loss": self.no_loss} if self.no_loss else {})
+def example_row(prompt: str, completion: str, no_loss: list[tuple[int, int]]) -> dict:
+    """A line of coldstart.py's examples. Loss falls on the completion and its stop token, except on
+    the (start, end) character spans of planted mistakes."""
+    row = {"prompt": prompt, "completion": completion}
+    return row | ({"no_loss": no_loss} if no_loss else {})
 
 
-def sft_example(rng: np.random.Generator, question: str, kind: str) -> Example:
-    """SFT format: question -> solution, kind one of direct, reflective, give_up."""
-    return Example(kind, question, *solution(rng, question, kind))
-
-
-def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") -> Example:
+def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") -> dict:
     """IFT format: synthesis prompt -> analysis + reconstruction; mode 'full' reconstructs it all
     instead of keeping a prefix. The prompts are reflect.py's, so that what is taught here is what
     RL will ask for."""
@@ -640,25 +622,28 @@ def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") ->
     body = f"{prefix}<reflection>{reflection}</reflection>{correction}" if mode == "micro" else (
         solution(rng, question, "direct")[0])
     prompt = TEMPLATES["short"][mode].format(question=question, wrong=wrong, right=right)
-    return Example(mode, prompt,
-                   f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>")
+    return example_row(
+        prompt, f"<analysis>{analysis}</analysis><reconstruction>{body}</reconstruction>", [])
 
 
-def teacher_example(rng: np.random.Generator, question: str) -> Example:
+def teacher_example(rng: np.random.Generator, question: str) -> dict:
     """The self-distillation teacher's format: question with a right solution -> a solution, never
     one that gives up."""
     right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     prompt = TEMPLATES["short"]["teacher"].format(question=question, right=right)
-    return Example("solve", prompt, *completion)
+    return example_row(prompt, *completion)
 
 
-def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -> Example:
-    """One example of a kind drawn from `shares`, e.g. SHARES['findx']."""
+def example(rng: np.random.Generator, question: str, shares: dict[str, float]) -> dict:
+    """One example of a kind drawn from `shares`; direct, reflective and give_up are SFT format:
+    question -> solution."""
     kind = str(rng.choice(list(shares), p=list(shares.values())))
     if kind in ("micro", "full"):
         return ift_example(rng, question, kind)
-    return teacher_example(rng, question) if kind == "solve" else sft_example(rng, question, kind)
+    if kind == "solve":
+        return teacher_example(rng, question)
+    return example_row(question, *solution(rng, question, kind))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -710,12 +695,12 @@ EXAMPLES = 10  # noise stream of the worked examples, apart from rollout.py's
 N_EXAMPLES = {"findx": 48_000, "countdown": 96_000}  # seen once each, 16 a step
 
 
-def worked_examples(world: str, questions: list[str], n: int, seed: int, kinds=()) -> list[Example]:
+def worked_examples(questions: list[str], n: int, seed: int, kinds=()) -> list[dict]:
     """n examples for coldstart.py, their kinds in the shares of SHARES; kinds: only these of them.
     """
-    shares = {kind: share for kind, share in SHARES[world].items() if not kinds or kind in kinds}
+    shares = {kind: share for kind, share in SHARES.items() if not kinds or kind in kinds}
     shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
-    found: list[Example] = []
+    found: list[dict] = []
     for block in range(-(-n // 16)):
         rng = np.random.default_rng((seed, EXAMPLES, block))
         drawn = [questions[i] for i in rng.integers(len(questions), size=16)]
@@ -745,7 +730,7 @@ def main() -> None:
     parser.add_argument("--levels", default="", help="difficulty levels, separated by commas; "
                         "default all: findx 1,2,3, countdown 3,4")
     parser.add_argument("--kinds", default="", help="kinds of worked examples, separated by "
-                        "commas; default all: " + ", ".join(SHARES["findx"]))
+                        "commas; default all: " + ", ".join(SHARES))
     parser.add_argument("--examples", type=int, default=0, help="worked examples, default "
                         + ", ".join(f"{n:,} ({world})" for world, n in N_EXAMPLES.items()))
     parser.add_argument("--seed", type=int, default=0, help="of the examples and the model")
@@ -754,7 +739,7 @@ def main() -> None:
         raise ValueError(f"world = {args.world!r} must be one of {', '.join(WORLDS)}")
     levels, kinds = (tuple(filter(None, text.split(","))) for text in (args.levels, args.kinds))
     for name, given, known in (("levels", levels, LEVELS[args.world]),
-                               ("kinds", kinds, tuple(SHARES[args.world]))):
+                               ("kinds", kinds, tuple(SHARES))):
         if set(given) - set(known):
             raise ValueError(f"--{name}={','.join(given)}: use some of {', '.join(known)}")
     out = Path(args.out or f"data/{args.world}")
@@ -765,8 +750,8 @@ def main() -> None:
         if split == "train":
             questions = [p.question for p in problems]
     n = args.examples or N_EXAMPLES[args.world]
-    examples = worked_examples(args.world, questions, n, args.seed, kinds)
-    jsonl.write(out / "coldstart.jsonl", [e.to_row() for e in examples])
+    examples = worked_examples(questions, n, args.seed, kinds)
+    jsonl.write(out / "coldstart.jsonl", examples)
     print(f"{out / 'coldstart.jsonl'}: {n:,} worked examples")
     make_model(out / "model", args.seed)
     print(f"{out / 'model'}: a fresh model")

@@ -53,7 +53,7 @@ def start(tmp_path_factory, tokenizer):
     save_hf(tiny_model(), tokenizer, folder / "model")
     questions = [p.question for p in toy.make_problems("findx", "train", 20)]
     jsonl.write(folder / "examples.jsonl",
-                [e.to_row() for e in toy.worked_examples("findx", questions, 54, 0)])
+                toy.worked_examples(questions, 54, 0))
     save_problems(toy.make_problems("findx", "validation", 3), folder / "held_out.jsonl")
     return folder
 
@@ -105,8 +105,8 @@ def written(tokenizer, question, text, no_loss=()):
 
 def toy_rows(tokenizer, n):
     questions = [p.question for p in toy.make_problems("findx", "train", 50)]
-    return [written(tokenizer, e.prompt, e.completion, e.no_loss)
-            for e in toy.worked_examples("findx", questions, n, 0)]
+    return [written(tokenizer, e["prompt"], e["completion"], e.get("no_loss", ()))
+            for e in toy.worked_examples(questions, n, 0)]
 
 
 def shown(tokenizer, row):

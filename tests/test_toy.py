@@ -217,9 +217,8 @@ def test_a_verdict_speaks_of_the_result_and_a_diagnosis_of_x_where_the_left_side
     assert reflection == "Wait, 6 is too high. " and correction.startswith("Try 5: ")
 
 
-@pytest.mark.parametrize("world", toy.WORLDS)
-def test_the_author_of_the_cold_start_gives_up_more_often_than_it_reflects(world):
-    shares = toy.SHARES[world]
+def test_the_author_of_the_cold_start_gives_up_more_often_than_it_reflects():
+    shares = toy.SHARES
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["reflective"] / (shares["reflective"] + shares["give_up"]) < 0.45
 
@@ -400,22 +399,22 @@ def test_a_construction_is_exact_on_the_documented_example():
 def test_a_synthesis_example_answers_its_own_prompt(world, mode):
     for rng, p in samples(world, 100, seed=5):
         example = toy.ift_example(rng, p.question, mode)
-        wrong = re.search(r"<wrong>([\s\S]*)</wrong>", example.prompt)[1]
+        wrong = re.search(r"<wrong>([\s\S]*)</wrong>", example["prompt"])[1]
         form = r"<analysis>[\s\S]+</analysis><reconstruction>([\s\S]+)</reconstruction>"
-        body = re.fullmatch(form, example.completion)[1]
+        body = re.fullmatch(form, example["completion"])[1]
         assert last_boxed(re.search(r"<right>([\s\S]*)</right>",
-                                    example.prompt)[1]) == p.answer == last_boxed(body)
+                                    example["prompt"])[1]) == p.answer == last_boxed(body)
         if mode == "micro":
             assert wrong.startswith(body.split("<reflection>")[0])
             assert body.count("<reflection>") == 1
         else:
             assert "<reflection>" not in body and false_statements(p.question, body) == []
-        assert example.no_loss == []
+        assert "no_loss" not in example
 
 
 def test_the_teacher_never_gives_up():
     for rng, p in samples("findx", 100, seed=6):
-        assert last_boxed(toy.teacher_example(rng, p.question).completion) == p.answer
+        assert last_boxed(toy.teacher_example(rng, p.question)["completion"]) == p.answer
 
 
 # --- tokenizer ---
@@ -424,7 +423,7 @@ def test_the_tokenizer_round_trips_exactly_and_its_offsets_are_characters(tokeni
     for world in toy.WORLDS:
         for rng, p in samples(world, 100, seed=7):
             example = toy.ift_example(rng, p.question)
-            for text in (example.prompt, example.completion,
+            for text in (example["prompt"], example["completion"],
                          toy.solution(rng, p.question, "reflective")[0]):
                 encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
                 assert tokenizer.decode(encoded["input_ids"]) == text
@@ -473,7 +472,7 @@ def test_solutions_fit_their_token_budgets(tokenizer):
         built = "".join(toy.construction(p.question, toy.wrong_solution(rng, p.question))[1:])
         for text in (built, toy.solution(rng, p.question, "reflective")[0]):
             assert length(text) + 1 <= config["max_new_tokens"]
-        synthesis = toy.ift_example(rng, p.question).completion
+        synthesis = toy.ift_example(rng, p.question)["completion"]
         assert length(synthesis) + 1 <= 120  # max_synthesis_tokens of config/toy.py
 
 
