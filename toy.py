@@ -60,24 +60,20 @@ SHARES = {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "f
 
 
 def make_problems(world: str, split: str, n: int, seed: int = 0,
-                  levels: tuple[str, ...] | None = None) -> list[Problem]:
+                  levels: tuple[str, ...] = ()) -> list[Problem]:
     """n distinct problems of one split, in an order drawn from `seed`; n = 0 takes all.
 
     The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits
-    are disjoint whatever n and seed are. Levels: findx 1 (small values), 2 (large), 3 (the left
-    side falls as x grows); countdown 3 and 4, how many numbers are given.
+    are disjoint whatever n and seed are. Levels, () for all: findx 1 (small values), 2 (large), 3
+    (the left side falls as x grows); countdown 3 and 4, how many numbers are given.
     """
     if world not in WORLDS or split not in SPLITS:
         raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use "
                          f"{tuple(WORLDS)} and {SPLITS}")
     rng = np.random.default_rng((seed, WORLDS[world], SPLITS.index(split)))
-
-    def wanted(p: Problem) -> bool:
-        return split_of(p.question) == split and (levels is None or p.level in levels)
-
-    everything = _all_findx() if world == "findx" else [
-        p for size in (3, 4) if levels is None or str(size) in levels for p in _all_countdown(size)]
-    pool = [p for p in everything if wanted(p)]
+    levels = levels or LEVELS[world]
+    everything = _all_findx() if world == "findx" else sum(map(_all_countdown, levels), [])
+    pool = [p for p in everything if p.level in levels and split_of(p.question) == split]
     if n > len(pool):
         raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = "
                          f"{levels}; ask for fewer")
@@ -85,8 +81,6 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
 
 
 def split_of(question: str) -> str:
-    """A function of the text alone. Question x*7-21=35 is in the same split in every run, of every
-    size."""
     return {0: "test", 1: "validation"}.get(zlib.crc32(question.encode()) % 10, "train")
 
 
@@ -146,10 +140,6 @@ def calculate(question: str, x: int | None = None,
 
     value(_tree(question.partition("=")[0]))
     return lines
-
-
-def is_findx(question: str) -> bool:
-    return "x" in question
 
 
 def is_countdown(question: str) -> bool:
@@ -248,17 +238,15 @@ def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...
     return int(rng.choice(guesses, p=weights / weights.sum()))
 
 
-def random_slip(rng: np.random.Generator, question: str, x: int | None = None) -> tuple[int, int]:
+def random_slip(rng: np.random.Generator, question: str, x: int) -> tuple[int, int]:
     """(index of an operation, a wrong value near its true one): what follows stays within 0..99,
-    the end is spoilt."""
+    the end is spoilt. There is always one: the last operation can be off by one."""
     true = calculate(question, x)
     for i in rng.permutation(len(true)):
         for off in rng.permutation([-10, -2, -1, -1, 1, 1, 2, 10]):
             lines = calculate(question, x, {int(i): true[i][1] + int(off)})
             if in_range(lines) and lines[-1][1] != true[-1][1]:
                 return int(i), true[i][1] + int(off)
-    # the last operation can always be off by one
-    raise AssertionError(f"{question}: no slip possible")
 
 
 def wrong_solution(rng: np.random.Generator, question: str) -> str:
@@ -362,7 +350,7 @@ def _judge_conclusion(text: str, position: int, reached: int) -> Iterator[Judgem
 def first_error(question: str, text: str) -> int | None:
     """Character index where a preserved prefix must end, behind the first false statement or failed
     check, or None."""
-    return next((judgement.end for judgement in audit(question, text) if not judgement.ok), None)
+    return next((one.end for one in audit(question, text) if not one.ok), None)
 
 
 def diagnosis_is_true(question: str, text: str) -> bool:
@@ -372,10 +360,10 @@ def diagnosis_is_true(question: str, text: str) -> bool:
     is followed by the truth about it.
     """
     said = re.search(r"Try (\d+): [^.]* (?:low|high)\. Wait, \1 is too (low|high)\. ", text)
-    if said and is_findx(question):
+    if said and not is_countdown(question):
         guess, answer = int(said[1]), answer_of(question)
         return guess != answer and (guess < answer) == (said[2] == "low")
-    error = next((judged for judged in audit(question, text) if not judged.ok), None)
+    error = next((one for one in audit(question, text) if not one.ok), None)
     return bool(error and error.reflection) and text.startswith(error.reflection, error.end)
 
 
@@ -391,11 +379,11 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     error, answer = judged[-1], answer_of(question)
     if " right" in error.reflection:
         correction = boxed(answer)
-    elif is_findx(question):
-        correction = trial(question, answer) + boxed(answer)
-    else:  # the route that keeps most of what was tried
+    elif is_countdown(question):  # the route that keeps most of what was tried
         tries = [attempt(question, route) for route in routes(numbers_of(question), answer)]
         correction = max(tries, key=lambda text: len(commonprefix([text, wrong]))) + boxed(answer)
+    else:
+        correction = trial(question, answer) + boxed(answer)
     return "".join(j.audit for j in judged), wrong[:error.end], error.reflection, correction
 
 
@@ -417,11 +405,11 @@ FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0
 
 
 @lru_cache(maxsize=2)
-def _all_countdown(size: int) -> list[Problem]:
-    """For `size` of the numbers 2..20, every value of two digits that they reach by different
+def _all_countdown(level: str) -> list[Problem]:
+    """For `level` of the numbers 2..20, every value of two digits that they reach by different
     routes and that is alone in its range. One range for each: two that overlap would be the same
     problem in two splits. 4 takes seconds."""
-    problems, rng = [], np.random.default_rng(0)
+    problems, rng, size = [], np.random.default_rng(0), int(level)
     for numbers in itertools.combinations(range(2, LARGEST_GIVEN + 1), size):
         found = sorted(reachable(numbers).items())
         for i, (value, n_routes) in enumerate(found):
@@ -433,7 +421,7 @@ def _all_countdown(size: int) -> list[Problem]:
             if value >= 10 and n_routes >= size - 1 and lows:
                 low = lows[rng.integers(len(lows))]
                 question = f"{','.join(map(str, numbers))}={low}..{low + RANGE - 1}"
-                problems.append(Problem(f"countdown:{question}", question, str(value), str(size)))
+                problems.append(Problem(f"countdown:{question}", question, str(value), level))
     return problems
 
 
@@ -744,7 +732,7 @@ def main() -> None:
             raise ValueError(f"--{name}={','.join(given)}: use some of {', '.join(known)}")
     out = Path(args.out or f"data/{args.world}")
     for split in SPLITS:
-        problems = make_problems(args.world, split, 0, levels=levels or None)
+        problems = make_problems(args.world, split, 0, levels=levels)
         save_problems(problems, out / f"{split}.jsonl")
         print(f"{out / split}.jsonl: {len(problems):,} problems")
         if split == "train":
