@@ -37,7 +37,8 @@ def set_teachers(tokenizer, rollouts: list[Rollout], *, template: str, key: tupl
             prompt = None
             if right:
                 chosen = right[rng.integers(len(right))]
-                prompt = reflect.teacher_prompt(tokenizer, r.problem, chosen.text, template)
+                prompt = reflect.synthesis_prompt(tokenizer, r.problem, "", chosen.text, template,
+                                                  "teacher")
                 if len(prompt) + len(r.completion_ids) > context:
                     prompt, too_long = None, too_long + 1
             r.teacher_prompt_ids = prompt

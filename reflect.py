@@ -232,27 +232,16 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
     return built
 
 
-def synthesis_prompt(tokenizer, problem: Problem, wrong_text: str, correct_text: str,
-                     template: str = "long", prefix_mode: str = "micro") -> list[int]:
-    """Ids (P,) of the prompt that asks for y_ref (§3.3). Never trained on: y_ref is trained under
-    the question."""
-    return _render(tokenizer, template, prefix_mode, problem.question, wrong_text, correct_text)
-
-
-def teacher_prompt(tokenizer, problem: Problem, correct_text: str,
-                   template: str = "long") -> list[int]:
-    """Ids (P,) of OPSD's privileged prompt (arXiv 2601.18734): the question with a right solution
-    in view."""
-    return _render(tokenizer, template, "teacher", problem.question, "", correct_text)
-
-
-def _render(tokenizer, template: str, kind: str, question: str, wrong: str,
-            right: str) -> list[int]:
+def synthesis_prompt(tokenizer, problem: Problem, wrong: str, right: str,
+                     template: str = "long", kind: str = "micro") -> list[int]:
+    """Ids (P,) of the prompt that asks for y_ref (§3.3); kind: a prefix_mode, or 'teacher' for
+    OPSD's privileged prompt, which shows no wrong response. Never trained on: y_ref is trained
+    under the question."""
     kind = "micro" if kind == "replace" else kind
     if kind not in TEMPLATES.get(template, {}):
         raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = "
                          "'long' | 'short' with prefix_mode = 'micro' | 'full'")
-    fields = {"question": question, "wrong": _showable(tokenizer, wrong),
+    fields = {"question": problem.question, "wrong": _showable(tokenizer, wrong),
               "right": _showable(tokenizer, right)}
     # One pass, no str.format: braces of the template's and of the inserted LaTeX stay as they are.
     text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]],

@@ -657,7 +657,7 @@ def test_braces_and_backslashes_of_latex_reach_the_prompt_unchanged(template, ki
     tokenizer = tokenizer_of("bpe")
     problem = Problem("u", "Q " + LATEX, "1")
     if kind == "teacher":
-        ids = reflect.teacher_prompt(tokenizer, problem, "R " + LATEX, template)
+        ids = reflect.synthesis_prompt(tokenizer, problem, "", "R " + LATEX, template, "teacher")
     else:
         ids = reflect.synthesis_prompt(tokenizer, problem, "W " + LATEX, "R " + LATEX, template,
                                        kind)
@@ -677,7 +677,7 @@ def test_short_prompts_are_pinned():
         ids = reflect.synthesis_prompt(tokenizer, problem, "Try 6: ", "Try 8: ", "short", mode)
         text = f"x*7-21=35\n<wrong>Try 6: </wrong><right>Try 8: </right><{mode}>"
         assert ids == render_prompt(tokenizer, text, "")
-    ids = reflect.teacher_prompt(tokenizer, problem, "Try 8: ", "short")
+    ids = reflect.synthesis_prompt(tokenizer, problem, "", "Try 8: ", "short", "teacher")
     assert ids == render_prompt(tokenizer, "x*7-21=35\n<right>Try 8: </right><solve>", "")
 
 
