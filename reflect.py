@@ -17,6 +17,7 @@ DROP_REASONS and counted (the paper reports 80-90 % that parse).
 """
 import re
 import zlib
+from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 from os.path import commonprefix  # of any two strings
@@ -469,16 +470,11 @@ def token_boundary(tokenizer, ids: list[int], prefix: str) -> int:
     of a cut character: in a byte-level vocabulary one character can be several tokens, and a part
     of it decodes to U+FFFD.
     """
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(_decode(tokenizer, ids[:middle])) <= len(prefix):
-            low = middle
-        else:
-            high = middle - 1
-    while not prefix.startswith(_decode(tokenizer, ids[:low])):
-        low -= 1
-    return low
+    n = bisect_right(range(1, len(ids) + 1), len(prefix),
+                     key=lambda n: len(_decode(tokenizer, ids[:n])))
+    while not prefix.startswith(_decode(tokenizer, ids[:n])):
+        n -= 1
+    return n
 
 
 def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
