@@ -224,11 +224,8 @@ def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict
     """
     rounds = []
     if rank() == 0:
-        if resume:
-            rounds = jsonl.read_headed(path, header,
-                                       "choose another out_dir, or --resume=False to sample anew")
-        if not rounds:
-            jsonl.write(path, [header])
+        rounds = jsonl.begin_or_resume(path, header, "choose another out_dir, or --resume=False "
+                                       "to sample anew", resume=resume)
     rounds = [row["results"] for row in gather(rounds)]
     n_rounds = -(-len(training) // queries_per_round)
     bar = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds",

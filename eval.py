@@ -75,6 +75,8 @@ filter_out = ""                     # problem file to write, accuracy beside eac
 filter_low: between(0, 1) = 0.125
 filter_high: between(0, 1) = 0.875
 
+# what tells a stored sample from all others
+SAMPLE_KEY = ("temperature", "top_p", "uid", "problem", "sample")
 OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
 
@@ -186,8 +188,7 @@ def load_sets(c) -> dict[str, list[Problem]]:
 
 
 def sample_key(row: dict) -> tuple:
-    """What tells a stored sample from all others."""
-    return row["temperature"], row["top_p"], row["uid"], row["problem"], row["sample"]
+    return tuple(row[key] for key in SAMPLE_KEY)
 
 
 def is_correct(row: dict) -> bool:
@@ -220,16 +221,12 @@ def sample_all(c, problems: list[Problem],
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), "seed": c.seed,
               "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
-    old = jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
     stored = collections.defaultdict(dict)
-    for row in old:
+    for row in jsonl.begin_or_resume(path, header, OTHER_OUT, resume=c.resume):
         del row["text"]  # responses may be long and many; the file keeps them
         stored[sample_key(row)[:-1]][row["sample"]] = row
-    path.parent.mkdir(parents=True, exist_ok=True)
     model, results = None, {}
-    with open(path, "a" if old else "w", encoding="utf-8") as file:
-        if not old:
-            print(json.dumps(header), file=file, flush=True)
+    with open(path, "a", encoding="utf-8") as file:
         for temperature, top_p in zip(c.temperatures, c.top_ps, strict=True):
             groups = {p.uid: stored[temperature, top_p, p.uid, marks[p.uid]] for p in problems}
             missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
@@ -314,8 +311,8 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
     """
     header = {"judge_model": c.judge_model, "prompt": zlib.crc32(JUDGE_PROMPT.encode()),
               "samples": weights_mark(c.init_from)}
-    old = jsonl.read_headed(path, header, OTHER_OUT) if c.resume else []
-    verdicts = {sample_key(row): row["verdict"] for row in old}
+    verdicts = {sample_key(row): row["verdict"]
+                for row in jsonl.begin_or_resume(path, header, OTHER_OUT, resume=c.resume)}
     wanted = {sample_key(row) for row in rows} - set(verdicts)
     question = {p.uid: p.question for p in problems}
     stored = jsonl.read(samples_path)[1:]  # the first line is the header
@@ -324,13 +321,10 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
     asked = pool.map(functools.partial(ask_judge, c.judge_url, c.judge_model),
                      [question[row["uid"]] for row in todo], [row["text"] for row in todo])
     bar = tqdm(asked, total=len(todo), desc="judge", disable=not todo)
-    with open(path, "a" if old else "w", encoding="utf-8") as file:
-        if not old:
-            print(json.dumps(header), file=file, flush=True)
+    with open(path, "a", encoding="utf-8") as file:
         try:
             for row, verdict in zip(todo, bar, strict=True):
-                kept = {key: row[key]
-                        for key in ("temperature", "top_p", "uid", "problem", "sample")}
+                kept = {key: row[key] for key in SAMPLE_KEY}
                 print(json.dumps(kept | {"verdict": verdict}), file=file, flush=True)
                 verdicts[sample_key(row)] = verdict
                 done += 1

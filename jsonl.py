@@ -56,14 +56,15 @@ def write(path: str | Path, rows: list[dict]) -> None:
     os.replace(partial, path)
 
 
-def read_headed(path: str | Path, header: dict, advice: str) -> list[dict]:
-    """The rows behind a first line equal to `header`, which says how they were made. Another header
-    is a ValueError with this advice: they answer another question. A torn last line is removed from
-    the file, so that it can be appended to."""
-    rows = read(path)
+def begin_or_resume(path: str | Path, header: dict, advice: str, *, resume: bool) -> list[dict]:
+    """The rows so far of a file that can then be appended to. Its first line is `header`, which
+    says how the rows are made: another one is a ValueError with this advice, as its rows answer
+    another question. resume = False begins it anew. A torn last line is removed."""
+    rows = read(path) if resume else []
     if rows and (differences := diff_configs(rows[0], header)):
         raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); {advice}")
-    if rows:
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    if not rows:
+        write(path, [header])
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
     return rows[1:]
