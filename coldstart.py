@@ -26,15 +26,7 @@ import parallel
 import reflect
 from advantage import nll_loss
 from checkpoint import Saver, find_start, keep_log, load_optimizer, weights_mark
-from configurator import (
-    above,
-    at_least,
-    between,
-    configure,
-    one_of,
-    print_config,
-    save_config,
-)
+from configurator import above, at_least, between, configure, one_of, print_config, save_config
 from data import (
     BOXED_INSTRUCTION,
     check_prompts_fit,

@@ -116,13 +116,20 @@ def print_config(config: Config, where: str | os.PathLike) -> None:
 
 
 def save_config(config: dict, out_dir: str | os.PathLike) -> None:
-    """Write out_dir/config.json; tuples become lists. Replaced whole, so a kill leaves the old or
-    the new one."""
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"config.json.{os.getpid()}.tmp"
-    part.write_text(json.dumps(config, indent=1) + "\n")
-    part.replace(folder / "config.json")
+    """Write out_dir/config.json; tuples become lists."""
+    write_json(Path(out_dir) / "config.json", config)
+
+
+def write_json(path: Path, content) -> None:
+    replace_file(path, json.dumps(content, indent=1) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Written beside and renamed, so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def diff_configs(old: dict, new: dict) -> list[str]:

@@ -31,7 +31,7 @@ import jsonl
 import reflect
 import reward
 from checkpoint import weights_mark
-from configurator import at_least, between, configure, one_of, print_config, run_script
+from configurator import at_least, between, configure, one_of, print_config, run_script, write_json
 from data import (
     BOXED_INSTRUCTION,
     Problem,
@@ -382,14 +382,6 @@ def problems_table(settings: list[dict]) -> str:
         rows += [[p["uid"], p["level"], s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}",
                   str(p["c"]), str(p["n"]), str(p["truncated"])] for p in s["per_problem"]]
     return table(rows)
-
-
-def write_json(path: Path, content) -> None:
-    """Written beside and renamed, so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
 
 
 def check_config(c) -> None:

@@ -6,11 +6,10 @@ a text. A byte-order mark (Windows) is skipped. A file of ours may end in a line
 torn: it is left out.
 """
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import diff_configs
+from configurator import diff_configs, replace_file
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -48,12 +47,8 @@ def read(path: str | Path) -> list[dict]:
 
 def write(path: str | Path, rows: list[dict]) -> None:
     """Replace the file in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(Path(path), "".join(lines))
 
 
 def begin_or_resume(path: str | Path, header: dict, advice: str, *, resume: bool) -> list[dict]:

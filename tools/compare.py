@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import run_script
-from eval import bootstrap_interval, percent, table, write_json
+from configurator import run_script, write_json
+from eval import bootstrap_interval, percent, table
 
 
 def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
