@@ -63,11 +63,8 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
         answer, gold = (core_and_unit(x)[0] for x in pair)  # units are settled already
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
-    if len(hard) > 1 and workers > 1:
-        with ThreadPoolExecutor(min(workers, len(hard))) as threads:
-            status.update(zip(hard, threads.map(ask, hard), strict=True))
-    else:
-        status.update((pair, ask(pair)) for pair in hard)
+    with ThreadPoolExecutor(workers) as threads:  # no thread starts where nothing is hard
+        status.update(zip(hard, threads.map(ask, hard), strict=True))
     return [Grade(float(status[pair] == "correct"), status[pair], pair[0]) for pair in pairs]
 
 
