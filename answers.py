@@ -78,6 +78,12 @@ def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, re
     return [(key, re.compile(pattern), by) for key, pattern, by in rules]
 
 
+def _rewrite(s: str, rules) -> str:
+    for key, pattern, by in rules:
+        s = pattern.sub(by, s) if key in s else s
+    return s
+
+
 _NUMBERS = "two three four five six seven eight nine ten eleven twelve".split()
 _BASES = {word: str(i) for i, word in enumerate(_NUMBERS, 2)} | {"sixteen": "16"}
 
@@ -90,6 +96,10 @@ def _repeating(m: re.Match) -> str:
     return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
 
 
+_TYPESETTING = _rules(  # how an answer is set is not what it says
+    ("color", r"\\(?:text)?color *\{\w+\}", ""),
+    ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
+    ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
 _SPELLINGS = _rules(
     ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
     # 204_{\text{five}}
@@ -115,6 +125,7 @@ _SPACING = _rules(
     ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
     # not in \pi r, nor in 2 3
     (" ", r"(\\[a-zA-Z]+ (?=[a-zA-Z]))|(\d (?=\d))| ", lambda m: m[1] or m[2] or ""))
+_WHOLE_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(?:\.\d+)?[eE][-+]?\d{1,3}")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
@@ -139,15 +150,13 @@ def normalise(answer: str) -> str:
         return _rational(s)
     if "boxed" in s:  # some golds carry their box
         s = extract_boxed(s) or s
-    s = s if s.isascii() and "~" not in s else s.translate(_UNICODE)
-    s = _without_typesetting(s)
+    s = _rewrite(s.translate(_UNICODE), _TYPESETTING).strip()
     if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
         s = s.replace("\\\\", "\\")
     # 11,\! 111: a comma that separates thousands, not answers
-    s = re.sub(r"\\!\s*", "", s) if "\\!" in s else s
-    if "\\" in s or "$" in s:
-        s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
-    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "," in s and "{" in s else s  # 10{,}000
+    s = re.sub(r"\\!\s*", "", s)
+    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
+    s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "{" in s else s  # 10{,}000
     s = " ".join(s.split()).rstrip(" ,;")
     # what \bf and \underline leave of {\bf 42} and \underline{42}
     while s[:1] == "{" and _closing(s, 0) == len(s) - 1:
@@ -156,36 +165,18 @@ def normalise(answer: str) -> str:
         s = m[1].strip()
     # a full stop; 0.333... is not 0.333
     s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s
-    for key, pattern, by in _SPELLINGS:
-        s = pattern.sub(by, s) if key in s else s
-    s, unit = _take_unit(s)
+    s, unit = _take_unit(_rewrite(s, _SPELLINGS))
     # 79,380, but neither 32, 349 nor (1,234)
-    s = s.replace(",", "") if "," in s and _THOUSANDS.fullmatch(s) else s
-    for key, pattern, by in _SPACING:
-        s = pattern.sub(by, s) if key in s else s
-    s = s.strip()
+    s = s.replace(",", "") if _THOUSANDS.fullmatch(s) else s
+    s = _rewrite(s, _SPACING).strip()
     # two answers stay two when read again
-    s = s.replace(",", ", ") if "," in s and _THOUSANDS.fullmatch(s) else s
+    s = s.replace(",", ", ") if _THOUSANDS.fullmatch(s) else s
     for _ in range(3):
         if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
             break
         s = s[1:-1]  # (1/3), (A)
     s = _rational(s)
     return f"{s} [{unit}]" if unit else s
-
-
-_WHOLE_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
-_TYPESETTING = _rules(
-    ("color", r"\\(?:text)?color *\{\w+\}", ""),
-    ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
-    ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
-
-
-def _without_typesetting(s: str) -> str:
-    """How an answer is set is not what it says."""
-    for key, pattern, by in _TYPESETTING:
-        s = pattern.sub(by, s) if key in s else s
-    return s.strip()
 
 
 def core_and_unit(answer: str) -> tuple[str, str]:
