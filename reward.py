@@ -9,25 +9,18 @@ apart from wrong.
 import atexit
 import contextlib
 import json
+import logging
 import os
+import resource
 import select
+import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from answers import (
-    MAX_CHARS,
-    Unparsable,
-    check_readable,
-    core_and_unit,
-    extract_boxed,
-    is_rational,
-    same,
-    settle,
-)
+import answers
 
 START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
 SLACK_S = 5.0  # beyond its limit, before a worker that should have replied is taken for dead
@@ -55,12 +48,12 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
     are started on first use and kept: equal pairs once, each for at most timeout_s seconds by the
     clock.
     """
-    pairs = list(zip(map(extract_boxed, texts), golds, strict=True))
-    status = {pair: settle(*pair) for pair in dict.fromkeys(pairs)}
+    pairs = list(zip(map(answers.extract_boxed, texts), golds, strict=True))
+    status = {pair: answers.settle(*pair) for pair in dict.fromkeys(pairs)}
     hard = [pair for pair, known in status.items() if known is None]
 
     def ask(pair):
-        answer, gold = (core_and_unit(x)[0] for x in pair)  # units are settled already
+        answer, gold = (answers.core_and_unit(x)[0] for x in pair)  # units are settled already
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
     with ThreadPoolExecutor(workers) as threads:  # no thread starts where nothing is hard
@@ -82,11 +75,11 @@ def check_gold(gold: str) -> None:
     """Raise a one-line ValueError if `gold` cannot be read: no differently written response could
     be graded correct."""
     shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
-    core = core_and_unit(gold)[0]
-    if not core or len(gold) > MAX_CHARS:
+    core = answers.core_and_unit(gold)[0]
+    if not core or len(gold) > answers.MAX_CHARS:
         raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or "
                          "drop the problem")
-    if not is_rational(core) and not core.isalpha():
+    if not answers.is_rational(core) and not core.isalpha():
         reply = _ask({"gold": core}, 10.0)
         if reply["status"] != "correct":
             why = reply.get("why", reply["status"])
@@ -101,9 +94,6 @@ def _serve() -> None:
     """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is
     killed; the next one is there in milliseconds. Requests and replies are lines of JSON; ends when
     its input does."""
-    import logging
-    import resource
-    import signal
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is not a reply
     # Ctrl-C and preemption are the parent's business
@@ -116,7 +106,7 @@ def _serve() -> None:
     try:
         # import, fill tables
         for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):
-            same(answer, gold)
+            answers.same(answer, gold)
     except Exception as problem:
         first = {"status": f"{type(problem).__name__}: {problem}"}
     replies.write(json.dumps(first).encode() + b"\n")
@@ -145,7 +135,6 @@ def _serve() -> None:
 
 def _work(requests: int, replies: int) -> None:
     """Answer the requests of one file descriptor on another; never return."""
-    import signal
     for line in os.fdopen(requests):
         request = json.loads(line)
         # Nobody may be left to kill us. The alarm has no handler, so it ends the process, and C
@@ -153,12 +142,12 @@ def _work(requests: int, replies: int) -> None:
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
-                right = same(request["answer"], request["gold"])
+                right = answers.same(request["answer"], request["gold"])
                 reply = {"status": "correct" if right else "wrong"}
             else:
-                check_readable(request["gold"])
+                answers.check_readable(request["gold"])
                 reply = {"status": "correct"}
-        except Unparsable:
+        except answers.Unparsable:
             reply = {"status": "unparsable"}
         except MemoryError:
             reply = {"status": "timeout"}
@@ -206,17 +195,11 @@ def _ask(request: dict, timeout_s: float) -> dict:
 
 
 def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
-    """The worker's next line; None if it died or is late."""
-    deadline, line, poll = time.monotonic() + timeout_s, b"", select.poll()
+    """The worker's next line, which it writes in one piece; None if it died or is late."""
+    poll = select.poll()
     poll.register(worker.stdout, select.POLLIN)
-    while not line.endswith(b"\n"):
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return None
-        chunk = os.read(worker.stdout.fileno(), 65536)
-        if not chunk:
-            return None
-        line += chunk
-    return json.loads(line)
+    line = worker.stdout.readline() if poll.poll(timeout_s * 1000) else b""
+    return json.loads(line) if line else None
 
 
 def _start() -> subprocess.Popen | None:
