@@ -64,29 +64,24 @@ def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
         except SafetensorError as e:
             raise ValueError(f"{file} is truncated or corrupt ({e}); copy it again") from None
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} tensors ({_some(missing)}); copy all of "
-                         "its safetensors files")
+        raise ValueError(f"{folder} lacks {len(missing)} tensors ({', '.join(sorted(missing)[:3])}"
+                         f"{', ...' if len(missing) > 3 else ''}); copy all of its safetensors "
+                         "files")
     if compile:
         model.compile_blocks()
     return model
 
 
-def save_hf(
-    model: CausalLM,
-    tokenizer,
-    folder: str | Path,
-    *,
-    generation_config: dict | None = None,
-    max_shard_bytes: int = 5 * 10**9,
-    state_dict: dict | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
+def save_hf(model: CausalLM, tokenizer, folder: str | Path, *,
+            generation_config: dict | None = None, max_shard_bytes: int = 5 * 10**9,
+            state_dict: dict | None = None) -> None:
     """Write a plain Hugging Face folder that transformers and vLLM load without a script; the
     caller makes it atomic.
 
     tokenizer: saved with its chat template; None leaves it out. generation_config: added to plain
-    sampling. state_dict: given where the model's own tensors are shards (FSDP). dtype: of the saved
-    weights, None as they are."""
+    sampling. state_dict: given where the model's own tensors are shards (FSDP)."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
@@ -95,24 +90,13 @@ def save_hf(
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)  # gathered FSDP states name both
 
-    shards, room, total = [], 0, 0
-    for name, t in tensors.items():
-        size = t.numel() * (dtype or t.dtype).itemsize
-        if not shards or size > room:
-            shards, room = [*shards, []], max_shard_bytes
-        shards[-1].append(name)
-        room, total = room - size, total + size
-    weight_map = {}
-    for i, names in enumerate(shards, start=1):
-        of = f"-{i:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"model{of}.safetensors"
-        shard = {name: tensors[name].detach().to("cpu", dtype or tensors[name].dtype).contiguous()
-                 for name in names}
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
         # transformers refuses a file without this
         save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
 
     special = {}
@@ -120,7 +104,7 @@ def save_hf(
         tokenizer.save_pretrained(folder)
         special = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = model.config.to_hf() | special
-    config["torch_dtype"] = str(dtype or next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     # Plain sampling, spelled out: where top_k is absent transformers takes 50.
     plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
@@ -196,11 +180,6 @@ def _check_tensor(file: Path, name: str, shape: tuple, expected: dict[str, tuple
     if shape != expected[name]:
         raise ValueError(f"{name} in {file} is {shape}, config.json implies {expected[name]}; use "
                          "its own config.json")
-
-
-def _some(names) -> str:
-    """The first three names of many."""
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _read_json(path: Path) -> dict:

@@ -136,7 +136,7 @@ def test_a_bf16_checkpoint_survives_fp32_masters_bit_for_bit(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_hf(tmp_path / "theirs")
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
-    save_hf(ours, None, tmp_path / "ours", dtype=torch.bfloat16)
+    save_hf(ours.to(torch.bfloat16), None, tmp_path / "ours")
     assert bytes_of(tmp_path / "ours") == bytes_of(tmp_path / "theirs")
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert load_hf(tmp_path / "ours",
