@@ -13,6 +13,7 @@ import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def _problem_of(row: dict, where: str) -> Problem:
         is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
         if not is_text or not str(value).strip():
             raise ValueError(f"{where}: no {name} (keys: {', '.join(map(str, row)) or 'none'}); "
-                             f"each line needs \"uid\", \"question\" and \"answer\"")
+                             "each line needs \"uid\", \"question\" and \"answer\"")
         fields[name] = str(value)
     return Problem(**fields, level=str(row.get("level", "")))
 
@@ -252,6 +253,7 @@ def check_prompts_fit(problems: list[Problem], max_new_tokens: int, context: int
 # --------------------------------------------------------------------------------------------------
 # Order: a function of counters, so that resuming and dealing to ranks need no state
 
+@lru_cache(maxsize=2)
 def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation (n_problems,) in which epoch number `epoch` visits the problems."""
     noise = np.random.SeedSequence((seed, ORDER_STREAM, epoch))
@@ -267,10 +269,8 @@ def problems_for_step(problems: list[Problem], seed: int, step: int,
     permutations. There (or if per_step exceeds the number of problems) the same problem can come
     twice; query_index still tells the two apart.
     """
-    n, permutations, batch = len(problems), {}, []
+    n, batch = len(problems), []
     for query in range(step * per_step, (step + 1) * per_step):
         epoch, position = divmod(query, n)
-        if epoch not in permutations:
-            permutations[epoch] = order(n, seed, epoch)
-        batch.append((query, problems[permutations[epoch][position]]))
+        batch.append((query, problems[order(n, seed, epoch)[position]]))
     return batch
