@@ -102,13 +102,13 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
         "mixed_groups": [len(rewards) > 1 for rewards in groups.values()],
         "ots_first_diagnosis": [r.ots_weights[r.roles.index(DIAGNOSIS)] for r in built
                                 if r.ots_weights is not None and DIAGNOSIS in r.roles]}
+    tokens = []
+    for r in built:
+        if r.logprobs is not None:
+            tokens += zip(r.roles, r.logprobs, r.ots_weights, strict=True)
     for name, role in (("prefix", PREFIX), ("diagnosis", DIAGNOSIS), ("correction", CORRECTION)):
-        for kind, attribute in (("logprob", "logprobs"), ("ots", "ots_weights")):
-            found = values[f"{kind}_{name}"] = []
-            for r in built:
-                if getattr(r, attribute) is not None:
-                    pairs = zip(getattr(r, attribute), r.roles, strict=True)
-                    found += [value for value, of in pairs if of == role]
+        values[f"logprob_{name}"] = [logprob for of, logprob, _ in tokens if of == role]
+        values[f"ots_{name}"] = [weight for of, _, weight in tokens if of == role]
     counts["kept"] = float(len(built))
     counts = {f"reflect/{name}": count for name, count in counts.items()}
     return counts | sums_of("reflect/", values)
