@@ -131,14 +131,13 @@ def read_examples(path: str, tokenizer, instruction: str, context: int) -> list[
         where = f"{path}:{number}"
         keys = jsonl.parse(line, where)
         if keys.get("prompt") and keys.get("completion"):
-            prompt_ids = render_prompt(tokenizer, keys["prompt"], "")
-            r = written(tokenizer, prompt_ids, keys["completion"], keys.get("no_loss", ()))
+            prompt, text = keys["prompt"], keys["completion"]
         elif keys.get("question") and keys.get("solution"):
-            prompt_ids = render_prompt(tokenizer, keys["question"], instruction)
-            r = written(tokenizer, prompt_ids, keys["solution"], keys.get("no_loss", ()))
+            prompt, text = keys["question"] + instruction, keys["solution"]
         else:
             raise ValueError(f"{where}: no \"prompt\" with \"completion\", nor \"question\" with "
                              "\"solution\"; to sample solutions use --problems")
+        r = written(tokenizer, render_prompt(tokenizer, prompt, ""), text, keys.get("no_loss", ()))
         if len(r) > context:
             raise ValueError(f"{where}: an example of {len(r)} tokens does not fit the model's "
                              f"context of {context}; shorten or remove it")
@@ -317,13 +316,13 @@ def main() -> None:
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
     if c.problems:
+        how = {knob: config[knob] for knob in EXAMPLE_KNOBS}
+        marks = {"weights": weights_mark(c.init_from), "problems": config["problems_mark"]}
         usable = sample_examples(
             tokenizer, load_problems(c.problems), functools.partial(load, c.init_from),
-            path=out / "examples.jsonl", resume=c.resume, wanted=c.n_sft + c.n_ift,
-            header={"weights": weights_mark(c.init_from), "problems": file_mark(c.problems)} |
-            {knob: config[knob] for knob in EXAMPLE_KNOBS},
-            max_rows=c.max_rows, stop_ids=stop_ids, dtype=c.dtype, autocast=autocast,
-            **{knob: config[knob] for knob in EXAMPLE_KNOBS})
+            path=out / "examples.jsonl", header=marks | how, resume=c.resume,
+            wanted=c.n_sft + c.n_ift, max_rows=c.max_rows, stop_ids=stop_ids, dtype=c.dtype,
+            autocast=autocast, **how)
         rows = both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
     else:
         rows = read_examples(c.examples, tokenizer, c.instruction, context)
