@@ -73,8 +73,7 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
     if prose:
         print(f"WARNING: {path}:{seen[prose[0].uid]}: gold answer {prose[0].answer!r} is "
               f"prose{f' (and {len(prose) - 1} more)' if prose[1:] else ''}: only the same words "
-              "would equal it; is a number meant?",
-              flush=True)
+              "would equal it; is a number meant?", flush=True)
     return problems
 
 
@@ -148,8 +147,7 @@ def load_tokenizer(folder: str | Path):
         why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it"
                if Path(folder).is_dir() else
                "no folder here, and the hub did not serve it; check the name and the network, or "
-               "download the model "
-               "elsewhere and pass its folder")
+               "download the model elsewhere and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer at {folder} has no chat template; use an "

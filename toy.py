@@ -93,9 +93,7 @@ def _all_findx() -> list[Problem]:
             for b in range(1, 60):
                 left = form.format(a=a, b=b)
                 values = {x: [true for _, _, true in calculate(left, x)]
-                          for x in range(1, LARGEST_X + 1)}
-                values = {x: v for x, v in values.items()
-                          if min(v) >= 0 and max(v) <= LARGEST_VALUE}
+                          for x in range(1, LARGEST_X + 1) if in_range(calculate(left, x))}
                 # room for two different wrong guesses
                 for x, v in values.items() if len(values) > 2 else ():
                     level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
