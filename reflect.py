@@ -383,9 +383,7 @@ def holds(equation: tuple[str, str, str, str]) -> bool:
 
 @dataclass
 class Synthesis:
-    """A parsed answer. prefix + diagnosis + correction is the reconstruction with its tags taken
-    out, nothing else."""
-    analysis: str
+    """A parsed reconstruction: prefix + diagnosis + correction is all of it but the tags."""
     prefix: str      # before <reflection>; "" where there is no such tag
     diagnosis: str   # between the reflection tags; "" likewise
     correction: str  # after them; the whole reconstruction where there are none
@@ -404,11 +402,11 @@ def parse_synthesis(text: str) -> Synthesis | str:
     parts = _between(text, "analysis", "reconstruction")
     if parts is None:
         return "unparsable"
-    analysis, body = parts[1].strip(), parts[3].strip("\n")
+    body = parts[3].strip("\n")
     if not re.search("</?reflection>", body):
-        return Synthesis(analysis, "", "", body, tagged=False)
+        return Synthesis("", "", body, tagged=False)
     parts = _between(body, "reflection")
-    return Synthesis(analysis, *parts, tagged=True) if parts and parts[1].strip() else "unparsable"
+    return Synthesis(*parts, tagged=True) if parts and parts[1].strip() else "unparsable"
 
 
 def _between(text: str, *names: str) -> list[str] | None:

@@ -342,8 +342,8 @@ def test_toy_world_constructions_are_built_exactly():
 def test_parsing_strips_only_the_newlines_inside_the_reconstruction_tags():
     body = "\n 1 \n<reflection>\n2 </reflection>\n 3 \n"
     text = f"so:\n<analysis>\n a \n</analysis>\n<reconstruction>{body}</reconstruction>\n<|im_end|>"
-    assert parse_synthesis(text) == Synthesis("a", " 1 \n", "\n2 ", "\n 3 ", True)
-    assert parse_synthesis(answer("all")) == Synthesis("look", "", "", "all", False)
+    assert parse_synthesis(text) == Synthesis(" 1 \n", "\n2 ", "\n 3 ", True)
+    assert parse_synthesis(answer("all")) == Synthesis("", "", "all", False)
 
 
 @pytest.mark.parametrize("text", [
