@@ -1,5 +1,4 @@
-"""
-Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
+"""Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
 
 A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} a line; `python -m
 tools.prepare` makes those of public data sets, `python toy.py` those of the toy worlds.
@@ -215,16 +214,14 @@ def encode_completion(tokenizer, text: str) -> list[int]:
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-def stop_ids_of(tokenizer, config_eos: int | list[int] | None) -> tuple[int, ...]:
+def stop_ids_of(tokenizer, config_eos: tuple[int, ...]) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and
     <|endoftext|>.
 
     They disagree in practice: Qwen3's tokenizer names <|im_end|> alone, its generation config also
     <|endoftext|>, and a sampler that misses one of them writes on until the cap.
     """
-    ids = set(config_eos) if isinstance(config_eos, (list, tuple)) else {config_eos}
-    ids |= {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")}
-    ids.discard(None)
+    ids = {*config_eos, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")} - {None}
     if not ids:
         raise ValueError("neither the tokenizer nor the model config names an end-of-sequence "
                          "token; set eos_token_id")

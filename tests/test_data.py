@@ -155,7 +155,7 @@ def test_the_qwen3_prompt_has_exactly_the_published_ids():
                     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     config = json.loads((SHARED / "data/qwen3_tokenizer/generation_config.json").read_text())
     assert data.stop_ids_of(tokenizer, config["eos_token_id"]) == (151643, 151645)
-    assert data.stop_ids_of(tokenizer, 151645) == (151643, 151645)
+    assert data.stop_ids_of(tokenizer, (151645,)) == (151643, 151645)
 
 
 def test_a_prompt_has_one_bos_and_asks_for_no_thinking():
@@ -215,16 +215,16 @@ def test_tokens_without_a_row_of_the_embedding_are_refused_by_name(tmp_path):
 
 def test_stop_ids_unite_tokenizer_and_config():
     tokenizer = char_tokenizer()
-    assert data.stop_ids_of(tokenizer, None) == (1,)
-    assert data.stop_ids_of(tokenizer, [9, 1]) == (1, 9)
-    assert data.stop_ids_of(tokenizer, 0) == (0, 1)  # id 0 is an id
+    assert data.stop_ids_of(tokenizer, ()) == (1,)
+    assert data.stop_ids_of(tokenizer, (9, 1)) == (1, 9)
+    assert data.stop_ids_of(tokenizer, (0,)) == (0, 1)  # id 0 is an id
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
-    assert data.stop_ids_of(tokenizer, 9) == (1, 9,
-                                              tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    assert data.stop_ids_of(tokenizer, (9,)) == (1, 9,
+                                                 tokenizer.convert_tokens_to_ids("<|endoftext|>"))
     tokenizer = char_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token_id"):
-        data.stop_ids_of(tokenizer, None)
+        data.stop_ids_of(tokenizer, ())
 
 
 # --- order
