@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 import jsonl
 from configurator import diff_configs
 from hf import find_folder, save_hf
+from parallel import rank
 
 # With one process dcp warns that it assumes one process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
@@ -88,12 +89,11 @@ class Saver:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
-        self.group, self.first = None, True
+        self.group, self.first = None, rank() == 0
         # a group of its own, as collectives of two threads must not meet in one
         if dist.is_initialized():
             timeout = datetime.timedelta(minutes=config["timeout_minutes"])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
-            self.first = dist.get_rank() == 0
         if self.first:
             # what a killed run was writing, or deleting
             for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:
