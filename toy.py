@@ -195,8 +195,7 @@ def solution(rng: np.random.Generator, question: str,
     return text, no_loss
 
 
-def _failed_guess(rng: np.random.Generator,
-                  question: str) -> tuple[list[tuple[str, bool]], int]:
+def _failed_guess(rng: np.random.Generator, question: str) -> tuple[list[tuple[str, bool]], int]:
     """A wrong guess and its evidence: pieces of text and whether each is learnt; the guess."""
     guess = wrong_guess(rng, question)
     evidence = trial(question, guess).removeprefix(f"Try {guess}")
@@ -519,8 +518,7 @@ def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> lis
     return min(tries, key=lambda route: max(low - route[-1][1], route[-1][1] - high, 0))
 
 
-def _failed_route(rng: np.random.Generator,
-                  question: str) -> tuple[list[tuple[str, bool]], int]:
+def _failed_route(rng: np.random.Generator, question: str) -> tuple[list[tuple[str, bool]], int]:
     """A miss, as _failed_guess: what was tried is the mistake, what came of it is true."""
     route = wrong_route(rng, question)
     pieces = [("Try ", True)]

@@ -187,7 +187,7 @@ def test_every_statement_of_a_right_solution_is_true_and_planted_mistakes_carry_
                 if kind == "give_up":
                     expected = re.sub(r"\{\d+\}", f"{{{blank}}}", expected)
                 assert learnt(text, spans) == expected
-            elif world == "countdown":
+            else:
                 # what is tried in vain is masked, what comes of it is true and learnt
                 assert false == [], text
                 first, verdict, rest = re.fullmatch(
@@ -197,13 +197,6 @@ def test_every_statement_of_a_right_solution_is_true_and_planted_mistakes_carry_
                 if kind == "give_up":
                     rest = re.sub(r"\{\d+", lambda m: "{" + "_" * (len(m[0]) - 1), rest)
                 assert learnt(text, spans) == first + verdict + rest
-            else:
-                # the one false statement is the slip, and exactly its result is masked
-                assert len(false) == (kind != "direct") == len(spans)
-                if spans:
-                    (start, end), = spans
-                    assert text[:end].endswith(false[0]) and text[start - 1] == "="
-                    assert text[start:end].isdigit()
             masked += len(spans)
     assert masked > 1000
 
