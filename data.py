@@ -90,16 +90,9 @@ def unusable_answers(answers: list[str]) -> list[str]:
 
     Numbers are settled at once; of the others the grader's workers read about a hundred a second.
     """
-    def why(answer: str) -> str:
-        try:
-            reward.check_gold(answer)
-        except ValueError as e:
-            return str(e)
-        return ""
-
     distinct = list(dict.fromkeys(answers))
     with ThreadPoolExecutor(2) as threads:
-        reasons = dict(zip(distinct, threads.map(why, distinct), strict=True))
+        reasons = dict(zip(distinct, threads.map(reward.fault_of_gold, distinct), strict=True))
     return [reasons[answer] for answer in answers]
 
 

@@ -71,20 +71,18 @@ def score(rollouts: list) -> None:
             r.reward, r.grade = 0.0, "truncated"
 
 
-def check_gold(gold: str) -> None:
-    """Raise a one-line ValueError if `gold` cannot be read: no differently written response could
-    be graded correct."""
-    shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
-    core = answers.core_and_unit(gold)[0]
+def fault_of_gold(gold: str) -> str:
+    """Why `gold` cannot be read, in one line, so that no differently written response could be
+    graded correct; "" if it can."""
+    core, why = answers.core_and_unit(gold)[0], ""
     if not core or len(gold) > answers.MAX_CHARS:
-        raise ValueError(f"gold answer {shown} is {'too long' if core else 'empty'}; correct it or "
-                         "drop the problem")
-    if not answers.is_rational(core) and not core.isalpha():
+        why = "too long" if core else "empty"
+    elif not answers.is_rational(core) and not core.isalpha():
         reply = _ask({"gold": core}, 10.0)
         if reply["status"] != "correct":
-            why = reply.get("why", reply["status"])
-            raise ValueError(f"gold answer {shown} cannot be read ({why}); correct it or drop the "
-                             "problem")
+            why = f"unreadable ({reply.get('why', reply['status'])})"
+    shown = repr(gold if len(gold) <= 60 else gold[:60] + "...")
+    return f"gold answer {shown} is {why}; correct it or drop the problem" if why else ""
 
 
 # --- the worker ---
