@@ -134,20 +134,20 @@ _FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?"
 
 
 @lru_cache(maxsize=1 << 16)
-def normalise(answer: str) -> str:
-    r"""Canonical text of an answer: `core`, or `core [unit]`.
+def normalise(answer: str) -> tuple[str, str]:
+    r"""Canonical text of an answer, and its unit, "" for none.
 
     Rational numbers become reduced fractions, so that equal texts mean equal values:
     `\dfrac{2}{4}`, `.50` -> `1/2`; `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1,
-    2\right)` -> `(1,2)`; `5\text{ meters}` -> `5 [m]`.
+    2\right)` -> `(1,2)`; `5\text{ meters}` -> `5`, `m`.
     """
     s = answer.strip()
     if len(s) > MAX_CHARS:
-        return s
+        return s, ""
     if s.isdecimal() and s.isascii():  # most answers of most data sets
-        return s.lstrip("0") or "0"
+        return s.lstrip("0") or "0", ""
     if _DECIMAL.fullmatch(s) or _FRACTION.fullmatch(s):
-        return _rational(s)
+        return _rational(s), ""
     if "boxed" in s:  # some golds carry their box
         s = extract_boxed(s) or s
     s = _rewrite(s.translate(_UNICODE), _TYPESETTING).strip()
@@ -175,13 +175,7 @@ def normalise(answer: str) -> str:
         if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
             break
         s = s[1:-1]  # (1/3), (A)
-    s = _rational(s)
-    return f"{s} [{unit}]" if unit else s
-
-
-def core_and_unit(answer: str) -> tuple[str, str]:
-    core, _, unit = normalise(answer).partition(" [")
-    return core, unit.removesuffix("]")
+    return _rational(s), unit
 
 
 def _rational(s: str) -> str:
@@ -261,7 +255,7 @@ def settle(answer: str | None, gold: str) -> str | None:
         return "no_answer"
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return "correct" if answer.strip() == gold.strip() else "unparsable"
-    (a, unit_a), (g, unit_g) = core_and_unit(answer), core_and_unit(gold)
+    (a, unit_a), (g, unit_g) = normalise(answer), normalise(gold)
     if not a:
         return "unparsable"
     # 20 degrees may be 20 degrees C
@@ -304,7 +298,7 @@ def same(answer: str, gold: str) -> bool:
     settled = settle(answer, gold)
     if settled is not None:
         return settled == "correct"
-    a, g = core_and_unit(answer)[0], core_and_unit(gold)[0]
+    a, g = normalise(answer)[0], normalise(gold)[0]
     (label_a, value_a), (label_g, value_g) = _label(a), _label(g)
     if (value_a, value_g) != (a, g):
         if label_a == label_g or (not label_a and _is_name(label_g)):
@@ -491,7 +485,7 @@ def _verify(answer: str, gold: str) -> bool:
 
 def check_readable(gold: str) -> None:
     """Raise if a part of a gold answer cannot be parsed."""
-    s = _label(core_and_unit(gold)[0])[1]
+    s = _label(normalise(gold)[0])[1]
     kind, items = _items(s)
     for item in items if kind else []:
         check_readable(item)

@@ -53,7 +53,7 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
     hard = [pair for pair, known in status.items() if known is None]
 
     def ask(pair):
-        answer, gold = (answers.core_and_unit(x)[0] for x in pair)  # units are settled already
+        answer, gold = (answers.normalise(x)[0] for x in pair)  # units are settled already
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
     with ThreadPoolExecutor(workers) as threads:  # no thread starts where nothing is hard
@@ -74,7 +74,7 @@ def score(rollouts: list) -> None:
 def fault_of_gold(gold: str) -> str:
     """Why `gold` cannot be read, in one line, so that no differently written response could be
     graded correct; "" if it can."""
-    core, why = answers.core_and_unit(gold)[0], ""
+    core, why = answers.normalise(gold)[0], ""
     if not core or len(gold) > answers.MAX_CHARS:
         why = "too long" if core else "empty"
     elif not answers.is_rational(core) and not core.isalpha():
