@@ -204,7 +204,7 @@ def load_model(c, tokenizer, problems: list[Problem]):
     if c.threads:
         torch.set_num_threads(c.threads)
     model = load_hf(c.init_from, dtype=getattr(torch, c.dtype), device=device,
-                    num_tokens=len(tokenizer), compile=c.compile).eval()
+                    num_tokens=len(tokenizer), compile=c.compile)
     check_prompts_fit(problems, c.max_new_tokens, model.config.max_position_embeddings)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     print(f"{num_params(model):,} parameters on {device}, stop ids {stop_ids}", flush=True)
@@ -225,17 +225,15 @@ def sample_all(c, problems: list[Problem],
     for row in jsonl.begin_or_resume(path, header, OTHER_OUT, resume=c.resume):
         del row["text"]  # responses may be long and many; the file keeps them
         stored[sample_key(row)[:-1]][row["sample"]] = row
-    model, results = None, {}
+    model, rows, results = None, 0, {}
     with open(path, "a", encoding="utf-8") as file:
         for temperature, top_p in zip(c.temperatures, c.top_ps, strict=True):
             groups = {p.uid: stored[temperature, top_p, p.uid, marks[p.uid]] for p in problems}
             missing = [p for p in problems if not set(range(c.samples)) <= set(groups[p.uid])]
             if missing and model is None:
                 model, stop_ids = load_model(c, tokenizer, problems)
-            rows = c.max_rows
-            if missing and not rows:
-                longest = max(len(p.prompt_ids) for p in missing)
-                rows = rows_that_fit(model, longest, c.max_new_tokens)
+                longest = max(len(p.prompt_ids) for p in problems)
+                rows = c.max_rows or rows_that_fit(model, longest, c.max_new_tokens)
             # problems between two writes to disk: several batches, as the last rows of each wait
             at_once = max(1, -(-4 * rows // c.samples))
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
