@@ -100,8 +100,7 @@ def _problem_of(row: dict, where: str) -> Problem:
     fields = {}
     for name, other in (("uid", "id"), ("question", "problem"), ("answer", "answer")):
         value = row.get(name, row.get(other))
-        is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        if not is_text or not str(value).strip():
+        if type(value) not in (str, int, float) or not str(value).strip():
             raise ValueError(f"{where}: no {name} (keys: {', '.join(map(str, row)) or 'none'}); "
                              "each line needs \"uid\", \"question\" and \"answer\"")
         fields[name] = str(value)
