@@ -408,10 +408,8 @@ def _all_countdown(level: str) -> list[Problem]:
     problem in two splits. 4 takes seconds."""
     problems, rng, size = [], np.random.default_rng(0), int(level)
     for numbers in itertools.combinations(range(2, LARGEST_GIVEN + 1), size):
-        found = sorted(reachable(numbers).items())
-        for i, (value, n_routes) in enumerate(found):
-            below = found[i - 1][0] if i else -1
-            above = found[i + 1][0] if i + 1 < len(found) else LARGEST_VALUE + 1
+        found = [(-1, 0), *sorted(reachable(numbers).items()), (LARGEST_VALUE + 1, 0)]
+        for (below, _), (value, n_routes), (above, _) in zip(found, found[1:], found[2:]):
             lows = range(max(below + 1, value - RANGE + 1), min(above - RANGE, value) + 1)
             # of four numbers, the first two steps of a route may swap and it is still the same
             # route

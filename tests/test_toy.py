@@ -304,10 +304,9 @@ def test_first_error_finds_every_planted_mistake_and_no_other(world):
             assert toy.first_error(p.question, text) == delimiter.end()
 
 
-@pytest.mark.parametrize("world", ["findx"])
-def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
+def test_constructions_localise_the_error_and_say_nothing_false_after_it():
     slips = 0
-    for rng, p in samples(world, 600, seed=4):
+    for rng, p in samples("findx", 600, seed=4):
         wrong = toy.wrong_solution(rng, p.question)
         analysis, prefix, reflection, correction = toy.construction(p.question, wrong)
         assert wrong.startswith(prefix) and len(prefix) == toy.first_error(p.question, wrong)
@@ -319,9 +318,9 @@ def test_constructions_localise_the_error_and_say_nothing_false_after_it(world):
         assert all((m[0] == m[1]) == (m[2] == "ok") for m in marks)
         # what the audit calls wrong is the last number that the prefix states
         assert re.findall(r"\d+", prefix)[-1] == marks[-1][0]
-        named = re.search(r"Wait, (\d+) is wrong\. $|, not (\d+)\.\n$", reflection)
+        named = re.search(r"Wait, (\d+) is wrong\. $", reflection)
         if named:  # a slip: the reflection names the number that is wrong
-            assert (named[1] or named[2]) == marks[-1][0]
+            assert named[1] == marks[-1][0]
         slips += bool(named)
     assert slips > 50
 
