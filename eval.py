@@ -333,7 +333,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
                   "for the rest", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    return {key: verdicts[key] for key in map(sample_key, rows) if key in verdicts}
+    return verdicts
 
 
 # --------------------------------------------------------------------------------------------------
