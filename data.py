@@ -201,11 +201,6 @@ def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION
     return ids
 
 
-def encode_completion(tokenizer, text: str) -> list[int]:
-    """Token ids of a written completion, its stop token included."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
 def stop_ids_of(tokenizer, config_eos: tuple[int, ...]) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and
     <|endoftext|>.

@@ -25,7 +25,7 @@ from os.path import commonprefix  # of any two strings
 import numpy as np
 
 import answers
-from data import Problem, encode_completion, render_prompt
+from data import Problem, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
 # y_ref keeps y- with its error (the paper) | up to its error, and inserts nothing (as InT does,
@@ -215,7 +215,8 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
             continue
         if by_rule:
             text = rule_synthesis(wrong.text, correct.text)
-            built[-1].synthesis = Completion(encode_completion(tokenizer, text), [], finished=True)
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            built[-1].synthesis = Completion(ids, [], finished=True)
         else:
             asked.append(built[-1])
             # the pair's number within its query, so that its noise is its own
