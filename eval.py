@@ -393,7 +393,7 @@ def check_config(c) -> None:
     if not (c.pass_k and all(type(k) is int and 1 <= k <= c.samples for k in c.pass_k)):
         raise ValueError(f"pass_k = {c.pass_k}: every k must be in 1..samples = {c.samples}; raise "
                          "samples or lower k")
-    if c.filter_out and not 0 <= c.filter_low <= c.filter_high <= 1:
+    if c.filter_out and c.filter_low > c.filter_high:
         raise ValueError(f"filter_low = {c.filter_low}, filter_high = {c.filter_high}: expected 0 "
                          "<= low <= high <= 1")
     if bool(c.judge_url) != bool(c.judge_model):
