@@ -74,13 +74,10 @@ _COMMANDS = {
 _COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
 
 
-def _rules(*rules):  # (text that must occur: cheaper than a search, pattern, replacement)
-    return [(key, re.compile(pattern), by) for key, pattern, by in rules]
-
-
 def _rewrite(s: str, rules) -> str:
+    """rules: (text that must occur: cheaper than a search, pattern, replacement)."""
     for key, pattern, by in rules:
-        s = pattern.sub(by, s) if key in s else s
+        s = re.sub(pattern, by, s) if key in s else s
     return s
 
 
@@ -96,11 +93,11 @@ def _repeating(m: re.Match) -> str:
     return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
 
 
-_TYPESETTING = _rules(  # how an answer is set is not what it says
+_TYPESETTING = (  # how an answer is set is not what it says
     ("color", r"\\(?:text)?color *\{\w+\}", ""),
     ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
     ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
-_SPELLINGS = _rules(
+_SPELLINGS = (
     ("\\", r"(\d*)\.(\d{0,9})\\(?:overline|bar|dot) *\{(\d{1,9})\}", _repeating),
     # 204_{\text{five}}
     ("_", rf"_ *\{{? *(?:\\text *\{{)? *({'|'.join(_BASES)}) *\}}?\}}?",
@@ -119,7 +116,7 @@ _SPELLINGS = _rules(
       for word in ("and", "or")),
     (" !=", " !=", r"\\neq "),  # but 5!=120 is a factorial
     ("<=", "<=", r"\\le "), (">=", ">=", r"\\ge "), ("**", r"\*\*", "^"))
-_SPACING = _rules(
+_SPACING = (
     ("\\text", r"\\text *\{([^{}]*)\}", r"\1"),
     (" ", r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d ])", lambda m: m[0].replace(" ", "")),  # 5 000 000
     ("{", r"([_^]) *\{(\w)\}", r"\1\2"),
