@@ -79,9 +79,6 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
     selected: the counts of select_pairs. outcomes: for each candidate its y_ref, scored and after
     the update with logprobs and ots_weights, or its drop reason.
     """
-    counts = {name: float(count) for name, count in selected.items()}
-    for reason in reflect.DROP_REASONS:
-        counts[f"dropped_{reason}"] = float(outcomes.count(reason))
     built = [r for r in outcomes if not isinstance(r, str)]
     lost = [reason for reason in outcomes if isinstance(reason, str)]
     groups: dict[str, set[float]] = {}  # of reflections alone, also where decoupled = False
@@ -109,8 +106,9 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
     for name, role in (("prefix", PREFIX), ("diagnosis", DIAGNOSIS), ("correction", CORRECTION)):
         values[f"logprob_{name}"] = [logprob for of, logprob, _ in tokens if of == role]
         values[f"ots_{name}"] = [weight for of, _, weight in tokens if of == role]
-    counts["kept"] = float(len(built))
-    counts = {f"reflect/{name}": count for name, count in counts.items()}
+    dropped = {f"dropped_{reason}": lost.count(reason) for reason in reflect.DROP_REASONS}
+    counts = selected | dropped | {"kept": len(built)}
+    counts = {f"reflect/{name}": float(count) for name, count in counts.items()}
     return counts | sums_of("reflect/", values)
 
 
