@@ -303,22 +303,23 @@ def _special_ids(tokenizer) -> set[int]:
 # the paper)
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-# a op b = c, standing alone: not the end of a longer sum, nor the beginning of one
-EQUATION = re.compile(
-    rf"(?<![\w.,])(?<![-+*/] ){_NUMBER} ?([-+*/]) ?{_NUMBER} ?= ?{_NUMBER}(?!\d|[.,]\d| ?[-+*/])")
+# a op b = c, standing alone: not the end of a longer sum, nor the beginning of one; and its denial
+EQUATION, DENIAL = (re.compile(
+    rf"(?<![\w.,])(?<![-+*/] ){_NUMBER} ?([-+*/]) ?{_NUMBER} ?{is_} ?{_NUMBER}"
+    r"(?!\d|[.,]\d| ?[-+*/])") for is_ in ("=", "is not"))
 
 
 def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
     """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A right
-    answer reached by an equation that does not hold is no y+, and a group without a y- and a y+
-    that part is left out."""
+    answer reached by a false statement is no y+, and a group without a y- and a y+ that part is
+    left out."""
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
     pairs = []
     for group in groups.values():
         candidates = []
-        rights = [r for r in group if r.reward > 0 and all(map(holds, EQUATION.findall(r.text)))]
+        rights = [r for r in group if r.reward > 0 and all(statements(r.text))]
         for wrong in (r for r in group if r.finished and r.grade == "wrong"):
             for right in rights:
                 shared = parting(sentences(wrong.text), sentences(right.text))
@@ -369,6 +370,11 @@ def name_error(said: str) -> tuple[str, str]:
     if answer := answers.extract_boxed(said):
         return "wrong answer", f"Wait, the answer is not {answer}."
     return "invalid step", f'Wait, "{said[:80].rstrip(".!?")}" is not right.'
+
+
+def statements(text: str) -> list[bool]:
+    """The truth of every `a op b = c` and every `a op b is not c` of a text."""
+    return [*map(holds, EQUATION.findall(text)), *(not holds(e) for e in DENIAL.findall(text))]
 
 
 def holds(equation: tuple[str, str, str, str]) -> bool:
@@ -549,13 +555,13 @@ def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollou
 
 def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool, text: str,
                 decoupled: bool, new: str) -> Rollout:
-    equations = EQUATION.findall(new)
+    stated = statements(new)
     return Rollout(
         wrong.problem, query=wrong.query,
         group=wrong.group + "_reflected" if decoupled else wrong.group,
         prompt_ids=wrong.prompt_ids, completion_ids=list(ids), roles=roles, finished=finished,
         text=text, is_reflection=True,
-        faithful=all(map(holds, equations)) if equations else None)
+        faithful=all(stated) if stated else None)
 
 
 def before_error(preserved: str) -> str:
@@ -566,7 +572,7 @@ def before_error(preserved: str) -> str:
 
 def is_kept(r: Rollout, keep: str) -> bool:
     """Is this scored construction trained on? keep = 'all' | 'right', by its reward ('w/o
-    Negative', Table 4) | 'faithful', unless one of its equations is false (not in the paper).
+    Negative', Table 4) | 'faithful', unless it states something false (not in the paper).
 
     A construction is rewarded for its answer, which its writer was shown: it can be right without
     having been worked out.

@@ -60,7 +60,7 @@ class Rollout:
     text: str                   # decoded completion_ids, for grading and logs only
     query: int = 0              # counts queries of the run: a problem met twice is two queries
     is_reflection: bool = False
-    faithful: bool | None = None  # of a reflection: its new equations all hold; None: it has none
+    faithful: bool | None = None  # of a reflection: all it newly states holds; None: states nothing
     sample_logprobs: list[float] | None = None  # None: a reflection, sampled under another prompt
     reward: float = 0.0
     grade: str = ""             # reward.Grade.status, or 'truncated'

@@ -95,7 +95,7 @@ n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
 m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
 prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y- with its error is kept
-# constructions trained on; right: 'w/o Negative'; faithful: those without a false equation
+# constructions trained on; right: 'w/o Negative'; faithful: not those that state something false
 keep: one_of("all", "right", "faithful") = "all"
 max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------

@@ -414,6 +414,8 @@ def test_the_rule_takes_the_pair_with_the_longest_common_beginning():
     # its answer is right, its step is not
     lucky = response("A. B. 3 - 14 = 11. D.", 1.0, "correct")
     assert reflect.rule_pairs([far, lucky]) == []
+    unsure = response("A. B. Wait, 3 + 4 is not 7. D.", 1.0, "correct")  # nor is what it doubts
+    assert reflect.rule_pairs([far, unsure]) == []
     assert reflect.rule_pairs([near, lucky, right]) == [(near, right)]
     assert reflect.rule_pairs([early, right]) == [] and reflect.rule_pairs([near]) == []
 
@@ -553,9 +555,11 @@ def test_replace_keeps_what_stands_before_the_sentence_with_the_error(
 @pytest.mark.parametrize("correction,faithful", [
     ("19 + 9 = 28, \\boxed{28}.", True), ("19 + 9 = 11. \\boxed{28}", False),
     ("It is \\boxed{28}.", None),
-    ("2 * 3 = 6, 6 - 1 = 4.", False)])
-def test_a_construction_is_faithful_where_every_new_equation_holds(correction, faithful):
-    """Bug: the preserved mistake counts against it, or a text without equations for it."""
+    ("2 * 3 = 6, 6 - 1 = 4.", False),
+    ("2 + 9 is not 11. 2 + 9 = 11.", False), ("2 + 9 is not 17.", True)])
+def test_a_construction_is_faithful_where_all_it_newly_states_holds(correction, faithful):
+    """Bugs: the preserved mistake counts against it, or a text without equations for it; a right
+    step that is denied and then repeated counts as reasoning."""
     y = build(tokenizer_of("bpe"), WRONG + " 1 + 1 = 3.",
               WRONG + " 1 + 1 = 3.<reflection> Wait.</reflection> " + correction)
     assert y.faithful is faithful
