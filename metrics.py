@@ -92,7 +92,7 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
         "verbatim": [1 for r in built if PREFIX in r.roles] + not_verbatim,
         "correct": [r.reward > 0 for r in built],
         "length": [len(r.completion_ids) for r in built],
-        # no false equation, of those that have equations: a right answer alone may be copied
+        # nothing false, of those that state anything: a right answer alone may be copied
         "faithful": [r.faithful for r in built if r.faithful is not None],
         "faithful_right": [r.faithful for r in built if r.faithful is not None and r.reward > 0],
         # under Eq. 5 only these groups, and lone constructions, have an advantage

@@ -3,7 +3,8 @@
 # cold start from its own mistakes (§3.2), difficulty filter (§4.1), a learning rate for each method
 # on validation problems, then paired seeds of every method from the same start, seed by seed.
 #   bash runs/smollm.sh                        # one GPU
-#   PRESET=cpu bash runs/smollm.sh             # every phase with few problems and steps, two cores
+#   PRESET=cpu bash runs/smollm.sh             # every phase with few problems and steps, two cores;
+#                                              # DTYPE=bfloat16: faster where the CPU multiplies it
 #   SEEDS="0 1" METHODS="grpo tapo" bash runs/smollm.sh
 # MODEL: a folder or hub id. WORDS: a folder with word_problems_{train,val,test}.jsonl, made by
 # tools.prepare if it is not there. Finished phases are skipped and interrupted ones go on, so the
