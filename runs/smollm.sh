@@ -20,11 +20,12 @@ case $PRESET in gpu) at="" ;; *) at=_$PRESET ;; esac  # trials are no part of th
 OUT=${OUT:-out/smollm$at} RESULTS=${RESULTS:-results/smollm$at} WORDS=${WORDS:-data/word_problems}
 case $PRESET in
   gpu) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} METHODS=${METHODS:-grpo tapo copy published opsd faithful}
-       RATES=${RATES:-5e-6 2e-5} SIDE=${SIDE:-4} STEPS=60
+       RATES=${RATES:-5e-6 2e-5} SIDE=${SIDE:-4} STEPS=${STEPS:-60}
        N_SOLVED=100000 N_TRAIN=100000 N_HELD_OUT=100000
        all=() sft=() cold=() filter=() rl=() ev=() looked=() ;;
   cpu) SEEDS=${SEEDS:-0} METHODS=${METHODS:-grpo tapo copy}
-       RATES=${RATES:-2e-5} SIDE=${SIDE:-2} STEPS=3 N_SOLVED=240 N_TRAIN=64 N_HELD_OUT=24
+       RATES=${RATES:-2e-5} SIDE=${SIDE:-2} STEPS=${STEPS:-3}
+       N_SOLVED=240 N_TRAIN=64 N_HELD_OUT=24
        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes side by side
        all=(--dtype="${DTYPE:-float32}")
        sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2)
