@@ -610,8 +610,7 @@ class CausalLM(nn.Module):
 def num_params(model: CausalLM | ModelConfig) -> int:
     """Parameters, a tied head counted once; those of a configuration without allocating any."""
     if isinstance(model, ModelConfig):
-        with torch.device("meta"):
-            model = CausalLM(model)
+        return count_parameters(model)[0]
     return sum(p.numel() for p in model.parameters())
 
 
