@@ -45,7 +45,7 @@ ROWS = {  # row: what it is
     "ref_group": "constructions against each other (Eq. 5)",
     "ref_orig": "constructions against the rollouts",
     "luffy": "LUFFY's weights", "replace": "the error repaired, nothing inserted (as InT)",
-    "faithful": "constructions that state nothing false",
+    "faithful": "constructions without a false equation",
     "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
     "base": "start that never reflects", "base_grpo": "GRPO without cold start",
     "base_tapo": "TAPO without cold start",
