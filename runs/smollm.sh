@@ -25,7 +25,7 @@ case $PRESET in
        all=() sft=() cold=() filter=() rl=() ev=() looked=() ;;
   cpu) SEEDS=${SEEDS:-0} METHODS=${METHODS:-grpo tapo copy}
        RATES=${RATES:-2e-5} SIDE=${SIDE:-2} STEPS=${STEPS:-3}
-       N_SOLVED=240 N_TRAIN=64 N_HELD_OUT=24
+       N_SOLVED=${N_SOLVED:-240} N_TRAIN=${N_TRAIN:-64} N_HELD_OUT=${N_HELD_OUT:-24}
        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes side by side
        all=(--dtype="${DTYPE:-float32}")
        sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2)
@@ -79,14 +79,15 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation 
     cp "$OUT/runs/$1"/{metrics.jsonl,config.json} "$RESULTS/svamp/$1/"
   fi
 }
-best_rate() {  # best_rate METHOD: the one that ends best on validation problems, seed 100
-  python - "$OUT/runs" "$1" <<'PY'
+best_rate() {  # best_rate METHOD: the one that ends best on validation problems, seed 100; or the
+               # first, where none was tried
+  python - "$OUT/runs" "$1" "${RATES%% *}" <<'PY'
 import json, pathlib, sys
 def final(log):
     rows = [json.loads(line) for line in log.read_text().split("\n") if line]
     return rows[-1].get("eval/pass1", -1.0) if rows else -1.0
 found = list(pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*/metrics.jsonl"))
-print(max(found, key=final).parent.name.split("_")[-1] if found else "2e-5")
+print(max(found, key=final).parent.name.split("_")[-1] if found else sys.argv[3])
 PY
 }
 
@@ -106,6 +107,7 @@ tuned=()
 for method in $METHODS; do  # variants of TAPO take its rate
   case $method in copy | faithful) continue ;; esac
   tuned+=("$method")
+  [[ $RATES == *" "* ]] || continue  # nothing to choose from
   for rate in $RATES; do at_once; train "tune_${method}_$rate" "$method" "$rate" 100 & done
 done
 wait
@@ -116,7 +118,7 @@ done
 for seed in $SEEDS; do
   for method in $METHODS; do
     at_once
-    { train "${method}_s$seed" "$method" "${rate_of[$method]:-${rate_of[tapo]:-2e-5}}" "$seed" &&
+    { train "${method}_s$seed" "$method" "${rate_of[$method]:-${rate_of[tapo]:-${RATES%% *}}}" "$seed" &&
       look "${method}_s$seed" "$OUT/runs/${method}_s$seed/step_$(printf %06d $STEPS)"; } &
   done
 done
