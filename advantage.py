@@ -112,7 +112,14 @@ def luffy_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 
     return gamma * p / (p + gamma) ** 2
 
 
-WEIGHTINGS = {"ots": ots_weights, "luffy": luffy_weights}  # w_t of Eq. 8, by the knob `weighting`
+def no_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.01,
+               w_max: float = 10.0) -> torch.Tensor:
+    """'w/o OTS' (Table 4): every token counts alike. (B,T) -> (B,T)."""
+    return torch.ones_like(logprobs)
+
+
+# w_t of Eq. 8, by the knob `weighting`
+WEIGHTINGS = {"ots": ots_weights, "luffy": luffy_weights, "none": no_weights}
 
 
 # --------------------------------------------------------------------------------------------------

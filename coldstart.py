@@ -261,8 +261,7 @@ def both_formats(usable: list[dict], *, n_sft: int, n_ift: int,
     say(f"{len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
     rows = []
     for x in sft:
-        mask, _ = reflect.token_masks(x["roles"], diagnosis="train", ots=False,
-                                      train_prefix=train_prefix)
+        mask, _ = reflect.token_masks(x["roles"], diagnosis="train", train_prefix=train_prefix)
         rows.append(imitated(x["prompt_ids"], x["completion_ids"], mask))
     for x in ift:
         rows.append(imitated(x["synthesis_prompt_ids"], x["synthesis_ids"],

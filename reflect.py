@@ -580,21 +580,21 @@ def is_kept(r: Rollout, keep: str) -> bool:
     return keep == "all" or (r.reward > 0 if keep == "right" else r.faithful is not False)
 
 
-def token_masks(roles: list[int], *, diagnosis: str, train_prefix: bool,
-                ots: bool) -> tuple[list[float], list[float]]:
+def token_masks(roles: list[int], *, diagnosis: str,
+                train_prefix: bool) -> tuple[list[float], list[float]]:
     """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or
     0 a token.
 
     diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq.
-    7's weights (the paper), 'train' with weight 1. ots: whether Eq. 7 weighs prefix and correction.
-    train_prefix = False also keeps out the policy's own wrong reasoning that is preserved.
+    7's weights (the paper), 'train' with weight 1. train_prefix = False also keeps out the policy's
+    own wrong reasoning that is preserved.
 
-        roles 0 0 1 1 2 2, diagnosis = 'mask', ots = True   ->   1 1 0 0 1 1,  1 1 0 0 1 1
+        roles 0 0 1 1 2 2, diagnosis = 'mask'   ->   1 1 0 0 1 1,  1 1 0 0 1 1
     """
     left_out = {DIAGNOSIS} if diagnosis == "mask" else set()
     left_out |= set() if train_prefix else {PREFIX}
     mask = [float(role not in left_out) for role in roles]
-    weighed = [float(diagnosis == "ots" if role == DIAGNOSIS else ots) for role in roles]
+    weighed = [float(role != DIAGNOSIS or diagnosis == "ots") for role in roles]
     return mask, weighed
 
 

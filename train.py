@@ -103,9 +103,9 @@ max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * 
 decoupled = True
 # of that group; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
 ref_advantage: one_of("group", "reward", "orig", "joint") = "group"
-weighting: one_of(*WEIGHTINGS) = "ots"  # of constructions' tokens, by a function of advantage.py
-ots = True                              # ... of prefix and correction; False: they have weight 1
-diagnosis: one_of("mask", "ots", "train") = "mask"  # ... of the diagnosis; ots: weighed (the paper)
+weighting: one_of(*WEIGHTINGS) = "ots"  # of constructions' tokens (Eq. 7); none: 'w/o OTS'
+# the inserted diagnosis; mask: no gradient; ots: weighed as the rest (the paper); train: weight 1
+diagnosis: one_of("mask", "ots", "train") = "mask"
 train_prefix = True                     # False also masks the preserved wrong reasoning
 w_min: at_least(0) = 0.01               # Eq. 7 clips to [w_min, w_max]
 w_max: above(0) = 10.0
@@ -311,7 +311,7 @@ def main() -> None:
 
         # what each token is for; by default the inserted diagnosis carries no gradient
         for r in reflections:
-            r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=c.diagnosis, ots=c.ots,
+            r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=c.diagnosis,
                                                 train_prefix=c.train_prefix)
         if c.method == "opsd":
             sums |= opsd.set_teachers(tokenizer, rollouts, template=c.template, context=context,

@@ -71,24 +71,23 @@ jobs() {
   done
   row findx sft "$FOUR" config/tapo.py --method=sft $(rate_of findx sft) $QUIET  # Table 3
   tapo findx full --prefix_mode=full
-  tapo findx wo_dae_ots_neg --decoupled=False --ots=False --keep=right  # Table 4
-  tapo findx wo_ots_neg --ots=False --keep=right
-  tapo findx wo_ots --ots=False
+  tapo findx wo_dae_ots_neg --decoupled=False --weighting=none --keep=right  # Table 4
+  tapo findx wo_ots_neg --weighting=none --keep=right
+  tapo findx wo_ots --weighting=none
   tapo findx wo_dae --decoupled=False                      # (ours: alone)
   tapo findx zpd_222 --n_pos=2 --n_neg=2 --m_max=2         # Table 5; 2, 4, 4 is TAPO
   tapo findx zpd_224 --n_pos=2 --n_neg=2 --m_max=4
   tapo findx zpd_153 --n_pos=1 --n_neg=5 --m_max=3
   tapo findx diagnosis_ots --diagnosis=ots                 # ours: what the diagnosis does
   tapo findx diagnosis_train --diagnosis=train
-  tapo findx diagnosis_train_wo_ots --diagnosis=train --ots=False
+  tapo findx diagnosis_train_wo_ots --diagnosis=train --weighting=none
   row findx grpo_long "$FOUR" config/grpo.py --max_steps=95 $QUIET  # the time of TAPO's 60
   row countdown grpo_long "$FOUR" config/grpo.py --max_steps=80 $QUIET
   for method in grpo tapo opsd; do                         # Table 1, no cold start
     row findx base_$method "$FOUR" config/$method.py $QUIET
   done
   tapo findx prefix_masked --train_prefix=False            # ours: what the prefix does, ...
-  tapo findx ref_orig --ref_advantage=orig                 # ... held against the rollouts' mean, ...
-  tapo findx diagnosis_ots_alone --diagnosis=ots --ots=False  # ... OTS on it alone
+  tapo findx ref_orig --ref_advantage=orig                 # ... held against the rollouts' mean
 }
 
 settings() {  # of train.py and eval.py in a world

@@ -24,12 +24,12 @@ from rollout import CORRECTION, DIAGNOSIS, PREFIX
 GARBAGE = (math.inf, -math.inf, math.nan, 1e4, -1e4)
 
 
-def masks_of(roles, is_reflection, diagnosis="mask", train_prefix=True, ots=True):
+def masks_of(roles, is_reflection, diagnosis="mask", train_prefix=True):
     """The two token masks of every row as tensors (B, T), as collate lays them out; those of
     ordinary rows: 1 and 0."""
-    rows = [token_masks(row, diagnosis=diagnosis, train_prefix=train_prefix, ots=ots) if ref else
-            ([1.0] * len(row), [0.0] * len(row)) for row,
-            ref in zip(roles.tolist(), is_reflection.tolist(), strict=True)]
+    rows = [token_masks(row, diagnosis=diagnosis, train_prefix=train_prefix) if ref else
+            ([1.0] * len(row), [0.0] * len(row))
+            for row, ref in zip(roles.tolist(), is_reflection.tolist(), strict=True)]
     return torch.tensor([mask for mask, _ in rows]), torch.tensor([weighed for _, weighed in rows])
 
 
@@ -37,10 +37,11 @@ def train_mask(completion_mask, roles, is_reflection, *, diagnosis, train_prefix
     return completion_mask * masks_of(roles, is_reflection, diagnosis, train_prefix)[0]
 
 
-def token_weights(logprobs, entropy, roles, is_reflection, *, diagnosis="mask", ots=True, **clip):
+def token_weights(logprobs, entropy, roles, is_reflection, *, diagnosis="mask", weighting="ots",
+                  **clip):
     """The w_t of Eq. 8, as train.loss_of puts it together."""
-    weighed = masks_of(roles, is_reflection, diagnosis, ots=ots)[1]
-    return torch.where(weighed > 0, ots_weights(logprobs, entropy, **clip), 1.0)
+    weighed = masks_of(roles, is_reflection, diagnosis)[1]
+    return torch.where(weighed > 0, WEIGHTINGS[weighting](logprobs, entropy, **clip), 1.0)
 
 
 def ragged_step(seed: int = 0, vocabulary: int = 5) -> SimpleNamespace:
@@ -74,7 +75,7 @@ def logprobs_and_entropy(logits, targets):
 
 
 def step_loss(s, logprobs, entropy, *, old=None, rows=None, diagnosis="mask", train_prefix=True,
-              ots=True, lam=1.0, loss_agg="sequence", loss_norm="separate", clip_eps=0.2):
+              weighting="ots", lam=1.0, loss_agg="sequence", loss_norm="separate", clip_eps=0.2):
     """The loss as train.py puts it together, of some rows of the step. Denominators are always the
     whole step's."""
     mask = train_mask(s.completion_mask, s.roles, s.is_reflection,
@@ -86,7 +87,8 @@ def step_loss(s, logprobs, entropy, *, old=None, rows=None, diagnosis="mask", tr
     logprobs, entropy, old, mask, roles, advantages, is_reflection, scale = (
         x[rows] for x in (logprobs, entropy, old, mask, s.roles, s.advantages[:, None],
                           s.is_reflection, scale))
-    weights = token_weights(logprobs, entropy, roles, is_reflection, diagnosis=diagnosis, ots=ots)
+    weights = token_weights(logprobs, entropy, roles, is_reflection, diagnosis=diagnosis,
+                            weighting=weighting)
     return policy_loss(logprobs, old, advantages, mask, weights, scale, clip_eps)
 
 
@@ -118,12 +120,12 @@ def reference_loss(s, logprobs, weights, columns, *, lam, loss_agg, loss_norm,
     return -(total[0] / count[0] + lam * total[1] / count[1])
 
 
-def reference_weights(s, diagnosis="mask", ots=True) -> torch.Tensor:
+def reference_weights(s, diagnosis="mask", weighting="ots") -> torch.Tensor:
     """Eq. 7 on constructed trajectories, 1 elsewhere, in plain floats."""
     w = torch.ones(7, 7, dtype=torch.float64)
     for b, t in itertools.product(range(7), range(7)):
-        weighed = diagnosis == "ots" if s.roles[b, t] == DIAGNOSIS else ots
-        if s.is_reflection[b] and weighed:
+        weighed = diagnosis == "ots" or s.roles[b, t] != DIAGNOSIS
+        if s.is_reflection[b] and weighed and weighting == "ots":
             w[b, t] = min(max(math.exp(float(s.logprobs[b, t]) + float(s.entropy[b, t])), 0.01),
                           10.0)
     return w
@@ -342,15 +344,16 @@ def test_token_weights_carry_no_gradient():
                              diagnosis="ots").requires_grad
 
 
-@pytest.mark.parametrize("ots", [True, False])
+@pytest.mark.parametrize("weighting", ["ots", "none"])
 @pytest.mark.parametrize("diagnosis", ["mask", "ots", "train"])
-def test_token_weights_are_eq_7_on_constructed_trajectories_alone(diagnosis, ots):
+def test_token_weights_are_eq_7_on_constructed_trajectories_alone(diagnosis, weighting):
     """Guards: ordinary rollouts weighed; the diagnosis not following its own flag; knobs that do
     not arrive."""
     s = ragged_step()
     weights = token_weights(s.logprobs, s.entropy, s.roles, s.is_reflection, diagnosis=diagnosis,
-                            ots=ots)
-    torch.testing.assert_close(weights, reference_weights(s, diagnosis, ots), rtol=1e-12, atol=0)
+                            weighting=weighting)
+    torch.testing.assert_close(weights, reference_weights(s, diagnosis, weighting), rtol=1e-12,
+                               atol=0)
     narrow = token_weights(s.logprobs, s.entropy, s.roles, s.is_reflection, diagnosis="ots",
                            w_min=0.9, w_max=1.1)
     assert narrow.min() == 0.9 and narrow.max() == 1.1
@@ -360,17 +363,18 @@ def test_token_weights_are_eq_7_on_constructed_trajectories_alone(diagnosis, ots
 # the policy loss
 
 
-@pytest.mark.parametrize("diagnosis,ots,train_prefix,lam", [
-    ("mask", True, True, 1.0), ("mask", True, False, 0.5), ("ots", True, True, 2.0),
-    ("train", False, True, 1.0)])
+@pytest.mark.parametrize("diagnosis,weighting,train_prefix,lam", [
+    ("mask", "ots", True, 1.0), ("mask", "ots", False, 0.5), ("ots", "ots", True, 2.0),
+    ("train", "none", True, 1.0)])
 @pytest.mark.parametrize("loss_norm", ["separate", "merged"])
 @pytest.mark.parametrize("loss_agg", ["sequence", "token"])
-def test_loss_and_gradient_match_eq_2_6_8(loss_agg, loss_norm, diagnosis, ots, train_prefix, lam):
+def test_loss_and_gradient_match_eq_2_6_8(loss_agg, loss_norm, diagnosis, weighting, train_prefix,
+                                          lam):
     """Guards trap 14, and 13: a denominator that counts other tokens than the numerator (prompt,
     diagnosis)."""
     s = ragged_step()
     columns, weights = trained_columns(s, diagnosis, train_prefix), reference_weights(
-        s, diagnosis, ots)
+        s, diagnosis, weighting)
 
     def reference(logprobs):
         return reference_loss(s, logprobs, weights, columns, lam=lam, loss_agg=loss_agg,
@@ -378,8 +382,8 @@ def test_loss_and_gradient_match_eq_2_6_8(loss_agg, loss_norm, diagnosis, ots, t
 
     logprobs, entropy = s.logprobs.clone().requires_grad_(), s.entropy.clone().requires_grad_()
     loss, _ = step_loss(s, logprobs, entropy, diagnosis=diagnosis, train_prefix=train_prefix,
-                        ots=ots, lam=lam,
-                        loss_agg=loss_agg, loss_norm=loss_norm)
+                        weighting=weighting, lam=lam, loss_agg=loss_agg,
+                        loss_norm=loss_norm)
     loss.backward()
     assert loss.item() == pytest.approx(reference(s.logprobs), abs=1e-6)
     torch.testing.assert_close(logprobs.grad, finite_differences(reference, s.logprobs), atol=1e-6,
@@ -400,15 +404,16 @@ def test_grpo_alone_is_eq_2():
     assert loss.item() == pytest.approx(-sum(terms) / len(terms), abs=1e-6)
 
 
-@pytest.mark.parametrize("ots", [True, False])
+@pytest.mark.parametrize("weighting", ["ots", "none"])
 @pytest.mark.parametrize("diagnosis", ["mask", "ots", "train"])
-def test_a_masked_diagnosis_token_has_exactly_zero_gradient_in_every_logit(diagnosis, ots):
+def test_a_masked_diagnosis_token_has_exactly_zero_gradient_in_every_logit(diagnosis, weighting):
     """The user's requirement: masked diagnosis tokens reach no logit, not even by 1e-12; everything
     else does."""
     s = ragged_step()
     logits = s.logits.clone().requires_grad_()
     logprobs, entropy = logprobs_and_entropy(logits, s.targets)
-    loss, _ = step_loss(s, logprobs, entropy, old=logprobs.detach(), diagnosis=diagnosis, ots=ots)
+    loss, _ = step_loss(s, logprobs, entropy, old=logprobs.detach(), diagnosis=diagnosis,
+                        weighting=weighting)
     loss.backward()
     of_diagnosis = (s.roles == DIAGNOSIS) & (s.completion_mask > 0)
     of_others = (s.completion_mask > 0) & ~of_diagnosis
@@ -481,7 +486,7 @@ def test_on_policy_the_gradient_is_the_advantage_and_nothing_is_clipped():
     log p."""
     s = ragged_step()
     logprobs = s.logprobs.clone().requires_grad_()
-    loss, stats = step_loss(s, logprobs, s.entropy, old=logprobs.detach(), ots=False)
+    loss, stats = step_loss(s, logprobs, s.entropy, old=logprobs.detach(), weighting="none")
     loss.backward()
     for b, columns in enumerate(trained_columns(s)):
         for t in columns:

@@ -40,7 +40,7 @@ def file(tmp_path, text, name="diff.py"):
 
 @pytest.mark.parametrize("script, bad", [
     ("train", "clip_eps=-0.1 lam=-1 learning_rate=-0.001 grad_clip=0 save_interval=-3 seed=-1 "
-              "warmup_steps=-3 weighting='none' "
+              "warmup_steps=-3 weighting='ours' "
               "max_synthesis_tokens=-4 opsd_beta=1.5 w_max=0 temperature=nan dtype='fp8' "
               "samples_per_prompt=1"),
     ("coldstart", "epochs=0 n_sft=-1 stop_at_pass1=1.2 synthesis='llm' beta2=1.5 grad_clip=-1"),

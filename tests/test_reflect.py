@@ -757,15 +757,15 @@ def test_unknown_templates_are_refused_with_the_way_out():
 # metrics and markers
 
 
-@pytest.mark.parametrize("diagnosis, train_prefix, ots, mask, weighed", [
-    ("mask", True, True, "110011", "110011"), ("mask", False, True, "000011", "110011"),
-    ("ots", True, True, "111111", "111111"), ("ots", True, False, "111111", "001100"),
-    ("train", True, True, "111111", "110011"), ("train", False, False, "001111", "000000")])
-def test_what_each_token_is_for_follows_from_its_role_alone(
-        diagnosis, train_prefix, ots, mask, weighed):
+@pytest.mark.parametrize("diagnosis, train_prefix, mask, weighed", [
+    ("mask", True, "110011", "110011"), ("mask", False, "000011", "110011"),
+    ("ots", True, "111111", "111111"), ("ots", False, "001111", "111111"),
+    ("train", True, "111111", "110011"), ("train", False, "001111", "110011")])
+def test_what_each_token_is_for_follows_from_its_role_alone(diagnosis, train_prefix, mask,
+                                                            weighed):
     """Bug: an inserted diagnosis in the gradient, or weighed by another flag than its own."""
     roles = [PREFIX, PREFIX, DIAGNOSIS, DIAGNOSIS, CORRECTION, CORRECTION]
-    found = reflect.token_masks(roles, diagnosis=diagnosis, train_prefix=train_prefix, ots=ots)
+    found = reflect.token_masks(roles, diagnosis=diagnosis, train_prefix=train_prefix)
     assert ["".join(str(int(x)) for x in values) for values in found] == [mask, weighed]
 
 

@@ -341,9 +341,8 @@ def test_an_opsd_teacher_counts_in_its_micro_batch_and_reads_within_the_context(
 
 
 FLAGS = [{"method": "grpo"}, {"method": "opsd"}, {"method": "opsd", "opsd_loss": "sampled"},
-         {"method": "sft"},
-         {"prefix_mode": "copy"}, {"prefix_mode": "full"}, {"decoupled": False}, {"ots": False},
-         {"diagnosis": "ots"},
+         {"method": "sft"}, {"prefix_mode": "copy"}, {"prefix_mode": "full"},
+         {"decoupled": False}, {"weighting": "none"}, {"diagnosis": "ots"},
          {"diagnosis": "train"}, {"train_prefix": False}, {"ref_advantage": "orig"}, {"lam": 0.5},
          {"loss_agg": "token"}, {"loss_norm": "merged"}, {"kl_coef": 0.1, "updates_per_step": 2}]
 
@@ -379,16 +378,15 @@ def test_another_weighting_is_one_entry_of_the_dictionary(start, tmp_path, monke
     monkeypatch.setitem(train.__annotations__, "weighting", configurator.one_of(*train.WEIGHTINGS))
     knobs = {"max_steps": 1, "warmup_steps": 0, "ref_advantage": "reward"}
     for name, more in (("ots", {}), ("likelihood", {"weighting": "likelihood"}),
-                       ("none", {"ots": False}),
-                       ("none_likelihood", {"ots": False, "weighting": "likelihood"})):
-        run(start, tmp_path / name, monkeypatch, **{"weighting": "ots", "ots": True} | knobs | more)
+                       ("none", {"weighting": "none"})):
+        run(start, tmp_path / name, monkeypatch, **{"weighting": "ots"} | knobs | more)
     seen = {folder.name: weights_of(folder / "step_000001") for folder in tmp_path.iterdir()}
 
     def equal(a, b):
         return all(torch.equal(p, seen[b][name]) for name, p in seen[a].items())
 
     assert not equal("ots", "likelihood") and not equal("none", "likelihood")
-    assert equal("none", "none_likelihood")
+    assert not equal("none", "ots")
     r = next(r for r in rollouts_of(tmp_path / "likelihood") if r["is_reflection"])
     assert r["ots_weights"] == pytest.approx([max(0.01, math.exp(lp)) for lp in r["logprobs"]],
                                              rel=1e-5)

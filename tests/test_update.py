@@ -27,7 +27,7 @@ def test_the_docstring_example_of_collate_is_literal():
 def test_every_field_of_a_batch_speaks_of_the_same_target():
     """Guards: masks or log-probs aligned with inputs, one column from the token they describe."""
     mask, ots = token_masks([PREFIX, DIAGNOSIS, CORRECTION, CORRECTION], diagnosis="mask",
-                            train_prefix=False, ots=True)
+                            train_prefix=False)
     reflection = rollout_of([5, 6], [10, 11, 12, 13], is_reflection=True, advantage=1.5, mask=mask,
                             ots=ots)
     ordinary = rollout_of([5, 6, 7, 4, 3], [20, 2], sample_logprobs=[-0.5, -0.25], advantage=-2.0,
@@ -104,7 +104,7 @@ def a_step(model) -> list[Rollout]:
     for n, (first, last) in ((4, (1, 3)), (11, (5, 9)), (17, (2, 4))):
         ids = torch.randint(9, (n,), generator=g).tolist()
         roles = [PREFIX] * first + [DIAGNOSIS] * (last - first) + [CORRECTION] * (n - last)
-        mask, ots = token_masks(roles, diagnosis="mask", train_prefix=True, ots=True)
+        mask, ots = token_masks(roles, diagnosis="mask", train_prefix=True)
         rollouts.append(rollout_of(RAGGED[n % 3], ids, roles=roles, is_reflection=True,
                                    advantage=1.0 - n % 2 * 2, mask=mask,
                                    ots=ots))

@@ -81,7 +81,6 @@ n_neg: at_least(1) = 4
 m_max: at_least(1) = 4
 diagnosis: one_of("mask", "ots", "train") = "mask"  # of the gradient, with ...
 train_prefix = True
-ots = True
 w_min: at_least(0) = 0.01
 w_max: above(0) = 10.0
 lam: at_least(0) = 1.0
@@ -184,13 +183,13 @@ def gradient(model, rollouts: list[Rollout], loss_fn, tokens_per_microbatch: int
 
 def gradients(model, ordinary: list[Rollout], constructed: list[Rollout], *, temperature: float,
               tokens_per_microbatch: int, w_min: float, w_max: float, clip_eps: float,
-              diagnosis: str, train_prefix: bool, ots: bool, lam: float, loss_agg: str,
-              loss_norm: str) -> dict[str, dict]:
+              diagnosis: str, train_prefix: bool, lam: float, loss_agg: str, loss_norm: str,
+              ) -> dict[str, dict]:
     """Per estimator: norms of the gradient and of its parts, the cosine of constructions and
     rollouts, mean advantages. The loss is train.loss_of's."""
     everything = ordinary + constructed
     for r in constructed:
-        r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=diagnosis, ots=ots,
+        r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=diagnosis,
                                             train_prefix=train_prefix)
     set_loss_scales(everything, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
     loss_fn = functools.partial(
@@ -336,7 +335,7 @@ def main() -> None:
     looking = {key: config[key] for key in (
         "temperature", "tokens_per_microbatch", "w_min", "w_max")}
     learning = {key: config[key] for key in (
-        "clip_eps", "diagnosis", "train_prefix", "ots", "lam", "loss_agg", "loss_norm")}
+        "clip_eps", "diagnosis", "train_prefix", "lam", "loss_agg", "loss_norm")}
 
     ordinary = sample_rollouts(model, tokenizer, queries, c.samples_per_prompt,
                                key=(c.seed, ROLLOUT, 0), **sampling)

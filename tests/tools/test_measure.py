@@ -24,7 +24,7 @@ TOKENIZER = toy.make_tokenizer()
 QUESTION = "x*7-21=35"
 PROBLEM = Problem("findx:" + QUESTION, QUESTION, "8")
 LOOKING = {"temperature": 1.0, "tokens_per_microbatch": 2048, "w_min": 0.01, "w_max": 10.0}
-LEARNING = LOOKING | {"clip_eps": 0.2, "diagnosis": "mask", "train_prefix": True, "ots": True,
+LEARNING = LOOKING | {"clip_eps": 0.2, "diagnosis": "mask", "train_prefix": True,
                       "lam": 1.0, "loss_agg": "sequence", "loss_norm": "merged"}
 
 
@@ -128,7 +128,7 @@ def test_gradient_norms_are_those_of_training_and_their_parts_add_up(model):
     for r, value in zip(rows, values.tolist(), strict=True):
         r.advantage = value
     for r in constructed:
-        r.mask, r.ots = reflect.token_masks(r.roles, diagnosis="mask", train_prefix=True, ots=True)
+        r.mask, r.ots = reflect.token_masks(r.roles, diagnosis="mask", train_prefix=True)
     set_loss_scales(rows, lam=1.0, loss_agg="sequence", loss_norm="merged")
     loss_fn = functools.partial(
         loss_of, model=model, ref_model=None, method="tapo", temperature=1.0, clip_eps=0.2,
