@@ -30,9 +30,9 @@ from parallel import microbatches
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
 LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
-LEAVE_SHARE = 1 / 8    # ended rows leave once they are so many of all
-BLOCK = 256            # of the vocabulary, see inverse_cdf
-CUDA_GRAPHS = True     # a decoding step is one launch; False: hundreds
+LEAVE_SHARE = 1 / 8    # ended rows are removed once they are this share of the live rows
+BLOCK = 256            # tokens in a block of the vocabulary, see inverse_cdf
+CUDA_GRAPHS = True     # replay a decoding step as one launch; False: hundreds of kernel launches
 
 
 @dataclass
@@ -147,8 +147,8 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
 def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Index drawn with probability p / p.sum(): p (B,V) fp32, uniforms (B,1) fp64 -> (B,1).
 
-    In fp64, as fp32 rounds away the tail of a large vocabulary; that is drawn from in two levels, a
-    block and then within it, so that all of p is read once and never written in fp64.
+    In fp64, as fp32 rounds away the tail of a large vocabulary. A large one is drawn from in two
+    levels, first a block, then a token of that block: p is read once and never written in fp64.
     """
     B, V = p.shape
     if V <= 16 * BLOCK:
@@ -183,8 +183,8 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 
     keys: one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is
     appended. At most max_rows rows decode at once (0: as many as free memory holds). `progress`
-    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: that of earlier
-    calls, whose memory and captured steps then serve again.
+    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: one from an earlier
+    call, to reuse its memory and captured graphs.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad
     sampling knobs.
     """
@@ -233,19 +233,19 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 class Decoder:
     """Rows that decode together: KV cache and per-row state, in memory that outlives `generate`.
 
-    Row b of every tensor is one completion in the making, column t its t-th token, prompt included.
-    Live rows move only into another bucket of rows or columns. What a decoding step needs to know
-    it reads on the device, so it is captured once a shape and replayed whenever the cache has that
-    shape again, in this call of `generate` or a later one.
+    Row b of every tensor is one unfinished completion, column t its t-th token, prompt included.
+    The cache's shape (R, C) is a pair of buckets, and rows move only when it changes. A decoding
+    step reads lengths and positions on the device, so one captured graph per shape serves every
+    later step of that shape, in this call of `generate` or a later one.
     """
 
     def __init__(self):
         self.release()
 
     def release(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self.cache, self.made_for, self.captured, self.weights = None, None, {}, []
-        self.cells = self.rows = self.columns = 0  # of the cache; of the per-row state
+        self.rows = self.columns = self.cells = 0  # allocated; cells: rows * columns of the cache
         self.live: dict[int, object] = {}          # row -> name
 
     @property
@@ -254,49 +254,44 @@ class Decoder:
 
     def prepare(self, model, n: int, columns: int, *, max_rows: int, stop_ids, temperature: float,
                 top_p: float) -> None:
-        """Memory for n rows, at most max_rows at once, of so many columns. Captured steps stay
-        valid unless it has grown or the weights have moved."""
+        """Reserve memory for n rows, at most max_rows at once, of `columns` tokens. Captured graphs
+        stay valid unless that memory is reallocated or the weights have moved."""
         self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
         self.temperature, self.top_p = temperature, top_p
-        made_for = model.config, model.compute_dtype, self.device
-        if made_for != self.made_for:
-            self.release()
+        made_for = model.config, model.compute_dtype, self.device, tuple(stop_ids)
         R, C = min(bucket(max(1, n)), max_rows), bucket(columns + 1, COLUMNS)  # + 1: see `draw`
-        if R > self.rows or C > self.columns or R * C > self.cells:
-            grown = max(R * C, self.cells), max(R, self.rows), max(C, self.columns)
-            self.release()
-            self.made_for, (self.cells, self.rows, self.columns) = made_for, grown
-            self.allocate()
+        if made_for != self.made_for or R > self.rows or C > self.columns or R * C > self.cells:
+            sizes = max(R, self.rows), max(C, self.columns), max(R * C, self.cells)
+            self.release()  # first: never two at once
+            self.allocate(made_for, *sizes)
         self.live, self.length[:], self.ended[:] = {}, 1, True
-        stops = torch.tensor(stop_ids, device=self.device)
-        self.is_stop.copy_(torch.isin(torch.arange(len(self.is_stop), device=self.device), stops))
         head = decoding_head(model.head_weight, model.compute_dtype)
         if self.cache.head is not None and head.data_ptr() != model.head_weight.data_ptr():
-            head = self.cache.head.copy_(head)  # a cast: of other weights now, in the same memory
+            head = self.cache.head.copy_(head)  # graphs read the old cast's memory
         self.cache.head = head
         weights = [tensor.data_ptr() for tensor in (*model.parameters(), head)]
         if weights != self.weights:
             self.weights, self.captured = weights, {}
 
-    def allocate(self) -> None:
-        config, dtype, device = self.made_for
-        self.cache = KVCache(config, 1, self.cells, dtype, device)
-        shape = self.rows, self.columns
-        self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(shape, device=device)
-        self.uniforms = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.length = torch.ones(self.rows, dtype=torch.int64, device=device)  # tokens so far
+    def allocate(self, made_for: tuple, rows: int, columns: int, cells: int) -> None:
+        config, dtype, device, stop_ids = self.made_for = made_for
+        self.rows, self.columns, self.cells = rows, columns, cells
+        self.cache = KVCache(config, 1, cells, dtype, device)
+        self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, columns, device=device)
+        self.uniforms = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.length = torch.ones(rows, dtype=torch.int64, device=device)       # tokens so far
         self.end = torch.ones_like(self.length)                                # the cap's length
         self.ended = torch.ones_like(self.length, dtype=torch.bool)
-        self.index = torch.arange(self.rows, device=device)
-        self.is_stop = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
-        # what the host knows: length of the prompt; at most so many tokens now, and in the end
-        self.prompt, self.reach, self.limit = np.ones((3, self.rows), dtype=int)
+        self.index = torch.arange(rows, device=device)
+        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
+        # on the host: prompt length, upper bound of the length now, and of the final length
+        self.prompt, self.reach, self.limit = np.ones((3, rows), dtype=int)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def fit(self, n: int, columns: int = 0) -> None:
-        """Move live rows to the front of buckets that hold n rows of so many columns, and theirs.
-        """
+        """Change to the buckets that hold n rows of `columns` tokens, and of what live rows need.
+        Live rows move to the front."""
         rows, n_live = list(self.live), len(self.live)
         columns = max([columns, *(self.reach[rows] + 1).tolist()])
         R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
@@ -341,14 +336,15 @@ class Decoder:
             self.draw(logits[which], index)
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
-        """The next token of these rows. One that has ended draws on until it leaves, into the
-        scratch column behind its last token."""
+        """Sample the next token of these rows. An ended row goes on sampling, into a scratch column
+        behind its last token, until it is removed."""
         length, ended = self.length[rows], self.ended[rows]
         at = rows, length
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
         self.tokens[at] = token
         self.length[rows] = length = length + ~ended
-        self.ended[rows] = ended | self.is_stop[token] | (length == self.end[rows])
+        stopped = (token[:, None] == self.stop_ids).any(-1)
+        self.ended[rows] = ended | stopped | (length == self.end[rows])
 
     def step(self) -> None:
         """Decode one token per row. CUDA-graph safe: no host sync, no scalar that changes."""
@@ -388,9 +384,9 @@ class Decoder:
 def capture(step, device: torch.device, pool):
     """Run a step; -> a callable that runs it again. On a GPU that replays a CUDA graph: a step is
     hundreds of small kernels, and launching them takes longer than running them. A graph reads and
-    writes the memory that step() did. Those of one pool share their temporaries: one replays at a
-    time, and what a step leaves lies outside."""
-    step()  # also creates what must not be created while capturing: workspaces, compiled code
+    writes the memory that step() did. Graphs of one pool share their temporaries, which is safe as
+    they replay one at a time and their results lie outside the pool."""
+    step()  # first a plain run: workspaces and compiled code must not be created while capturing
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
