@@ -269,9 +269,11 @@ def _read_file(path: Path, config: dict) -> dict:
 
 
 def _help(config: dict, annotations: dict, script: str) -> str:
-    """Knobs, defaults, rules, and the trailing comment of each in the script's source."""
+    """Knobs, defaults, rules, and each one's comment in the script, behind it or above it."""
     source = Path(script).read_text(encoding="utf-8") if Path(script).is_file() else ""
-    reasons = dict(re.findall(r"^(\w+)\s*(?::[^=\n]+)?=[^\n]*?\s#\s*([^\n]*)$", source, flags=re.M))
+    found = re.findall(r"^(?:# (?!---)(.*)\n)?(\w+) *(?::[^=\n]+)?=.*?(?: # *(.*))?$", source,
+                       flags=re.M)
+    reasons = {key: behind or above for above, key, behind in found}
     rules = {k: f"({rule.text}) " for k, rule in annotations.items() if isinstance(rule, Rule)}
     lines = [f"--{k}={v!r}".ljust(40) + f"  {rules.get(k, '')}{reasons.get(k, '')}".rstrip()
              for k, v in config.items()]

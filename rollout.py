@@ -183,8 +183,8 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 
     keys: one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is
     appended. At most max_rows rows decode at once (0: as many as free memory holds). `progress`
-    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: one from an earlier
-    call, to reuse its memory and captured graphs.
+    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: one of an earlier
+    call, whose memory and captured graphs are reused.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad
     sampling knobs.
     """

@@ -90,8 +90,8 @@ max_new_tokens: at_least(1) = 8192      # longer responses are truncated, and co
 temperature: above(0) = 1.0             # divides the logits in the trainer too
 max_rows: at_least(0) = 256             # rows that decode at once; 0: as many as free memory holds
 # --- micro-reflective trajectories (lines 8-14) ---------------------------------------------------
-n_pos: at_least(1) = 2                  # Eq. 3: a group is eligible with at least n_pos right ...
-n_neg: at_least(1) = 4                  # ... and n_neg wrong responses
+n_pos: at_least(1) = 2                  # Eq. 3: right responses an eligible group needs
+n_neg: at_least(1) = 4                  # Eq. 3: wrong responses it needs
 m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
 prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y- with its error is kept
@@ -101,7 +101,7 @@ max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * 
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
 # constructions are a group of their own (Eq. 4, 5); False: 'w/o DAE', Eq. 1 over the whole query
 decoupled = True
-# of that group; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
+# A of constructions; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
 ref_advantage: one_of("group", "reward", "orig", "joint") = "group"
 weighting: one_of(*WEIGHTINGS) = "ots"  # of constructions' tokens (Eq. 7); none: 'w/o OTS'
 # the inserted diagnosis; mask: no gradient; ots: weighed as the rest (the paper); train: weight 1
@@ -113,8 +113,8 @@ lam: at_least(0) = 1.0                  # Eq. 6
 clip_eps: above(0) = 0.2                # Eq. 2
 loss_agg: one_of("sequence", "token") = "sequence"    # sequence: Eq. 2's mean per response
 loss_norm: one_of("separate", "merged") = "separate"  # separate: a mean over each part (Eq. 6)
-kl_coef: at_least(0) = 0.0              # the paper has no KL term ...
-log_kl = True                           # ... but logs KL(policy || start): one more forward pass
+kl_coef: at_least(0) = 0.0              # weight of the KL to the start; the paper has none
+log_kl = True                           # log KL(policy || start) (Fig. 3): one more forward
 updates_per_step: at_least(1) = 1       # with 1 the ratio of Eq. 2 is exactly 1
 opsd_loss: one_of("jsd", "sampled") = "jsd"  # full-vocabulary divergence, or the sampled token's
 opsd_beta: between(0, 1) = 0.5          # weight of the teacher in the mixture

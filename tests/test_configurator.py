@@ -295,6 +295,17 @@ def test_help_prints_every_knob_its_default_and_its_comment(tmp_path, capsys):
     assert "_private" not in out
 
 
+def test_help_finds_a_comment_above_its_knob_and_gives_it_to_no_other(tmp_path, capsys):
+    """Bug: a comment too long for the knob's line is shown at the knob before it, or not at all."""
+    script = file(tmp_path, "# --- the loss ---\nlam: float = 1.0\n# of AdamW\nmax_steps = 10\n",
+                  "train.py")
+    with pytest.raises(SystemExit):
+        configure(knobs(__file__=script), ["--help"])
+    out = capsys.readouterr().out
+    assert re.search(r"^--lam=1.0 *$", out, re.M)
+    assert re.search(r"^--max_steps=10 +of AdamW$", out, re.M)
+
+
 def test_an_imported_script_does_not_read_the_arguments_of_its_importer(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "-q", "tests"])
     assert configure(knobs(__name__="train"))["lam"] == 1.0
