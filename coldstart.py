@@ -203,15 +203,15 @@ def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: 
     return results
 
 
-def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict, resume: bool,
+def sample_examples(model, tokenizer, training: list, *, path: Path, header: dict, resume: bool,
                     wanted: int, queries_per_round: int, max_rows: int, instruction: str,
                     dtype: str, autocast, **how) -> list[dict]:
     """§3.2: visit every query once, at most one example from each, until so many are wanted.
 
     -> results of construct_round that have both formats. A round of queries is appended to `path`
     as one line, below a header that says how they are made; with resume what stands there is not
-    sampled again. All ranks go by what rank 0 finds in the file. load() -> the model, called if
-    there is anything to sample. how: see construct_round.
+    sampled again. All ranks go by what rank 0 finds in the file. model: the policy, None once it is
+    trained: ValueError then if an example is lacking. how: see construct_round.
     """
     rounds = []
     if rank() == 0:
@@ -222,11 +222,11 @@ def sample_examples(tokenizer, training: list, load, *, path: Path, header: dict
     bar = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds",
                disable=True if rank() else None)  # None: shown on a terminal only
     usable = [result for results in rounds for result in results if "completion_ids" in result]
-    model, decoder = None, Decoder()
+    decoder, unsharded = Decoder(), Unsharded(model, dtype) if model else None
     while len(rounds) < n_rounds and len(usable) < wanted:
         if model is None:
-            model = load()
-            unsharded = Unsharded(model, dtype)
+            raise ValueError(f"{path} holds {len(usable)} examples, but the checkpoint is of a run "
+                             "that had more; put the file back, or choose another out_dir")
         number = len(rounds)
         queries = problems_for_step(training, how["seed"], number, queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)]  # one epoch
@@ -309,8 +309,7 @@ def main() -> None:
         log_also = open_log(c.log_to, config, first_step)
 
     tokenizer = load_tokenizer(load_from)
-    load = functools.partial(load_hf, device=device, num_tokens=len(tokenizer), wrap=wrap)
-    model = load(load_from)
+    model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     model.checkpoint_activations = c.checkpoint_activations
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
@@ -318,7 +317,7 @@ def main() -> None:
         how = {knob: config[knob] for knob in EXAMPLE_KNOBS}
         marks = {"weights": weights_mark(c.init_from), "problems": config["problems_mark"]}
         usable = sample_examples(
-            tokenizer, load_problems(c.problems), functools.partial(load, c.init_from),
+            None if first_step else model, tokenizer, load_problems(c.problems),
             path=out / "examples.jsonl", header=marks | how, resume=c.resume,
             wanted=c.n_sft + c.n_ift, max_rows=c.max_rows, stop_ids=stop_ids, dtype=c.dtype,
             autocast=autocast, **how)

@@ -369,14 +369,13 @@ def rollout_config(folder, tokenizer, **changes):
         "max_synthesis_tokens": 100} | changes)
 
 
-def rollout_rows(tokenizer, c):
-    def load():
-        return load_hf(c.init_from, num_tokens=len(tokenizer))
+def rollout_rows(tokenizer, c, trained=False):
+    model = load_hf(c.init_from, num_tokens=len(tokenizer))
     how = {knob: getattr(c, knob) for knob in coldstart.EXAMPLE_KNOBS}
     header = {"weights": coldstart.weights_mark(c.init_from),
               "problems": file_mark(c.problems)} | how
     usable = coldstart.sample_examples(
-        tokenizer, coldstart.load_problems(c.problems), load,
+        None if trained else model, tokenizer, coldstart.load_problems(c.problems),
         path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
         wanted=c.n_sft + c.n_ift, header=header,
         max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype,
@@ -417,7 +416,10 @@ def test_the_sampling_phase_goes_on_where_it_was_killed(tmp_path, tokenizer, scr
     assert rollout_rows(tokenizer, c) == whole
     assert len(scripted) == 4                                           # rounds two and three only
     scripted.clear()
-    assert rollout_rows(tokenizer, c) == whole and scripted == []
+    assert rollout_rows(tokenizer, c, trained=True) == whole and scripted == []
+    (tmp_path / "examples.jsonl").unlink()  # a trained policy's would be other examples
+    with pytest.raises(ValueError, match="holds 0 examples, but .* put the file back"):
+        rollout_rows(tokenizer, c, trained=True)
 
 
 def test_examples_of_other_problems_or_another_seed_are_not_taken_for_ours(

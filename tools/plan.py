@@ -263,8 +263,8 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
 def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
     """The plan of coldstart.py, from its knobs.
 
-    On `problems` it samples first (§3.2): AdamW's moments do not exist yet then, but a second copy
-    of the weights does, which is less. On `examples` the rows that decode are the evaluation's.
+    On `problems` it samples first (§3.2), before AdamW's moments exist. On `examples` the rows that
+    decode are the evaluation's.
     """
     c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, processes, memory = machine(c.device, gpus, gpu_gb)
