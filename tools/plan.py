@@ -106,17 +106,17 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int,
                 tokens_per_microbatch: int, dtype: str, samples_per_prompt: int = 1,
                 reflections: int = 0, max_synthesis_tokens: int = 0, rollouts: int = 0,
-                longest_row: int = 0, limit: float = 0, world_size: int = 1, offload: bool = False,
-                reference_model: bool = True, full_divergence: bool = False,
+                longest_row: int = 0, limit: float = 0, world_size: int = 1, replicas: int = 1,
+                offload: bool = False, reference_model: bool = True, full_divergence: bool = False,
                 checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
     """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'; the
     rows that decode at once, and the tokens of a micro-batch.
 
     peak = persistent + max(update, sampling): gradients and activations are gone when sampling
     begins. Lengths in tokens. dtype: of products; masters, gradients and AdamW's moments are fp32.
-    world_size: processes that share one copy of the model (FSDP2). reflections: a process writes at
-    most so many a step. max_rows 0: each phase takes the rows that `limit` bytes hold, of the
-    step's `rollouts` and reflections; tokens_per_microbatch 0: as many as they hold.
+    world_size / replicas processes share one copy of the model (FSDP2). reflections: the most that
+    a process writes in a step. max_rows 0: each phase takes the rows that `limit` bytes hold, of
+    the step's `rollouts` and reflections; tokens_per_microbatch 0: as many as they hold.
     full_divergence: OPSD over the whole vocabulary. longest_row: of the update, if it is more than
     a prompt and a response.
     """
@@ -124,7 +124,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     root = total - config.num_hidden_layers * block
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
     autocast = c == 2 and not sharded
-    share = 0 if offload else 4 * -(-total // world_size)  # fp32, one number a parameter
+    share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 numbers
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
              "reference": share * reference_model,
              "sampler": 2 * matrices * autocast}  # parallel.Unsharded
@@ -241,7 +241,8 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         "reference_model": bool(c.log_kl or c.kl_coef or opsd),
         # OPSD's teacher reads a response below a right one
         "longest_row": row + opsd * (c.max_new_tokens + SYNTHESIS_WORDS),
-        "full_divergence": opsd and c.opsd_loss == "jsd", "world_size": processes // c.replicas}
+        "full_divergence": opsd and c.opsd_loss == "jsd", "world_size": processes,
+        "replicas": c.replicas}
 
     rows = rollouts + reflections
     batches = -(-rows // (max(1, memory_plan(**sizes)["tokens"] // row) * processes))
@@ -271,7 +272,7 @@ def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
     prompt, head = headline(c, model, processes, memory, device)
     sizes = {key: config[key] for key in SHARED_KNOBS} | {
         "config": model, "longest_prompt": prompt, "device": device, "limit": USABLE * memory,
-        "reference_model": False, "world_size": processes // c.replicas}
+        "reference_model": False, "world_size": processes, "replicas": c.replicas}
     text = f"one step    {c.batch_size} examples"
     if c.problems:
         queries = -(-c.queries_per_round // processes)

@@ -278,6 +278,10 @@ def test_shards_divide_by_the_processes_and_gathered_weights_do_not():
     # the whole model, on every GPU
     assert eight["unsharded"] > 4 * num_params(config) > 8 * eight["weights"] - 100
     assert small_plan(config, world_size=8, offload=True)["persistent"] < 10_000
+    # HSDP: each replica holds the whole model, and is still wrapped
+    replica = small_plan(config, "bfloat16", world_size=2, replicas=2, device="cuda")
+    alone = small_plan(config, "bfloat16", world_size=1, device="cuda")
+    assert replica["weights"] == alone["weights"] and replica["unsharded"] > alone["unsharded"] == 0
 
 
 def test_reflections_are_planned_with_two_responses_in_their_prompt():
