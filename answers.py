@@ -1,23 +1,23 @@
-r"""The answer in a response, and whether two answers say the same. Pure functions of text.
+r"""Answer extraction and answer equivalence, as pure functions of text.
 
-The answer is the last balanced \boxed{...} outside a thinking block. Two are the same if
+The answer is the last balanced \boxed{...} outside a thinking block. Two answers are equivalent if
 
-1. their canonical texts are equal: spaces, spellings of a fraction, separators, zeros, units; or
-2. both are rational numbers of the same value, exactly: 0.333 is not 1/3, and math-verify is not
+1. their texts are equal once spaces, fractions, separators, zeros and units are normalised; or
+2. both are rational numbers of exactly the same value: 0.333 is not 1/3, and math-verify is not
    asked; or
-3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, of a
-   tuple in its own.
+3. math-verify (sympy) finds them equal part by part: items of a list or set in any order, items of
+   a tuple in the given order.
 
-It may take for ever (reward.py gives it a process and a time limit), and by
-itself it is too generous for a reward: to it 3(4) is 7 and 72.6 cm is 72.6 m. Rules err on the side
-of "not the same": a right answer refused costs a sample, a wrong one accepted teaches it.
+math-verify may never terminate (reward.py runs it in a process with a time limit) and alone is too
+lenient for a reward: it reads 3(4) as 7 and 72.6 cm as 72.6 m. The rules prefer false negatives: a
+rejected right answer costs one sample, an accepted wrong answer is reinforced.
 Deliberately missing: answers in prose or spread over several boxes, approximations, partial credit.
 """
 import re
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_CHARS = 2000  # of an answer; the longest gold of the data sets we know has 92
+MAX_CHARS = 2000  # per answer; the longest gold answer of known data sets has 92
 
 
 # --- the answer in the text ---
@@ -37,7 +37,7 @@ def extract_boxed(text: str) -> str | None:
     starts = [i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0]
     if not starts:
         return None
-    # of every open brace: where its content begins if it is a box's, else -1
+    # stack of open braces: start of the content for a box, -1 for any other brace
     opened, last = [], None
     for token in _BOX_TOKENS.finditer(text, min(starts)):
         if token[0] == "}":
@@ -50,8 +50,8 @@ def extract_boxed(text: str) -> str | None:
     return text[last[0]:last[1]].strip() if last else None
 
 
-# --- 1. canonical text --- What keeps it safe: no rewriting changes the value, and where both sides
-# name a unit it must be the same one.
+# --- 1. canonical text --- Invariants: no rewrite changes the value, and if both sides name a unit,
+# the units must be equal.
 
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
@@ -75,7 +75,7 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+|[^a-zA-Z])")
 
 
 def _rewrite(s: str, rules) -> str:
-    """rules: (text that must occur: cheaper than a search, pattern, replacement)."""
+    """rules: (substring that must occur, a cheap test before the regex; pattern; replacement)."""
     for key, pattern, by in rules:
         s = re.sub(pattern, by, s) if key in s else s
     return s
@@ -86,14 +86,14 @@ _BASES = {word: str(i) for i, word in enumerate(_NUMBERS, 2)} | {"sixteen": "16"
 
 
 def _repeating(m: re.Match) -> str:
-    """0.1\\overline{6} = 1/6: the digits up to the end of the first period less those before it,
-    over 9s and 0s."""
+    """0.1\\overline{6} = (16 - 1) / 90 = 1/6: digits through the first period minus digits before
+    it, over a 9 per period digit followed by a 0 per digit before it."""
     whole, before, period = m[1] or "0", m[2], m[3]
     over = int("9" * len(period) + "0" * len(before))
     return f"\\frac{{{int(whole + before + period) - int(whole + before)}}}{{{over}}}"
 
 
-_TYPESETTING = (  # how an answer is set is not what it says
+_TYPESETTING = (  # formatting that does not change the answer
     ("color", r"\\(?:text)?color *\{\w+\}", ""),
     ("*", r"^(\*{1,3})([^*]+)\1$", r"\2"),  # Markdown's **42**
     ("\\\\", r"(?:\\\\)+\s*$", ""))  # a line break at the end
@@ -145,28 +145,28 @@ def normalise(answer: str) -> tuple[str, str]:
         return s.lstrip("0") or "0", ""
     if _DECIMAL.fullmatch(s) or _FRACTION.fullmatch(s):
         return _rational(s), ""
-    if "boxed" in s:  # some golds carry their box
+    if "boxed" in s:  # some gold answers are boxed
         s = extract_boxed(s) or s
     s = _rewrite(s.translate(_UNICODE), _TYPESETTING).strip()
-    if "\\\\" in s and "\\begin" not in s:  # a backslash too many, as in JSON printed twice
+    if "\\\\" in s and "\\begin" not in s:  # doubled backslashes, as in JSON escaped twice
         s = s.replace("\\\\", "\\")
     # 11,\! 111: a comma that separates thousands, not answers
     s = re.sub(r"\\!\s*", "", s)
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s).replace("$", " ")
     s = re.sub(r"\s*\{\s*,\s*\}\s*", ",", s) if "{" in s else s  # 10{,}000
     s = " ".join(s.split()).rstrip(" ,;")
-    # what \bf and \underline leave of {\bf 42} and \underline{42}
+    # outer braces left over from {\bf 42} and \underline{42}
     while s[:1] == "{" and _closing(s, 0) == len(s) - 1:
         s = s[1:-1].strip()
     if (m := _WHOLE_TEXT.fullmatch(s)) and re.search(r"\d", m[1]):
         s = m[1].strip()
-    # a full stop; 0.333... is not 0.333
+    # drop a full stop, but not the dots of 0.333...
     s = s[:-1].rstrip() if s.endswith(".") and not s.endswith("..") else s
     s, unit = _take_unit(_rewrite(s, _SPELLINGS))
     # 79,380, but neither 32, 349 nor (1,234)
     s = s.replace(",", "") if _THOUSANDS.fullmatch(s) else s
     s = _rewrite(s, _SPACING).strip()
-    # two answers stay two when read again
+    # restore the space in 32, 349: the worker normalises again, and 32,349 would become 32349
     s = s.replace(",", ", ") if _THOUSANDS.fullmatch(s) else s
     for _ in range(3):
         if s[:1] != "(" or _closing(s, 0) != len(s) - 1 or len(_split(s[1:-1], ",;")) != 1:
@@ -176,7 +176,7 @@ def normalise(answer: str) -> tuple[str, str]:
 
 
 def _rational(s: str) -> str:
-    """A decimal, fraction or mixed number as a reduced fraction; any other text as it is."""
+    """A decimal, fraction or mixed number as a reduced fraction; any other text unchanged."""
     if _DECIMAL.fullmatch(s) or _SCIENTIFIC.fullmatch(s):
         return str(Fraction(s.rstrip(".")))
     m = _FRACTION.fullmatch(s)
@@ -193,7 +193,7 @@ def is_rational(core: str) -> bool:
     return re.fullmatch(r"-?\d+(?:/[1-9]\d*)?", core) is not None
 
 
-_UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a unit -> the first
+_UNITS = {name: names.split()[0].strip("-") for names in (  # every name of a unit -> its first
     "m meter metre", "cm centimeter centimetre", "mm millimeter millimetre",
     "km kilometer kilometre", "in inch inche", "ft foot feet", "yd yard", "mi mile", "g gram",
     "kg kilogram", "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week",
@@ -212,13 +212,13 @@ _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 
 
 def _take_unit(s: str) -> tuple[str, str]:
-    r"""`72.6 \text{ m}` -> ('72.6', 'm'). A right answer may leave its unit out but not exchange
-    it: m is not cm."""
+    r"""Split off the unit: `72.6 \text{ m}` -> ('72.6', 'm'). A right answer may omit its unit but
+    not replace it: m is not cm."""
     if s.startswith("\\dollar "):
         return s.removeprefix("\\dollar ").strip(), "$"
     if s.endswith("%"):
         return s[:-1].rstrip(), "%"
-    if _TRIGONOMETRIC.search(s):  # sin 30 degrees is a number, and not sin 30
+    if _TRIGONOMETRIC.search(s):  # in sin 30 degrees the degrees are part of the value
         degrees = r"(\d+(?:\.\d+)?) *\^ *(?:\\circ|\{ *\\circ *\})"
         return re.sub(degrees, r"(\\frac{\1\\pi}{180})", s), ""
     if s.endswith("\\dollar"):
@@ -227,7 +227,7 @@ def _take_unit(s: str) -> tuple[str, str]:
         return m[1], "deg" + m[2]
     m = _UNIT.search(s)
     core = s[:m.start()] if m else ""
-    # a number, complete without the word
+    # the text before the unit must be a complete expression with a number
     if re.search(r"\d|\\pi", core) and core[-1] not in "+-*/=^_,\\":
         words = (m["text"] if m["bare"] is None else m["bare"]).lower().replace(".", "").split()
         power = {"square": "2", "sq": "2", "cubic": "3"}.get(words[0] if words else "", "")
@@ -244,10 +244,10 @@ def _take_unit(s: str) -> tuple[str, str]:
     return s, ""
 
 
-# --- 2. what text and exact fractions settle ---
+# --- 2. comparison by text and exact fractions ---
 
 def settle(answer: str | None, gold: str) -> str | None:
-    """The status of a pair; None if only a computer algebra system can tell."""
+    """Grade status of a pair; None if only a computer algebra system can decide."""
     if answer is None:
         return "no_answer"
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
@@ -259,7 +259,7 @@ def settle(answer: str | None, gold: str) -> str | None:
     celsius = "deg" in (unit_a, unit_g) and unit_a[:3] == unit_g[:3]
     if unit_a and unit_g and unit_a != unit_g and not celsius:
         return "wrong"
-    if a == g:  # 28% and 28: the question asked for per cent
+    if a == g:  # also 28% and 28: the question may ask for per cent
         return "correct"
     # 1000,99 where the gold says 1000.99
     if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):
@@ -279,7 +279,7 @@ _OPTION = re.compile(r"\(?([A-J])[).][^,;(+*/^=-]")  # (C) 12, C. 12
 
 
 def _is_word(s: str) -> bool:
-    """Even, YYZ: text, whose letters have an order; `xy` and `abc` are products."""
+    """Whether s is a word (Even, YYZ) and not a product of variables (`xy`, `abc`)."""
     return s.isalpha() and len(s) > 1 and (len(s) > 3 or not s.islower())
 
 
@@ -290,8 +290,8 @@ class Unparsable(Exception):
 
 
 def same(answer: str, gold: str) -> bool:
-    """Whether two answers are the same. Unparsable: the answer cannot be read; any other exception
-    is our failure."""
+    """Whether two answers are equivalent. Raises Unparsable if the answer cannot be parsed; any
+    other exception is an error of the grader."""
     settled = settle(answer, gold)
     if settled is not None:
         return settled == "correct"
@@ -303,16 +303,16 @@ def same(answer: str, gold: str) -> bool:
         if label_a and label_g:  # two equations
             return _verify(a, g)
         letters = set(re.findall(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", label_a)))
-        # m+n=5, not x^2=5
+        # for gold 5 accept m+n=5, not x^2=5
         return bool(label_a) and (_is_name(label_a) or len(letters) != 1) and same(value_a, g)
     (kind_a, items_a), (kind_g, items_g) = _items(a), _items(g)
     named = _names_items(items_a)
-    if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: then the order counts
+    if named != _names_items(items_g):  # AB=4, CD=5 against 4, 5: order matters
         return {kind_a, kind_g} <= {"list", "()"} and _same_in_order(items_a, items_g)
     counted = "\\{" not in a + g and not any(item[:1] in ("(", "[") for item in items_a + items_g)
     if kind_a == kind_g == "list" and counted:
         return _same_items(items_a, items_g)
-    # of a set, or of points, each counts once, however often it is named
+    # sets, and lists of points or intervals: duplicates do not matter
     if kind_a == kind_g == "list":
         return all(any(same(x, y) for x in items_a) for y in items_g) and \
             all(any(same(x, y) for y in items_g) for x in items_a)
@@ -321,7 +321,7 @@ def same(answer: str, gold: str) -> bool:
         return not clock and _same_in_order(items_a, items_g)
     if {kind_a, kind_g} == {"", "list"} and len(items_a) == len(items_g) == 1:  # \{2\} and 2
         return same(items_a[0], items_g[0])
-    # 1/2 for the ratio 1:2, but odds of 1:2 are not 1/2
+    # gold 1:2 accepts 1/2, but gold 1/2 does not accept 1:2, which may be odds
     if kind_g == ":" and not kind_a and len(items_g) == 2:
         return same(a, f"\\frac{{{items_g[0]}}}{{{items_g[1]}}}")
     interval_a, interval_g = _interval(a), _interval(g)
@@ -329,11 +329,11 @@ def same(answer: str, gold: str) -> bool:
         return same(interval_a or a, interval_g or g)
     if (kind_a or kind_g) and not re.search(r"[<>]|\\(?:le|ge|neq|cup|mathbb)(?![a-zA-Z])", a + g):
         return False
-    return _verify(a, g)  # also 0<x<1 against (0,1)
+    return _verify(a, g)  # including relations and unions that _interval cannot convert
 
 
 def _same_items(items_a: list[str], items_g: list[str]) -> bool:
-    """The same items in any order, each as often."""
+    """Whether two lists hold the same items with the same counts, in any order."""
     left = list(items_a)
     for g in items_g:
         found = next((i for i, a in enumerate(left) if same(a, g)), None)
@@ -349,7 +349,7 @@ _BOUNDS = re.compile(r"(.+?)(<|\\le) *([A-Za-z])(<|\\le) *(.+)")
 
 
 def _interval(s: str) -> str:
-    r"""`x\ge3` -> `[3,\infty)`, `-1\le x<2` -> `[-1,2)`; "" of anything else."""
+    r"""`x\ge3` -> `[3,\infty)`, `-1\le x<2` -> `[-1,2)`; "" for anything else."""
     if (m := _BOUNDS.fullmatch(s)) and not re.search(r"[<>,]|\\[lg]e(?![a-z])", m[1] + m[5]):
         return f"{'(['[m[2] != '<']}{m[1]},{m[5]}{')]'[m[4] != '<']}"
     if m := _BOUND.fullmatch(s):
@@ -363,8 +363,8 @@ def _same_in_order(items_a: list[str], items_g: list[str]) -> bool:
 
 
 def _closing(s: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`, of any kind ([0,1) is an interval); -1
-    if none does."""
+    """Index of the bracket that closes the one at `start`, -1 if unclosed. The kinds of bracket may
+    differ: [0,1) is an interval."""
     depth = 0
     for i in range(start, len(s)):
         depth += (s[i] in "([{") - (s[i] in ")]}")
@@ -385,7 +385,7 @@ def _split(s: str, separators: str) -> list[str]:
 
 
 def _label(s: str) -> tuple[str, str]:
-    r"""What an equation or membership is about, and its last value: `x=1+1=2` -> ('x', '2'), `x\in
+    r"""Left-hand side and last value of an equation or membership: `x=1+1=2` -> ('x', '2'), `x\in
     S` -> ('x', 'S'), `5` -> ('', '5'). Approximations are dropped: `\sqrt2\approx1.41` -> ('',
     '\sqrt2')."""
     s = re.sub(r"\\approx.*", "", re.sub(r"^([A-Za-z]\w*)\\approx", r"\1=", s))
@@ -397,7 +397,7 @@ def _label(s: str) -> tuple[str, str]:
 
 
 def _is_name(label: str) -> bool:
-    r"""x, x_1, f(x), (p,q), A:B, \angle ABC: such a left-hand side may be left out."""
+    r"""Whether an answer may omit this left-hand side: x, x_1, f(x), (p,q), A:B, \angle ABC."""
     return bool(re.fullmatch(r"(?!.*\\(?:sqrt|frac))[A-Za-z\\(][A-Za-z\\_{}(),:'0-9]*", label))
 
 
@@ -406,8 +406,8 @@ def _names_items(items: list[str]) -> bool:
 
 
 def _items(s: str) -> tuple[str, list[str]]:
-    r"""Kind and items: 'list' of `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... of tuples and
-    intervals; ':' of a ratio."""
+    r"""(kind, items). kind: 'list' for `a,b`, `\{a,b\}`, `a\pm b`; '()', '[)' ... for tuples and
+    intervals; ':' for a ratio; '' for a single value."""
     if s.startswith("{") and _closing(s, 0) == len(s) - 1:
         return _items(s[1:-1])
     is_set = s.startswith("\\{") and _closing(s, 1) == len(s) - 1
@@ -424,8 +424,8 @@ def _items(s: str) -> tuple[str, list[str]]:
 
 
 def _signs(s: str) -> list[str]:
-    r"""`1\pm\sqrt2` is two answers. Two \pm may mean two or four: left alone, and math-verify does
-    not read them."""
+    r"""Expand `1\pm\sqrt2` into two answers. Two \pm can mean two or four answers: left unchanged,
+    and math-verify cannot parse them."""
     if s.count("\\pm") != 1 or s.count("\\mp") > 1:
         return [s]
     both = [s.replace("\\pm", x).replace("\\mp", y) for x, y in ("+-", "-+")]
@@ -434,15 +434,15 @@ def _signs(s: str) -> list[str]:
 
 @lru_cache(maxsize=1024)
 def _parse(s: str, is_real: bool):
-    """sympy object of a canonical core: decimals exact, letters with their case, 2\\frac12 in a
-    product still 5/2."""
+    """Parse a canonical text to a sympy object: decimals exact, letters case-sensitive, 2\\frac12
+    is 5/2 even in a product."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from sympy import Float, Rational
     if re.search(r"\d \d|\\l?dots|(?:^|[^\\a-zA-Z\]{}^_])\{|[\d)}]\\\{", s):
         raise ValueError("numbers or groups side by side, or dots")
-    # The parser adds neighbours, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every
-    # product gets its dot.
+    # The parser adds adjacent numbers, to read mixed numbers: 3(4) = 7, 2\binom{4}{2} = 8. So every
+    # implicit product gets a \cdot.
     s = re.sub(r"(?<![\d.^_])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", s)
     s = re.sub(r"(?:(?<=\d)(?<![_^]\d)|(?<=\)))(?=\(|\\binom)|(?<=\))(?=\d|\\frac)", r"\\cdot ", s)
     s = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}\{[^{}]*\})(?=[\d(]|\\frac|\\binom)", r"\1\\cdot ", s)
@@ -454,11 +454,11 @@ def _parse(s: str, is_real: bool):
 
 
 def _verify(answer: str, gold: str) -> bool:
-    """math-verify on two expressions, and a second look where it is known to be too generous."""
+    """math-verify on two expressions, with extra checks where it is known to be too lenient."""
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
     from sympy import Eq, Expr, simplify
-    # 204_5: the parser drops the base; the text decided
+    # 204_5: the parser drops the base, so only equal texts are accepted (settle)
     if re.match(r"-?\d+_", answer) or re.match(r"-?\d+_", gold):
         return False
     is_real = not should_treat_as_complex(answer + " " + gold)
@@ -467,15 +467,15 @@ def _verify(answer: str, gold: str) -> bool:
         a = _parse(answer, is_real)
     except Exception as problem:
         raise Unparsable from problem
-    # to math-verify any two equations without a solution are the same
+    # math-verify considers any two equations without a solution equal
     if isinstance(g, Eq) and isinstance(a, Eq):
         return g == a or bool(simplify((g.lhs - g.rhs) / (a.lhs - a.rhs)).is_number)
-    # no alarms: the process is the limit
+    # no alarms: the worker process has the time limit
     if not verify(g, a, timeout_seconds=None, raise_on_error=True):
         return False
     numbers = isinstance(g, Expr) and isinstance(a, Expr) and g.is_finite
     if numbers and not (g.free_symbols or a.free_symbols):
-        # it looks at 15 digits
+        # math-verify compares 15 digits only
         return bool(abs((a - g).evalf(50)) <= abs(g.evalf(50)) * 10**-40 + 10**-45)
     return True
 

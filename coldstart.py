@@ -5,11 +5,11 @@
     python coldstart.py --init_from=out/small --examples=solved.jsonl    # worked examples
 
 SFT format: question -> trajectory. IFT format: synthesis prompt -> analysis + reconstruction. One
-masked cross-entropy over both. The examples are written by somebody (`examples`), or come from the
-policy's own rollouts on `problems` (rejection sampling, kept in out_dir/examples.jsonl, so that an
-interrupted phase goes on). The result is out_dir/final, a Hugging Face folder.
+masked cross-entropy over both. The examples are read from a file (`examples`), or built from the
+policy's own rollouts on `problems` (rejection sampling, stored in out_dir/examples.jsonl, so that
+an interrupted run can resume). The result is out_dir/final, a Hugging Face folder.
 
-Deliberately missing: examples packed into one row.
+Deliberately missing: packing several examples into one row.
 """
 import functools
 import json
@@ -50,7 +50,7 @@ from update import set_learning_rate, set_loss_scales, update
 # --- what is learned ------------------------------------------------------------------------------
 init_from = ""              # Hugging Face folder or hub id
 examples = ""               # jsonl of worked examples, see read_examples
-problems = ""               # or jsonl of problems: examples from the policy's own rollouts
+problems = ""               # instead of `examples`: jsonl of problems for the policy's rollouts
 synthesis: one_of("policy", "rule") = "policy"  # rule: for a policy too small to write syntheses
 eval_problems = ""          # held-out jsonl
 instruction = BOXED_INSTRUCTION  # appended to every question, as in RL
@@ -60,11 +60,11 @@ seed: at_least(0) = 0
 # --- examples from `problems` ---------------------------------------------------------------------
 n_sft: at_least(0) = 30000              # question -> trajectory
 n_ift: at_least(0) = 15000              # synthesis prompt -> analysis + reconstruction
-queries_per_round: at_least(1) = 64     # sampled between two writes to examples.jsonl
+queries_per_round: at_least(1) = 64     # queries sampled per write to examples.jsonl
 samples_per_prompt: at_least(2) = 8
 template: one_of(*reflect.TEMPLATES) = "long"  # synthesis prompt
-max_synthesis_tokens: at_least(0) = 0   # of an IFT answer; 0 = 2 * max_new_tokens
-train_prefix = False                    # True also trains the preserved mistakes of y_ref
+max_synthesis_tokens: at_least(0) = 0   # cap of a synthesis; 0 = 2 * max_new_tokens
+train_prefix = False                    # True also trains the preserved prefix (mistakes) of y_ref
 # --- sampling, here and in the evaluation ---------------------------------------------------------
 max_new_tokens: at_least(1) = 8192
 temperature: above(0) = 1.0
@@ -72,7 +72,7 @@ max_rows: at_least(0) = 256             # rows that decode at once; 0: as many a
 # --- the optimiser (AdamW) ------------------------------------------------------------------------
 epochs: at_least(1) = 3
 batch_size: at_least(1) = 32            # examples a step
-learning_rate: at_least(0) = 5e-6       # after warm-up a cosine to 0
+learning_rate: at_least(0) = 5e-6       # cosine to 0 after warm-up
 warmup_steps: at_least(0) = 50
 weight_decay: at_least(0) = 0.0
 beta2: between(0, 0.9999) = 0.999
@@ -82,24 +82,24 @@ checkpoint_activations = False          # recompute blocks in the backward pass
 # --- evaluation, saving, machine ------------------------------------------------------------------
 eval_interval: at_least(0) = 200        # steps; 0 = only at the end
 eval_samples: at_least(1) = 4           # per held-out problem
-stop_at_pass1: between(0, 1) = 0.0      # end at this held-out Pass@1: RL needs room; 0 = to the end
+stop_at_pass1: between(0, 1) = 0.0      # stop at this held-out Pass@1: RL needs room; 0 = never
 save_interval: at_least(0) = 200
 keep_last: at_least(1) = 1
 log_to: one_of("", "wandb", "tensorboard") = ""
 device: one_of("auto", "cpu", "cuda") = "auto"
-dtype: one_of("float32", "bfloat16") = "float32"  # of products; weights and moments stay fp32
+dtype: one_of("float32", "bfloat16") = "float32"  # of matmuls; weights and moments stay fp32
 threads: at_least(0) = 0                # CPU threads; 0 = torch's choice
 replicas: at_least(1) = 1               # several processes: see train.py
 offload = False
 timeout_minutes: above(0) = 60.0
 
-# what decides the content of out_dir/examples.jsonl
+# knobs that determine the content of out_dir/examples.jsonl
 EXAMPLE_KNOBS = ("seed", "synthesis", "queries_per_round", "samples_per_prompt", "template",
                  "max_synthesis_tokens", "max_new_tokens", "temperature", "instruction")
 
 
 def check_config(c: SimpleNamespace) -> None:
-    """Refuse at start what would fail later: value, rule, fix."""
+    """Refuse at start settings that would fail later; messages give value, rule and fix."""
     if not c.init_from:
         raise ValueError("init_from is not set; pass --init_from=MODEL, a folder or hub id")
     if bool(c.examples) == bool(c.problems):
@@ -121,10 +121,10 @@ def check_config(c: SimpleNamespace) -> None:
 def read_examples(path: str, tokenizer, instruction: str, context: int) -> list[Rollout]:
     """Rows of a jsonl file, one example a line, as Rollouts to imitate.
 
-    {"prompt": the whole user turn, "completion": text[, "no_loss": [[start, end], ..]]}: character
-    spans of the completion that carry no loss, such as planted mistakes. {"question", "solution"}
-    stands for the question with `instruction` appended. ValueError, with the line, for other keys
-    and for an example longer than the model's context.
+    {"prompt": the whole user turn, "completion": text[, "no_loss": [[start, end], ..]]}; no_loss:
+    character spans of the completion without loss, such as planted mistakes. Alternatively
+    {"question", "solution"}: the prompt is the question + `instruction`. ValueError, with the line,
+    for other keys and for an example longer than the model's context.
     """
     rows = []
     for number, line in jsonl.lines(path):
@@ -148,7 +148,7 @@ def read_examples(path: str, tokenizer, instruction: str, context: int) -> list[
 
 
 def written(tokenizer, prompt_ids: list[int], text: str, no_loss=()) -> Rollout:
-    """A written completion as a Rollout: mask 0 where a token touches a no_loss span."""
+    """A given completion as a Rollout: mask 0 where a token overlaps a no_loss span."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [float(all(high <= start or low >= end for start, end in no_loss))
             for low, high in encoded["offset_mapping"]]
@@ -167,10 +167,10 @@ def imitated(prompt_ids: list[int], ids: list[int], mask: list[float]) -> Rollou
 def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: str, seed: int,
                     samples_per_prompt: int, template: str, max_synthesis_tokens: int,
                     **sampling) -> list[dict]:
-    """One (wrong, right) pair of each query where there is one, and what became of it: [result].
+    """One trajectory per query that has a (wrong, right) pair -> one result per such query.
 
     A result has query, uid, outcome ('kept', 'wrong' or one of reflect.DROP_REASONS), the texts
-    `wrong` and `synthesis`, and, if kept, the ids of both formats. number: of the round.
+    `wrong` and `synthesis`, and, if kept and finished, both formats' ids. number: of the round.
     """
     rollouts = sample_rollouts(model, tokenizer, queries, samples_per_prompt,
                                key=(seed, ROLLOUT, number), **sampling)
@@ -206,12 +206,12 @@ def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: 
 def sample_examples(model, tokenizer, training: list, *, path: Path, header: dict, resume: bool,
                     wanted: int, queries_per_round: int, max_rows: int, instruction: str,
                     dtype: str, autocast, **how) -> list[dict]:
-    """§3.2: visit every query once, at most one example from each, until so many are wanted.
+    """§3.2: visit every query once, at most one example from each, until `wanted` examples exist.
 
-    -> results of construct_round that have both formats. A round of queries is appended to `path`
-    as one line, below a header that says how they are made; with resume what stands there is not
-    sampled again. All ranks go by what rank 0 finds in the file. model: the policy, None once it is
-    trained: ValueError then if an example is lacking. how: see construct_round.
+    -> results of construct_round that have both formats. Each round of queries is appended to
+    `path` as one line, below a header with the settings; with resume, rounds in the file are not
+    sampled again. Rank 0 reads the file for all ranks. model: the policy, None once it is trained
+    (ValueError if examples are missing then). how: see construct_round.
     """
     rounds = []
     if rank() == 0:
@@ -256,7 +256,7 @@ def sample_examples(model, tokenizer, training: list, *, path: Path, header: dic
 
 def both_formats(usable: list[dict], *, n_sft: int, n_ift: int,
                  train_prefix: bool) -> list[Rollout]:
-    """Rows to imitate: distinct trajectories while there are enough, else some in both formats."""
+    """Rows to imitate: SFT from the front of `usable`, IFT from its end; overlapping if too few."""
     sft, ift = usable[:n_sft], usable[max(0, len(usable) - n_ift):]
     say(f"{len(usable):,} trajectories -> {len(sft):,} SFT + {len(ift):,} IFT examples")
     rows = []
@@ -274,7 +274,7 @@ def both_formats(usable: list[dict], *, n_sft: int, n_ift: int,
 
 def imitate(model, optimizer, rows: list[Rollout], **knobs) -> dict[str, float]:
     """One step of masked cross-entropy, -sum(logprobs * mask) / sum(mask) over all rows."""
-    # CRITICAL: one denominator for the step: a mean per micro-batch would weigh short rows more
+    # CRITICAL: one denominator per step: a mean per micro-batch would give short rows more weight
     set_loss_scales(rows, lam=1.0, loss_agg="token", loss_norm="merged")
 
     def loss_fn(batch):
@@ -286,12 +286,12 @@ def imitate(model, optimizer, rows: list[Rollout], **knobs) -> dict[str, float]:
 
 
 def main() -> None:
-    """Examples, then masked cross-entropy on them until epochs or stop_at_pass1 end it."""
+    """Build or read the examples, then train on them until `epochs` or stop_at_pass1 is reached."""
     config = configure(globals())
     c = SimpleNamespace(**config)
     check_config(c)
     parallel.check_world(c.replicas)
-    config["problems_mark"] = file_mark(c.problems or c.examples)  # a resumed run must find these
+    config["problems_mark"] = file_mark(c.problems or c.examples)  # must not change on resume
     out = Path(c.out_dir)
     if c.resume and (out / "final" / "meta.json").is_file():
         print(f"{out / 'final'} is finished; nothing to resume")

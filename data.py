@@ -1,7 +1,7 @@
 """Problems, the chat prompt, the tokenizer, and the order in which problems are visited.
 
 A problem file is jsonl, one {"uid", "question", "answer"[, "level"]} a line; `python -m
-tools.prepare` makes those of public data sets, `python toy.py` those of the toy worlds.
+tools.prepare` writes the files of public data sets, `python toy.py` the files of the toy worlds.
 
 `render_prompt` is the only place where a question becomes token ids; training and evaluation both
 call it. Deliberately missing: system prompts, few-shot examples, thinking mode (the paper's policy
@@ -21,7 +21,7 @@ import jsonl
 import reward
 
 BOXED_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-# the order's own corner of counter space, so that no other draw from `seed` can share its noise
+# noise stream of `order`, so that no other draw from `seed` shares its noise
 ORDER_STREAM = 1
 
 
@@ -31,7 +31,7 @@ class Problem:
     question: str
     answer: str
     level: str = ""  # any label to break scores down by
-    prompt_ids: list[int] = field(default_factory=list, repr=False)  # (P,) of encode_prompts
+    prompt_ids: list[int] = field(default_factory=list, repr=False)  # (P,), set by encode_prompts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
     """Problems of a jsonl file, the first `limit` of them if limit > 0. Also reads the keys "id"
     and "problem".
 
-    check_answers = False does not ask the grader whether it can read them, which takes seconds.
+    check_answers = False skips the check that the grader can read the answers, which takes seconds.
 
     Every defect is a ValueError naming path:line, because one bad line found after a night of
     sampling is expensive.
@@ -77,18 +77,18 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
 
 
 def _is_prose(answer: str) -> bool:
-    """Three words or more and a number among them, and no mathematics: "Ann has 72 clips.", not
-    "July 4, 2011"."""
+    """Whether an answer has three or more words, a digit and no math symbols: "Ann has 72 clips.",
+    not "July 4, 2011"."""
     words = re.findall(r"[A-Za-z]+", answer)
     mathematics = re.search(r"[\\$={}^_<>]", answer)
     return len(words) >= 3 and any(c.isdigit() for c in answer) and not mathematics
 
 
 def unusable_answers(answers: list[str]) -> list[str]:
-    """Why an answer cannot serve as gold ("" if it can): one that nothing equals would be a reward
-    of 0 for ever.
+    """Reason why each answer cannot serve as gold ("" if it can): an answer that the grader cannot
+    read would always give reward 0.
 
-    Numbers are settled at once; of the others the grader's workers read about a hundred a second.
+    Numbers need no worker; the grader's workers read about a hundred other answers a second.
     """
     distinct = list(dict.fromkeys(answers))
     with ThreadPoolExecutor(2) as threads:
@@ -109,7 +109,7 @@ def _problem_of(row: dict, where: str) -> Problem:
 
 def save_problems(problems: list[Problem], path: str | Path,
                   extra: dict[str, dict] | None = None) -> None:
-    """Write problems as jsonl, whole or not at all. extra: uid -> more keys, which load_problems
+    """Write problems as jsonl, atomically. extra: uid -> additional keys, which load_problems
     ignores."""
     rows = []
     for p in problems:
@@ -120,7 +120,7 @@ def save_problems(problems: list[Problem], path: str | Path,
 
 
 def file_mark(path: str | Path) -> str:
-    """A fingerprint of a file's content, as a run remembers its problems by; "" of no file."""
+    """CRC-32 of a file's content, by which a run recognises its problems; "" without a file."""
     return f"{zlib.crc32(Path(path).read_bytes()):08x}" if Path(path).is_file() else ""
 
 
@@ -130,7 +130,7 @@ def file_mark(path: str | Path) -> str:
 def load_tokenizer(folder: str | Path):
     """The checkpoint's own tokenizer, a transformers PreTrainedTokenizerFast; refused if it cannot
     render a chat."""
-    # here: importing transformers takes seconds, reading problems should not
+    # imported here: transformers takes seconds to import, and reading problems does not need it
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -158,7 +158,7 @@ def _check_generation_prompt(tokenizer, folder) -> None:
                                              add_generation_prompt=add_generation_prompt)
 
     prompt = render("Q", add_generation_prompt=True)
-    if prompt == render("Q", add_generation_prompt=False):  # as [INST] Q [/INST] rightly does
+    if prompt == render("Q", add_generation_prompt=False):  # legitimate for [INST] Q [/INST]
         header = render("Q", "ANSWER", add_generation_prompt=False).partition("ANSWER")[0]
         if header.strip() != prompt.strip():
             raise ValueError(f"the chat template at {folder} ignores add_generation_prompt: after "
@@ -167,7 +167,7 @@ def _check_generation_prompt(tokenizer, folder) -> None:
 
 
 def _check_vocabulary(tokenizer, config: Path) -> None:
-    """Refuse tokens that the embedding beside the tokenizer has no row for, by name."""
+    """Refuse tokens without an embedding row (id >= vocab_size in config.json), by name."""
     rows = 0
     if config.is_file():
         rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0)
@@ -181,7 +181,7 @@ def _check_vocabulary(tokenizer, config: Path) -> None:
 
 
 def render_prompt(tokenizer, question: str, instruction: str = BOXED_INSTRUCTION) -> list[int]:
-    """Token ids (P,) of one user turn, ready for the assistant to speak, with thinking mode off.
+    """Token ids (P,) of one user turn and the assistant header, with thinking mode off.
 
     The template writes every special token itself, BOS included, so the tokenizer must add none of
     its own. Raises ValueError when the text holds characters that the tokenizer does not know.
@@ -205,8 +205,8 @@ def stop_ids_of(tokenizer, config_eos: tuple[int, ...]) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's eos, those of (generation_)config.json, and
     <|endoftext|>.
 
-    They disagree in practice: Qwen3's tokenizer names <|im_end|> alone, its generation config also
-    <|endoftext|>, and a sampler that misses one of them writes on until the cap.
+    These sources disagree in practice: Qwen3's tokenizer names only <|im_end|>, its generation
+    config also <|endoftext|>, and a sampler that misses a stop id samples on to max_new_tokens.
     """
     ids = {*config_eos, tokenizer.eos_token_id, tokenizer.get_vocab().get("<|endoftext|>")} - {None}
     if not ids:
@@ -216,8 +216,7 @@ def stop_ids_of(tokenizer, config_eos: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def encode_prompts(tokenizer, problems: list[Problem], instruction: str) -> None:
-    """Give every problem its prompt_ids: they belong to the problem, as two files may share uids.
-    """
+    """Set prompt_ids of every problem; not stored by uid, because two files may share uids."""
     for p in problems:
         p.prompt_ids = render_prompt(tokenizer, p.question, instruction)
 
@@ -233,7 +232,7 @@ def check_prompts_fit(problems: list[Problem], max_new_tokens: int, context: int
 
 
 # --------------------------------------------------------------------------------------------------
-# Order: a function of counters, so that resuming and dealing to ranks need no state
+# Order: a function of counters, so that resuming and sharding over ranks need no state
 
 @lru_cache(maxsize=2)
 def order(n_problems: int, seed: int, epoch: int) -> np.ndarray:
@@ -247,9 +246,9 @@ def problems_for_step(problems: list[Problem], seed: int, step: int,
     """The `per_step` queries of step `step` as (query_index, problem); query_index counts over the
     whole run.
 
-    Epochs follow each other without a gap and nothing is dropped, so a step may lie across two
-    permutations. There (or if per_step exceeds the number of problems) the same problem can come
-    twice; query_index still tells the two apart.
+    Epochs are concatenated and nothing is dropped, so a step may span two permutations. Such a step
+    (or one with per_step > the number of problems) can hold the same problem twice, under different
+    query_index.
     """
     n, batch = len(problems), []
     for query in range(step * per_step, (step + 1) * per_step):

@@ -5,10 +5,10 @@ Face folder.
     python eval.py config/eval_aime.py --init_from=Qwen/Qwen3-8B --out=out/base  # §4.1: contests
     python eval.py config/filter_deepscaler.py --init_from=out/aime/coldstart/final  # §4.1
 
-Sampler, grader and prompt are those of training. Every sample is in OUT.samples.jsonl as soon as it
-is graded, and the same command continues there after a kill. Deliberately missing: majority voting,
-several processes (noise depends on the problem alone, so dealing problems out by index would not
-change a sample).
+Sampler, grader and prompt are those of training. Every graded sample is appended to
+OUT.samples.jsonl, and the same command resumes there after a kill. Deliberately missing: majority
+voting, multiple processes (noise depends on the problem alone, so sharding problems by index would
+not change a sample).
 """
 import collections
 import functools
@@ -50,32 +50,32 @@ from rollout import EVALUATION, completion_text, generate
 
 # --- what is measured -----------------------------------------------------------------------------
 init_from = ""                      # Hugging Face folder or hub id
-problems = ""                       # problem files, separated by commas; each is scored by itself
-n_problems: at_least(0) = 0         # the first so many of each file; 0 = all
+problems = ""                       # problem files, separated by commas; each is scored separately
+n_problems: at_least(0) = 0         # problems taken from the start of each file; 0 = all
 instruction = BOXED_INSTRUCTION     # appended to every question; the same as in training
 out = "out/eval"                    # writes OUT.json, OUT.problems.txt and OUT.samples.jsonl
-resume = True                       # keep what OUT.samples.jsonl holds; False starts it anew
-seed: at_least(0) = 0               # noise depends on (seed, uid, sample): two models see the same
+resume = True                       # reuse the samples in OUT.samples.jsonl; False overwrites them
+seed: at_least(0) = 0               # noise depends on (seed, uid, sample) only, not on the model
 # --- sampling -------------------------------------------------------------------------------------
-samples: at_least(1) = 16           # per problem; of 30 problems 1 has a standard error of 9 points
-temperatures = (1.0, 0.6)           # settings are pairs: what training samples from, ...
-top_ps = (1.0, 0.9)                 # ... and the paper's (§4.1)
-pass_k = (1,)                       # the k of Pass@k
-max_new_tokens: at_least(1) = 8192  # part of the score: longer responses count as wrong
+samples: at_least(1) = 16           # per problem; 1 sample on 30 problems: standard error 9 points
+temperatures = (1.0, 0.6)           # one per setting: 1.0 as in training, 0.6 as in §4.1
+top_ps = (1.0, 0.9)                 # one per temperature: 1.0 as in training, 0.9 as in §4.1
+pass_k = (1,)                       # values of k in Pass@k
+max_new_tokens: at_least(1) = 8192  # affects the score: longer responses count as wrong
 max_rows: at_least(0) = 256         # rows that decode at once; 0: as many as free memory holds
 device: one_of("auto", "cpu", "cuda") = "auto"
 dtype: one_of("float32", "bfloat16") = "float32"
-compile = False                     # torch.compile the blocks: a minute at start
+compile = False                     # torch.compile the blocks; takes a minute at start
 threads: at_least(0) = 0            # CPU threads; 0 = torch's choice
 # --- optional: a judge for ERR behind any OpenAI-compatible address (key: OPENAI_API_KEY) ---------
 judge_url = ""                      # e.g. http://localhost:8000/v1
 judge_model = ""
 # --- optional: keep the problems of middling accuracy in the first setting ------------------------
-filter_out = ""                     # problem file to write, accuracy beside each problem
+filter_out = ""                     # problem file to write, with the accuracy of each problem
 filter_low: between(0, 1) = 0.125
 filter_high: between(0, 1) = 0.875
 
-# what tells a stored sample from all others
+# fields that identify a stored sample
 SAMPLE_KEY = ("temperature", "top_p", "uid", "problem", "sample")
 OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 
@@ -84,8 +84,8 @@ OTHER_OUT = "choose another --out, or --resume=False to overwrite it"
 # Statistics: pure functions
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k): how likely k of n samples, drawn without replacement, hold one of
-    the c right ones."""
+    """1 - C(n-c, k) / C(n, k): probability that k of n samples, drawn without replacement, include
+    one of the c right ones."""
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be estimated from {n} samples per problem; raise "
                          "samples or lower k")
@@ -94,10 +94,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def bootstrap_interval(values, weights=None, draws: int = 2000,
                        seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of sum(values) / sum(weights) when problems (P,) are drawn again
+    """95 % bootstrap percentile interval of sum(values) / sum(weights), resampling problems (P,)
     with replacement.
 
-    weights None means ones: a mean. Resamples whose weights sum to 0 are left out.
+    weights = None: all ones, i.e. the mean. Resamples whose weights sum to 0 are skipped.
     """
     values = np.asarray(values, float)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, float)
@@ -113,9 +113,9 @@ def bootstrap_interval(values, weights=None, draws: int = 2000,
 def dsr_err(correct, reflects) -> dict:
     """§4.3 on boolean arrays (P, n), over the problems whose pass rate is strictly between 0 and 1.
 
-    DSR: of the correct responses, the share that never reflects. ERR: of the responses that
-    reflect, the share that ends correct: by rule, whoever does has found the error (the judge asks
-    for more). None where there is nothing to divide by. Intervals are over problems.
+    DSR: share of correct responses that never reflect. ERR: share of reflecting responses that end
+    correct; this rule assumes that they located and diagnosed the error (the judge checks it). None
+    if the denominator is 0. Intervals are over problems.
     """
     correct, reflects = (np.asarray(a, bool) for a in (correct, reflects))
     mixed = correct.any(1) & ~correct.all(1)
@@ -130,8 +130,8 @@ def dsr_err(correct, reflects) -> dict:
 
 
 def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[int, ...]) -> dict:
-    """The numbers of one problem set in one setting. rows_of: uid -> its n sample rows; levels: uid
-    -> level."""
+    """Metrics of one problem set in one sampling setting. rows_of: uid -> its n sample rows;
+    levels: uid -> level."""
     def share(*grades):
         return float(np.mean([row["grade"] in grades for rows in rows_of.values() for row in rows]))
 
@@ -156,7 +156,7 @@ def summarise(rows_of: dict[str, list[dict]], levels: dict[str, str], ks: tuple[
     return scores(per_problem) | {
         "no_answer": share("no_answer"),
         "unparsable": share("unparsable"),
-        "timeout": share("timeout", "error"),  # of the grader; neither right nor wrong is known
+        "timeout": share("timeout", "error"),  # of the grader; correctness unknown
         "length": float(lengths.mean()),
         "reflect_rate": float(reflects.mean()),
         **dsr_err([[is_correct(row) for row in rows] for rows in rows_of.values()], reflects),
@@ -192,13 +192,13 @@ def sample_key(row: dict) -> tuple:
 
 
 def is_correct(row: dict) -> bool:
-    """The one place where a stored sample counts as right. A truncated one is graded so, whatever
-    it says."""
+    """Whether a stored sample counts as right. A truncated one never does: its grade is
+    "truncated"."""
     return row["grade"] == "correct"
 
 
 def load_model(c, tokenizer, problems: list[Problem]):
-    """The model in c.dtype on c.device and its stop ids, once every prompt is known to fit its
+    """The model in c.dtype on c.device and its stop ids. Checks that every prompt fits its
     context."""
     device = pick_device(c.device)
     if c.threads:
@@ -217,13 +217,13 @@ def sample_all(c, problems: list[Problem],
     `path` does not hold."""
     tokenizer = load_tokenizer(c.init_from)
     encode_prompts(tokenizer, problems, c.instruction)
-    # a stored sample is of one prompt and one answer; after a change of either it is drawn anew
+    # a stored sample belongs to one prompt and one gold answer; if either changes, sample again
     marks = {p.uid: zlib.crc32(json.dumps([p.prompt_ids, p.answer]).encode()) for p in problems}
     header = {"weights": weights_mark(c.init_from), "seed": c.seed,
               "max_new_tokens": c.max_new_tokens, "dtype": c.dtype}
     stored = collections.defaultdict(dict)
     for row in jsonl.begin_or_resume(path, header, OTHER_OUT, resume=c.resume):
-        del row["text"]  # responses may be long and many; the file keeps them
+        del row["text"]  # texts stay in the file: they may not fit in memory
         stored[sample_key(row)[:-1]][row["sample"]] = row
     model, rows, results = None, 0, {}
     with open(path, "a", encoding="utf-8") as file:
@@ -234,7 +234,7 @@ def sample_all(c, problems: list[Problem],
                 model, stop_ids = load_model(c, tokenizer, problems)
                 longest = max(len(p.prompt_ids) for p in problems)
                 rows = c.max_rows or rows_that_fit(model, longest, c.max_new_tokens)
-            # problems between two writes to disk: several batches, as the last rows of each wait
+            # problems per write to disk: 4 full batches, as the end of each call leaves rows idle
             at_once = max(1, -(-4 * rows // c.samples))
             bar = tqdm(total=len(problems), initial=len(problems) - len(missing), unit=" problems",
                        desc=f"T {temperature} top-p {top_p}", disable=not missing)
@@ -254,7 +254,7 @@ def sample_all(c, problems: list[Problem],
                     row = {"temperature": temperature, "top_p": top_p, "uid": p.uid,
                            "problem": marks[p.uid], "sample": i, "tokens": len(completion.ids),
                            "answer": grade.answer,
-                           # wrong, as in training
+                           # truncated counts as wrong, as in training
                            "grade": grade.status if completion.finished else "truncated",
                            "reflects": reflect.reflects(text)}
                     groups[p.uid][i] = row
@@ -268,7 +268,7 @@ def sample_all(c, problems: list[Problem],
 
 
 # --------------------------------------------------------------------------------------------------
-# The judge (optional) is asked about every reflecting response what no rule can see
+# Judge model (optional): does a reflecting response locate and diagnose a real error?
 
 JUDGE_PROMPT = """\
 Below are a math problem and one student's response, in which the student doubts an earlier step.
@@ -302,10 +302,10 @@ def ask_judge(url: str, model: str, question: str, response: str) -> dict | None
 
 def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
               path: Path) -> dict[tuple, dict | None]:
-    """Verdicts on these rows by sample_key. What is at `path` already is not asked again.
+    """Verdicts on `rows` by sample_key. Verdicts already stored at `path` are not requested again.
 
-    A judge that fails costs its remaining verdicts and nothing else: all samples are on disk before
-    the first call.
+    If the judge fails, only the remaining verdicts are lost: all samples are on disk before the
+    first call.
     """
     header = {"judge_model": c.judge_model, "prompt": zlib.crc32(JUDGE_PROMPT.encode()),
               "samples": weights_mark(c.init_from)}
@@ -326,7 +326,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
                 print(json.dumps(kept | {"verdict": verdict}), file=file, flush=True)
                 verdicts[sample_key(row)] = verdict
                 done += 1
-        # absent, late, cut off, no chat reply
+        # unreachable, timed out, disconnected, or not a chat completion
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:
             print(f"WARNING: the judge at {c.judge_url} failed after {done} of {len(todo)} "
                   f"verdicts ({type(e).__name__}: {e}); no sample is lost, the same command asks "
@@ -340,7 +340,7 @@ def judge_all(c, problems: list[Problem], rows: list[dict], samples_path: Path,
 # Printing and the script
 
 def table(rows: list[list[str]]) -> str:
-    """Rows of cells with aligned columns: the first to the left, all others to the right."""
+    """Rows of cells in aligned columns: the first left-aligned, all others right-aligned."""
     first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([name.ljust(first), *map(str.rjust, cells, widths)])
                      for name, *cells in rows)
@@ -374,7 +374,7 @@ def results_table(settings: list[dict]) -> str:
 
 
 def problems_table(settings: list[dict]) -> str:
-    """One line per problem: what hides behind a mean."""
+    """One line per problem and setting: the counts behind the means."""
     rows = [["problem", "level", "set", "T", "top-p", "right", "samples", "truncated"]]
     for s in settings:
         rows += [[p["uid"], p["level"], s["set"], f"{s['temperature']:g}", f"{s['top_p']:g}",
@@ -383,7 +383,7 @@ def problems_table(settings: list[dict]) -> str:
 
 
 def check_config(c) -> None:
-    """Refuse before sampling what would fail after it. One line each: value, rule, fix."""
+    """Refuse before sampling settings that would fail after it; messages give value, rule, fix."""
     for key in ("init_from", "problems"):
         if not getattr(c, key):
             raise ValueError(f"{key} is not set; pass --{key}=PATH")
@@ -402,8 +402,8 @@ def check_config(c) -> None:
 
 
 def write_filtered(c, problems: list[Problem], rows_of: dict[str, list[dict]]) -> None:
-    """§4.1: keep the problems whose accuracy is within [filter_low, filter_high], and note it
-    beside each."""
+    """§4.1: save the problems whose accuracy is within [filter_low, filter_high], each with its
+    accuracy."""
     accuracy = {uid: sum(map(is_correct, rows)) / len(rows) for uid, rows in rows_of.items()}
     kept = [p for p in problems if c.filter_low <= accuracy[p.uid] <= c.filter_high]
     if not kept:

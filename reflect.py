@@ -1,26 +1,25 @@
-r"""Trajectory construction: which mistakes to learn from, the synthesis prompt, parsing, token
-roles. Text lives here.
+r"""Trajectory construction: pair selection, synthesis prompt, parsing, token roles.
 
 TAPO (arXiv 2606.18844) §3.3, Eq. 3, Algorithm 1 lines 8-14. A wrong response y- and a right one y+
 to the same question go into a synthesis prompt; the policy answers
 <analysis>..</analysis><reconstruction>..</reconstruction>, and the reconstruction is the
 constructed trajectory y_ref: y- up to and including its first error, a short reflection, corrected
-reasoning. In names: a construction, or `is_reflection`, is the whole of y_ref; DIAGNOSIS is the
-role of the inserted <reflection>; <analysis> locates the error, for the cold start alone to learn.
+reasoning. Naming: a construction (`is_reflection`) is the whole of y_ref; DIAGNOSIS is the role of
+the inserted <reflection>; <analysis> locates the error and is trained on in the cold start only.
 
-y_ref keeps y-'s OWN token ids (trap 1). Text seams do not round-trip: "3.\n" + "\nWait" has other
-ids in one piece than in two. Only what is newly written is encoded, once. A token that touches the
-reflection counts as reflection.
+y_ref reuses y-'s OWN token ids (trap 1), because text does not round-trip: "3.\n" + "\nWait" has
+different ids encoded as one string than as two. Only the new text is encoded, in one call. A token
+that overlaps the reflection gets role DIAGNOSIS.
 
-Deliberately missing: grading, and retries: a synthesis that fails is dropped under one of
-DROP_REASONS and counted (the paper reports 80-90 % that parse).
+Deliberately missing: grading, and retries: a failed synthesis is dropped with one of DROP_REASONS
+and counted (in the paper 80-90 % parse).
 """
 import re
 import zlib
 from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
-from os.path import commonprefix  # of any two strings
+from os.path import commonprefix  # works on any strings, not only paths
 
 import numpy as np
 
@@ -28,37 +27,37 @@ import answers
 from data import Problem, render_prompt
 from rollout import CORRECTION, DIAGNOSIS, PREFIX, Completion, Rollout, generate
 
-# y_ref keeps y- with its error (the paper) | up to its error, and inserts nothing (as InT does,
-# arXiv 2601.14209) | is a fresh solution | is y+ (control)
+# y_ref keeps y- including its error (the paper) | keeps y- up to the error, without a diagnosis
+# (InT, arXiv 2601.14209) | is a fresh solution | is y+ itself (control)
 PREFIX_MODES = ("micro", "replace", "full", "copy")
 _COLD_START = ("cold start the policy (coldstart.py, for a small model --synthesis=rule), or try "
                "another template")
-DROP_REASONS = {  # reason: what mends it
-    # y- and y+ do not fit the context; found before anything is sampled
+DROP_REASONS = {  # reason: suggested fix
+    # synthesis prompt + max_synthesis_tokens exceed the context; checked before sampling
     "prompt_too_long": "lower max_new_tokens or max_synthesis_tokens, or use template = 'short'",
-    # the synthesis hit its cap before it closed the reconstruction
+    # the synthesis hit max_synthesis_tokens before </reconstruction>
     "unfinished": "raise max_synthesis_tokens, or cold start the policy (coldstart.py)",
     # tags missing, repeated or out of order, or an empty reflection
     "unparsable": _COLD_START,
-    "no_divergence": _COLD_START,        # y_ref says nothing that y- does not say
-    "prefix_not_verbatim": _COLD_START,  # what stands before the reflection is not how y- begins
-    "empty_prefix": _COLD_START,         # nothing of y- is preserved
-    "no_correction": _COLD_START,        # it stops after the reflection
-    "no_reflection": _COLD_START,        # without tags: where it leaves y-, it voices no doubt
+    "no_divergence": _COLD_START,        # y_ref is only a prefix of y-
+    "prefix_not_verbatim": _COLD_START,  # text before <reflection> is no prefix of y-
+    "empty_prefix": _COLD_START,         # no text of y- is preserved
+    "no_correction": _COLD_START,        # no text after the reflection
+    "no_reflection": _COLD_START,        # untagged, and no MARKERS where y_ref leaves y-
     # the new text holds a stop token, another special token, or a tag
     "special_token": _COLD_START,
-    "too_long": "raise max_new_tokens",  # y_ref has more
+    "too_long": "raise max_new_tokens",  # y_ref is longer than max_new_tokens
 }
 TAGS = [f"<{slash}{name}>" for slash in ("", "/") for name in (
     "analysis", "reconstruction", "reflection", "wrong", "right", "micro", "full", "solve")]
 TAG = re.compile("|".join(TAGS))
-# never cut in two: a word, a number (12.5), a LaTeX command
+# units that a prefix must not split: a word, a number (12.5), a LaTeX command
 ATOM = re.compile(r"\\?\w+(?:[.,]\d+)*", re.ASCII)
-SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # the first one, its end included
+SENTENCE = re.compile(r"\s*.*?(?:[.!?](?=\s)|\n|\Z)", re.DOTALL)  # one sentence with its terminator
 
-# Stand-in for the paper's judge in DSR / ERR (§4.3): a response reflects when it voices doubt about
-# an earlier step. A planned check ("let me verify by substitution") is no doubt, and "wait for 5
-# minutes" is a word problem.
+# Replaces the paper's judge model in DSR / ERR (§4.3): a response reflects if it expresses doubt
+# about an earlier step. A planned check ("let me verify by substitution") does not count, nor does
+# "wait for 5 minutes" in a word problem.
 MARKERS = re.compile(
     r"\bWait\b(?! (?:times?|for|until)\b)|\b(?:[Bb]ut|[Nn]o|[Oo]h|[Hh]mm+),? wait\b"
     r"|\bHmm+\b|\b[Hh]old on\b"
@@ -156,10 +155,10 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
 
     A group is eligible iff it has at least n_pos right and n_neg wrong responses; then up to m_max
     of its wrong ones are paired, each with a right one drawn uniformly from the same group. A
-    truncated response counts as wrong but is never used: it has no end to reflect from. Nor is one
-    that the grader could not judge: it may be right. key: counters, e.g. (seed, PAIRING, step).
-    Every group draws its own noise, so its pairs do not depend on which other groups this process
-    holds (trap 7).
+    truncated response counts as wrong but is never paired: it has not ended. A response that
+    the grader could not judge is not paired either: it may be right. key: counters, e.g. (seed,
+    PAIRING, step). Every group draws its own noise, so its pairs do not depend on which other
+    groups this process holds (trap 7).
     """
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
@@ -169,7 +168,7 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
         right, wrong = [r for r in group if r.reward > 0], [r for r in group if r.reward <= 0]
         if len(right) < n_pos or len(wrong) < n_neg:
             continue
-        # neither cut off nor left unjudged: such a response may be right
+        # skip truncated and ungraded responses: they may be right
         usable = [r for r in wrong if r.finished and r.grade not in ("timeout", "error")]
         # not hash(), which is salted per process
         noise = np.random.SeedSequence((*key, zlib.crc32(name.encode())))
@@ -183,10 +182,10 @@ def select_pairs(rollouts: list[Rollout], *, n_pos: int, n_neg: int, m_max: int,
 
 @dataclass
 class Construction:
-    """What came of one pair (y-, y+)."""
+    """Synthesis and outcome of one pair (y-, y+)."""
     wrong: Rollout
-    prompt_ids: list[int]          # of the synthesis; [] for copies
-    synthesis: Completion | None   # what was written about the two; None where nothing was sampled
+    prompt_ids: list[int]          # synthesis prompt; [] for copies
+    synthesis: Completion | None   # completion of the prompt; None for copies and prompt_too_long
     outcome: Rollout | str         # y_ref, not yet scored, or one of DROP_REASONS
 
 
@@ -195,12 +194,12 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
               max_synthesis_tokens: int = 0, by_rule: bool = False,
               **sampling) -> list[Construction]:
     """Alg. 1 lines 12-14: for every pair the policy writes a synthesis, from which y_ref is built
-    -> one Construction each.
+    -> one Construction per pair.
 
     key: counters (seed, REFLECTION, step); a pair's noise depends on its own query alone, not on
-    which other queries this process holds. max_synthesis_tokens 0: twice max_new_tokens. by_rule:
-    rule_synthesis stands in for the policy. prefix_mode 'copy' needs no synthesis: y_ref is y+
-    itself.
+    which other queries this process holds. max_synthesis_tokens = 0 means 2 * max_new_tokens.
+    by_rule: rule_synthesis writes the synthesis instead of the policy. prefix_mode 'copy' needs no
+    synthesis: y_ref is y+ itself.
     """
     if prefix_mode == "copy":
         return [Construction(wrong, [], None, copy_correct(wrong, correct, decoupled=decoupled))
@@ -210,7 +209,7 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
     for wrong, correct in pairs:
         prompt = synthesis_prompt(tokenizer, wrong.problem, wrong.text, correct.text, template,
                                   prefix_mode)
-        built.append(Construction(wrong, prompt, None, "prompt_too_long"))  # until it is written
+        built.append(Construction(wrong, prompt, None, "prompt_too_long"))  # replaced if it fits
         if len(prompt) + limit > model.config.max_position_embeddings:
             continue
         if by_rule:
@@ -219,7 +218,7 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
             built[-1].synthesis = Completion(ids, [], finished=True)
         else:
             asked.append(built[-1])
-            # the pair's number within its query, so that its noise is its own
+            # index of the pair within its query, so that every pair has its own noise
             earlier = sum(other.wrong.query == wrong.query for other in built[:-1])
             keys.append((*key, wrong.query, earlier))
     written = generate(model, [c.prompt_ids for c in asked], 1, keys=keys, max_new_tokens=limit,
@@ -237,38 +236,38 @@ def construct(model, tokenizer, pairs: list[tuple[Rollout, Rollout]], *, prefix_
 def synthesis_prompt(tokenizer, problem: Problem, wrong: str, right: str,
                      template: str = "long", kind: str = "micro") -> list[int]:
     """Ids (P,) of the prompt that asks for y_ref (§3.3); kind: a prefix_mode, or 'teacher' for
-    OPSD's privileged prompt, which shows no wrong response. Never trained on: y_ref is trained
-    under the question."""
+    OPSD's privileged prompt, which shows no wrong response. In RL y_ref is trained under the
+    question, not under this prompt."""
     kind = "micro" if kind == "replace" else kind
     if kind not in TEMPLATES.get(template, {}):
         raise ValueError(f"template = {template!r} has no prompt for {kind!r}; use template = "
                          "'long' | 'short' with prefix_mode = 'micro' | 'full'")
     fields = {"question": problem.question, "wrong": _showable(tokenizer, wrong),
               "right": _showable(tokenizer, right)}
-    # One pass, no str.format: braces of the template's and of the inserted LaTeX stay as they are.
+    # One re.sub pass, no str.format: braces in the template and in the inserted LaTeX stay as is.
     text = re.sub(r"\{(question|wrong|right)\}", lambda match: fields[match[1]],
                   TEMPLATES[template][kind])
     return render_prompt(tokenizer, text, instruction="")
 
 
 def _showable(tokenizer, text: str) -> str:
-    """A response without what would end its block or the chat turn (tags, special tokens) or cannot
-    be encoded.
+    """Remove tags and special tokens, which would close the response's block or the chat turn, and
+    characters that the tokenizer cannot encode.
 
-    Removed, not escaped: a small vocabulary may lack the characters. If a removed piece was part of
-    the preserved prefix, the policy's copy is not verbatim and the construction is dropped.
+    Removed, not escaped: a small vocabulary may lack escape characters. If the preserved prefix
+    contained a removed piece, the policy's copy is not verbatim and the construction is dropped.
     """
     specials = [tokenizer.convert_ids_to_tokens(i) for i in sorted(_special_ids(tokenizer))]
     while True:
         shown = _without_unknown(tokenizer, _without(text, TAGS + specials))
         if shown == text:
             return text
-        text = shown  # shorter: what stood around a removed piece may have become another
+        text = shown  # repeat: a removal may join its neighbours into another tag
 
 
 def _without(text: str, pieces: list[str]) -> str:
-    """text without any of these strings, also those that a removal creates: of "<mi<micro>cro>"
-    nothing is left."""
+    """Remove `pieces` from text, including those that a removal creates: "<mi<micro>cro>" becomes
+    the empty string."""
     ends, longest = tuple({piece[-1] for piece in pieces}), max(map(len, pieces))
     kept: list[str] = []
     for character in text:
@@ -281,8 +280,8 @@ def _without(text: str, pieces: list[str]) -> str:
 
 
 def _without_unknown(tokenizer, text: str) -> str:
-    """text without the characters that a token of the tokenizer's unknown id stands for. Pieces
-    smaller than a character share its offsets, so characters are marked, never copied by offset."""
+    """Remove the characters that the tokenizer encodes as its unknown id. Sub-character tokens
+    share a character's offsets, so characters are marked by index, never copied by offset."""
     if tokenizer.unk_token_id is None:
         return text
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -303,16 +302,15 @@ def _special_ids(tokenizer) -> set[int]:
 # the paper)
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
-# a op b = c, standing alone: not the end of a longer sum, nor the beginning of one; and its denial
+# a op b = c (EQUATION) and a op b is not c (DENIAL), neither of them part of a longer expression
 EQUATION, DENIAL = (re.compile(
     rf"(?<![\w.,])(?<![-+*/] ){_NUMBER} ?([-+*/]) ?{_NUMBER} ?{is_} ?{_NUMBER}"
     r"(?!\d|[.,]\d| ?[-+*/])") for is_ in ("=", "is not"))
 
 
 def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
-    """Scored rollouts -> of each group the (y-, y+) with the longest common beginning. A right
-    answer reached by a false statement is no y+, and a group without a y- and a y+ that part is
-    left out."""
+    """Scored rollouts -> per group the pair (y-, y+) with the most common leading sentences. A y+
+    must contain no false equation. A group in which no y- diverges from a y+ gives no pair."""
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)
@@ -325,27 +323,26 @@ def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
                 shared = parting(sentences(wrong.text), sentences(right.text))
                 candidates += [(shared, wrong, right)] if shared is not None else []
         if candidates:
-            # the first of equals
+            # max returns the first of ties
             pairs.append(max(candidates, key=lambda candidate: candidate[0])[1:])
     return pairs
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences and lines, each with its end and the whitespace before it: joined they are the
-    text."""
+    """Split text into sentences and lines, each with its terminator and leading whitespace: their
+    concatenation is the text."""
     return [sentence for sentence in SENTENCE.findall(text) if sentence]
 
 
 def parting(wrong: list[str], right: list[str]) -> int | None:
-    """Index of the first sentence in which they differ; None if one is the beginning of the other.
-    """
+    """Index of the first differing sentence; None if one list is a prefix of the other."""
     pairs = zip(wrong, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a.strip() != b.strip()), None)
 
 
 def rule_synthesis(wrong_text: str, right_text: str) -> str:
-    r"""What the policy should write about the two: y- up to and including the first sentence that
-    parts from y+, a remark that names what it says, and y+ from there on.
+    r"""The synthesis that the policy should write: y- up to and including the first sentence that
+    differs from y+, a remark that names the error in it, then y+ from that sentence on.
 
         y- "3 + 4 = 7\nThe answer is 7."   y+ "3 * 4 = 12\nThe answer is 12."   gives
         3 + 4 = 7\n<reflection>Wait, 3 + 4 is not the right step here.</reflection>\n3 * 4 = 12\n...
@@ -373,12 +370,12 @@ def name_error(said: str) -> tuple[str, str]:
 
 
 def statements(text: str) -> list[bool]:
-    """The truth of every `a op b = c` and every `a op b is not c` of a text."""
+    """Truth values of every `a op b = c` and every `a op b is not c` in a text."""
     return [*map(holds, EQUATION.findall(text)), *(not holds(e) for e in DENIAL.findall(text))]
 
 
 def holds(equation: tuple[str, str, str, str]) -> bool:
-    """Whether (a, op, b, c) of EQUATION is true, exactly."""
+    """Whether a match (a, op, b, c) of EQUATION is true in exact arithmetic."""
     a, sign, b, c = equation
     a, b, c = Fraction(a), Fraction(b), Fraction(c)
     return {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b != 0 and a == c * b}[sign]
@@ -390,21 +387,21 @@ def holds(equation: tuple[str, str, str, str]) -> bool:
 
 @dataclass
 class Synthesis:
-    """A parsed reconstruction: prefix + diagnosis + correction is all of it but the tags."""
-    prefix: str      # before <reflection>; "" where there is no such tag
-    diagnosis: str   # between the reflection tags; "" likewise
-    correction: str  # after them; the whole reconstruction where there are none
+    """A parsed reconstruction; prefix + diagnosis + correction is its text without the tags."""
+    prefix: str      # before <reflection>; "" if untagged
+    diagnosis: str   # between the reflection tags; "" if untagged
+    correction: str  # after </reflection>; the whole reconstruction if untagged
     tagged: bool
 
 
 def parse_synthesis(text: str) -> Synthesis | str:
-    r"""The policy's answer -> its parts, or the reason to drop it, "unparsable".
+    r"""Text of a synthesis -> its parts, or the drop reason "unparsable".
 
-    Both blocks are needed, each tag once, in order; the reflection tags once, in order, inside the
-    reconstruction, or not at all. What stands around the blocks is ignored, a stop token too.
-    Newlines just inside the reconstruction tags are format and are stripped. All others are
-    content, also those beside the reflection tags: "3.\n<reflection>Wait.</reflection>\nSo" reads
-    "3.\nWait.\nSo".
+    Both blocks are required, each tag once, in order; the reflection tags once, in order, inside
+    the reconstruction, or not at all. Text around the blocks, such as a stop token, is ignored.
+    Newlines just inside the reconstruction tags are formatting and are stripped. All others are
+    content, including those next to the reflection tags: "3.\n<reflection>Wait.</reflection>\nSo"
+    gives "3.\nWait.\nSo".
     """
     parts = _between(text, "analysis", "reconstruction")
     if parts is None:
@@ -417,23 +414,21 @@ def parse_synthesis(text: str) -> Synthesis | str:
 
 
 def _between(text: str, *names: str) -> list[str] | None:
-    """text cut at <a>, </a>, <b>, </b>: the pieces around the tags, or None unless each occurs once
+    """Split text at the tags <a>, </a>, <b>, </b> of names a, b; None unless every tag occurs once
     and in order."""
     tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
     return re.split("|".join(tags), text) if re.findall("|".join(tags), text) == tags else None
 
 
 def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str, str] | str:
-    """(preserved prefix: how y- begins, to the character; diagnosis; correction), or the reason to
-    drop.
+    """-> (preserved prefix, an exact prefix of y-; diagnosis; correction), or a drop reason.
 
-    With reflection tags the prefix ends where they stand; whitespace before them that y- does not
-    have is diagnosis. Without tags y_ref diverges where it stops agreeing with y-, moved back to
-    the start of a half-shared word or number ("x = 12" and "x = 13" part before the 1); the first
-    sentence from there on is the diagnosis if it voices a doubt, and otherwise nothing is reflected
-    upon.
+    With reflection tags the prefix ends at <reflection>; whitespace before the tag that y- lacks
+    belongs to the diagnosis. Without tags the prefix is the longest common prefix with y-, cut back
+    to the start of a partly shared word or number ("x = 12" and "x = 13" diverge before the 1); the
+    next sentence is the diagnosis if it expresses doubt, else the drop reason is "no_reflection".
     """
-    # y-'s own leading whitespace, whether copied or not
+    # y_ref starts with the leading whitespace of y-, whether or not the policy copied it
     lead = wrong_text[:len(wrong_text) - len(wrong_text.lstrip())]
     whole = lead + (synthesis.prefix + synthesis.diagnosis + synthesis.correction).lstrip()
     if wrong_text.startswith(whole.rstrip()):
@@ -459,7 +454,7 @@ def split_at_divergence(synthesis: Synthesis, wrong_text: str) -> tuple[str, str
 
 
 def _boundary(text: str, end: int) -> int:
-    """`end`, or the start of the ATOM that it lies strictly inside of."""
+    """`end`, or the start of the ATOM match that strictly contains it."""
     return next((m.start() for m in ATOM.finditer(text) if m.start() < end < m.end()), end)
 
 
@@ -468,12 +463,12 @@ def _decode(tokenizer, ids: list[int]) -> str:
 
 
 def token_boundary(tokenizer, ids: list[int], prefix: str) -> int:
-    """Largest n such that ids[:n] decode to a beginning of `prefix`, which is itself a beginning of
-    the decoded ids.
+    """Largest n such that `prefix` starts with the decoded ids[:n]; the decoded ids must start with
+    `prefix`.
 
-    Bisection on the decoded length, which never shrinks as ids are added. Then back over the pieces
-    of a cut character: in a byte-level vocabulary one character can be several tokens, and a part
-    of it decodes to U+FFFD.
+    Bisection on the decoded length, which never shrinks as ids are added, then steps back out of a
+    split character: in a byte-level vocabulary one character can be several tokens, and a part of
+    it decodes to U+FFFD.
     """
     n = bisect_right(range(1, len(ids) + 1), len(prefix),
                      key=lambda n: len(_decode(tokenizer, ids[:n])))
@@ -487,8 +482,8 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     r"""Encode the three texts as ONE string -> ids (C,), roles (C,).
 
     before "3.", diagnosis "\n\nWait.", correction " So": tokens 3 | .\n\n | Wait | . | _So have
-    roles 0 1 1 1 2. Offsets that leave out a token's leading space (Llama 3's do) are widened back
-    to the end of the token before it.
+    roles 0 1 1 1 2. Offsets that exclude a token's leading space (as Llama 3's do) are extended
+    back to the end of the previous token.
     """
     encoding = tokenizer(before + diagnosis + correction, add_special_tokens=False,
                          return_offsets_mapping=True)
@@ -496,8 +491,8 @@ def encode_with_roles(tokenizer, before: str, diagnosis: str, correction: str,
     spans, roles = encoding["offset_mapping"], []
     for i, (low, high) in enumerate(spans):
         low = min(low, spans[i - 1][1]) if i else 0
-        # CRITICAL: one shared character makes a token DIAGNOSIS, or the reflection would leak into
-        # the gradient
+        # CRITICAL: a token that shares one character with the reflection is DIAGNOSIS, otherwise
+        # the reflection leaks into the gradient
         touches = low < end and high > start and start < end
         roles.append(DIAGNOSIS if touches else before_role if low < start else CORRECTION)
     return encoding["input_ids"], roles
@@ -507,16 +502,16 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
                      max_new_tokens: int, decoupled: bool) -> Rollout | str:
     """y- and the sampled synthesis -> the constructed trajectory y_ref, or one of DROP_REASONS.
 
-    'micro': y-'s own ids up to the divergence, then what the policy wrote, encoded once. 'replace':
-    y-'s own ids up to the start of the sentence with the error, then the correction. 'full': all of
-    it is new, with role CORRECTION (a tagged reflection is DIAGNOSIS all the same). The stop token
-    is appended. A synthesis that hit its cap after it had closed the reconstruction is complete.
-    decoupled: y_ref gets a group of its own (§3.4).
+    'micro': y-'s own ids up to the divergence, then the policy's text, encoded in one call.
+    'replace': y-'s own ids up to the start of the sentence with the error, then the correction.
+    'full': all tokens are new, with role CORRECTION (DIAGNOSIS for a tagged reflection). The stop
+    token is appended. A synthesis truncated after </reconstruction> is accepted. decoupled: y_ref
+    gets its own advantage group (§3.4).
     """
     parsed = parse_synthesis(_decode(tokenizer, synthesis.ids))
     if isinstance(parsed, str):
         return parsed if synthesis.finished else "unfinished"
-    # y- has ended: see select_pairs
+    # y- ends with its stop token: only finished responses are paired
     body, stop_id = wrong.completion_ids[:-1], wrong.completion_ids[-1]
     wrong_text = _decode(tokenizer, body)
     if prefix_mode in ("micro", "replace"):
@@ -527,7 +522,7 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
         if prefix_mode == "replace":
             preserved, diagnosis, correction = before_error(preserved), "", correction.lstrip()
         prefix_ids = body[:token_boundary(tokenizer, body, preserved)]
-        # the cut may lie inside a token
+        # the preserved prefix may end inside a token
         before, before_role = preserved[len(_decode(tokenizer, prefix_ids)):], PREFIX
     else:
         prefix_ids, before, before_role = [], parsed.prefix, CORRECTION
@@ -546,8 +541,8 @@ def build_reflection(tokenizer, wrong: Rollout, synthesis: Completion, *, prefix
 
 
 def copy_correct(wrong: Rollout, correct: Rollout, *, decoupled: bool) -> Rollout:
-    """Control, prefix_mode = 'copy': y_ref is y+ itself. What TAPO gains over it cannot be
-    imitation of y+."""
+    """Control, prefix_mode = 'copy': y_ref is y+ itself. A gain of TAPO over this control cannot
+    come from imitating y+."""
     roles = [CORRECTION] * len(correct.completion_ids)
     return _reflection(wrong, correct.completion_ids, roles, correct.finished, correct.text,
                        decoupled, new=correct.text)
@@ -565,29 +560,29 @@ def _reflection(wrong: Rollout, ids: list[int], roles: list[int], finished: bool
 
 
 def before_error(preserved: str) -> str:
-    """The preserved prefix without its last sentence, the one that holds the error; "" of one."""
+    """The preserved prefix without its last sentence, which holds the error; "" if none is left."""
     preserved = preserved.rstrip()
     return preserved[:len(preserved) - len(sentences(preserved)[-1].lstrip())]
 
 
 def is_kept(r: Rollout, keep: str) -> bool:
-    """Is this scored construction trained on? keep = 'all' | 'right', by its reward ('w/o
+    """Whether a scored construction is trained on. keep: 'all' | 'right', only if reward > 0 ('w/o
     Negative', Table 4) | 'faithful', unless it states something false (not in the paper).
 
-    A construction is rewarded for its answer, which its writer was shown: it can be right without
-    having been worked out.
+    The reward checks only the answer, which the synthesis prompt shows: a construction can earn it
+    without valid reasoning.
     """
     return keep == "all" or (r.reward > 0 if keep == "right" else r.faithful is not False)
 
 
 def token_masks(roles: list[int], *, diagnosis: str,
                 train_prefix: bool) -> tuple[list[float], list[float]]:
-    """What each token of a constructed trajectory is for: (carries gradient, Eq. 7 weighs it), 1 or
-    0 a token.
+    """Loss mask (1: carries gradient) and OTS mask (1: weighted by Eq. 7) of a constructed
+    trajectory, one entry per token.
 
     diagnosis = 'mask' keeps the inserted diagnosis out of the gradient; 'ots' trains it under Eq.
-    7's weights (the paper), 'train' with weight 1. train_prefix = False also keeps out the policy's
-    own wrong reasoning that is preserved.
+    7's weights (the paper), 'train' with weight 1. train_prefix = False also masks the preserved
+    prefix, the policy's own wrong reasoning.
 
         roles 0 0 1 1 2 2, diagnosis = 'mask'   ->   1 1 0 0 1 1,  1 1 0 0 1 1
     """
@@ -599,6 +594,6 @@ def token_masks(roles: list[int], *, diagnosis: str,
 
 
 def reflects(text: str) -> bool:
-    """Does the response doubt a step of its own (MARKERS)? "6 is low. Wait, try 8" does, "Let me
-    verify." does not."""
+    """Whether the response doubts one of its own steps (MARKERS): "6 is low. Wait, try 8" does,
+    "Let me verify." does not."""
     return MARKERS.search(text) is not None

@@ -1,10 +1,10 @@
-"""Is the final answer right? Training, evaluation and cold start ask here, and only here.
+"""The grader: the only source of rewards for training, evaluation and cold start.
 
-A response is right (reward 1) if its answer says the same as the gold one (answers.py). Text and
-fractions settle most pairs at once. The rest needs sympy, in another process that is killed at a
-time limit: LaTeX from a policy can keep it busy for ever, and an alarm in a thread is no limit
-(trap 23). What could not be decided (timeout, error) or read (unparsable, no_answer) is counted
-apart from wrong.
+A response is right (reward 1) if its answer is equivalent to the gold answer (answers.py). Text and
+exact fractions decide most pairs. The rest needs sympy, in a process that is killed at a time
+limit: LaTeX from a policy can keep sympy busy for ever, and an alarm does not work in a thread
+(trap 23). Undecided pairs (timeout, error) and unreadable answers (unparsable, no_answer) are
+counted separately from wrong ones.
 """
 import atexit
 import contextlib
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import answers
 
 START_LIMIT_S = 120.0  # for a worker to import sympy on a busy machine
-SLACK_S = 5.0  # beyond its limit, before a worker that should have replied is taken for dead
+SLACK_S = 5.0  # wait beyond a request's time limit before its worker is considered dead
 # bytes a worker may map: 10^{10^{10}} runs out of memory before it runs out of time
 MEMORY_LIMIT = 2 << 30
 
@@ -44,25 +44,25 @@ def grade_many(texts: list[str], golds: list[str], *, workers: int = 2,
                timeout_s: float = 3.0) -> list[Grade]:
     """Grade responses against their gold answers, in order.
 
-    Most pairs are settled here by text and fractions. The others go to `workers` processes, which
-    are started on first use and kept: equal pairs once, each for at most timeout_s seconds by the
-    clock.
+    Most pairs are decided here by text and fractions. The others go to `workers` processes, which
+    are started on first use and kept alive. Equal pairs are graded once. timeout_s: wall-clock
+    seconds per pair.
     """
     pairs = list(zip(map(answers.extract_boxed, texts), golds, strict=True))
     status = {pair: answers.settle(*pair) for pair in dict.fromkeys(pairs)}
     hard = [pair for pair, known in status.items() if known is None]
 
     def ask(pair):
-        answer, gold = (answers.normalise(x)[0] for x in pair)  # units are settled already
+        answer, gold = (answers.normalise(x)[0] for x in pair)  # settle has compared the units
         return _ask({"answer": answer, "gold": gold}, timeout_s)["status"]
 
-    with ThreadPoolExecutor(workers) as threads:  # no thread starts where nothing is hard
+    with ThreadPoolExecutor(workers) as threads:  # no thread starts if hard is empty
         status.update(zip(hard, threads.map(ask, hard), strict=True))
     return [Grade(float(status[pair] == "correct"), status[pair], pair[0]) for pair in pairs]
 
 
 def score(rollouts: list) -> None:
-    """Verifiable reward of every rollout, 1 or 0. An unfinished response is wrong whatever it says.
+    """Set the verifiable reward (1 or 0) of every rollout. An unfinished response is always wrong.
     """
     grades = grade_many([r.text for r in rollouts], [r.problem.answer for r in rollouts])
     for r, grade in zip(rollouts, grades, strict=True):
@@ -72,8 +72,8 @@ def score(rollouts: list) -> None:
 
 
 def fault_of_gold(gold: str) -> str:
-    """Why `gold` cannot be read, in one line, so that no differently written response could be
-    graded correct; "" if it can."""
+    """One-line reason why `gold` cannot be read, so that only the same text would be graded
+    correct; "" if it can."""
     core, why = answers.normalise(gold)[0], ""
     if not core or len(gold) > answers.MAX_CHARS:
         why = "too long" if core else "empty"
@@ -89,12 +89,12 @@ def fault_of_gold(gold: str) -> str:
 
 
 def _serve() -> None:
-    """The worker: loads sympy once and keeps a fork of itself that does the work. A late fork is
-    killed; the next one is there in milliseconds. Requests and replies are lines of JSON; ends when
-    its input does."""
+    """Worker loop: import sympy once and grade in a forked child. A child that exceeds its time
+    limit is killed and forked again in milliseconds. Requests and replies are lines of JSON; return
+    at end of input."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a library prints is not a reply
-    # Ctrl-C and preemption are the parent's business
+    os.dup2(2, 1)  # keep what libraries print out of the replies
+    # the parent handles Ctrl-C and preemption
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(ValueError, OSError):
@@ -102,7 +102,7 @@ def _serve() -> None:
     logging.disable(logging.CRITICAL)
     first = {"status": "ready"}
     try:
-        # import, fill tables
+        # import sympy and fill its caches before the first fork
         for answer, gold in (("x+1", "1+x"), ("(0,1)", "0<x<1"), ("\\sqrt2", "\\sqrt3")):
             answers.same(answer, gold)
     except Exception as problem:
@@ -132,11 +132,11 @@ def _serve() -> None:
 
 
 def _work(requests: int, replies: int) -> None:
-    """Answer the requests of one file descriptor on another; never return."""
+    """Grade requests read from one file descriptor, write replies to another; never return."""
     for line in os.fdopen(requests):
         request = json.loads(line)
-        # Nobody may be left to kill us. The alarm has no handler, so it ends the process, and C
-        # code with it.
+        # In case the worker died and cannot kill this process: SIGALRM has no handler, so it ends
+        # the process even inside C code.
         signal.setitimer(signal.ITIMER_REAL, request["limit"] + 1)
         try:
             if "answer" in request:
@@ -165,8 +165,8 @@ _alive: set[subprocess.Popen] = set()
 
 
 def _ask(request: dict, timeout_s: float) -> dict:
-    """The reply of an idle worker, else of a new one, within timeout_s and the time it takes to
-    start one."""
+    """Reply of an idle worker, or of a new one if none is idle, within timeout_s + SLACK_S plus the
+    time to start a worker."""
     while True:
         with _lock:
             worker = _idle.pop() if _idle else None
@@ -179,21 +179,21 @@ def _ask(request: dict, timeout_s: float) -> dict:
             reply = _receive(worker, timeout_s + SLACK_S)
         except BrokenPipeError:
             reply = None
-        except BaseException:  # Ctrl-C: the next request would take the reply under way for its own
+        except BaseException:  # Ctrl-C: the next request would read the reply to this one
             _kill(worker)
             raise
         if reply:
             with _lock:
                 _idle.append(worker)
             return reply
-        # it was dead or stopped, by no fault of the request; one that was idle is replaced
+        # the worker died or hung, not due to the request: retry unless it was newly started
         _kill(worker)
         if first_time:
             return {"status": "error", "why": "the worker died"}
 
 
 def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
-    """The worker's next line, which it writes in one piece; None if it died or is late."""
+    """The worker's next line, written by a single write; None if the worker died or is late."""
     poll = select.poll()
     poll.register(worker.stdout, select.POLLIN)
     line = worker.stdout.readline() if poll.poll(timeout_s * 1000) else b""
@@ -201,12 +201,12 @@ def _receive(worker: subprocess.Popen, timeout_s: float) -> dict | None:
 
 
 def _start() -> subprocess.Popen | None:
-    """A new worker; None if it died or was too slow, as on a machine under heavy load: no reason to
-    end a run."""
+    """A new worker; None if it died or was too slow to start: a busy machine must not end the
+    run."""
     worker = subprocess.Popen(
         [sys.executable, os.path.abspath(__file__), "--worker"], bufsize=0, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        start_new_session=True)  # torchrun sends SIGTERM to the parent's whole group
+        start_new_session=True)  # torchrun sends SIGTERM to the parent's process group
     with _lock:
         _alive.add(worker)
     reply = _receive(worker, START_LIMIT_S)
@@ -229,14 +229,14 @@ def _kill(worker: subprocess.Popen) -> None:
 
 
 def _forget() -> None:
-    """In a forked child, whose workers these are not. Its copies of their pipes would let them
-    outlive the parent."""
+    """In a forked child: drop the parent's workers. Open copies of their pipes would keep them
+    alive after the parent ends."""
     global _lock
     _lock = threading.Lock()
     for worker in _alive:
         worker.stdin.close()
         worker.stdout.close()
-        worker.returncode = 0  # or Popen would wait for a process that is not its child
+        worker.returncode = 0  # else Popen waits for a process that is no child of this one
     _alive.clear()
     _idle.clear()
 

@@ -1,23 +1,23 @@
-r"""The CPU-sized world: problems, tokenizer, worked solutions with planted mistakes, and the truth
-about them.
+r"""CPU-sized toy worlds: problems, tokenizer, worked solutions with planted mistakes, and exact
+error labels for any solution.
 
-findx: guess and check. A bad guess shows in its evidence, so a second look can pay.
+findx: guess and check. The evidence shows whether a guess is wrong, so reflection can pay off.
     x*7-21=35        Try 6: 6*7=42, 42-21=21 low. Wait, 6 is too low. Try 8: 8*7=56, 56-21=35 ok.
                      Answer: \boxed{8}
-countdown: combine all given numbers, each once, to land in a range of ten. A miss shows, and
-several routes lead there.
+countdown: combine all given numbers, each once, to land in a range of ten. A miss is visible, and
+several routes reach the answer.
     5,9,15=12..21    Try 15+5=20, 20-9=11 low. Wait, 11 is too low. Try 15-5=10, 10+9=19 ok.
                      Answer: \boxed{19}
-    The answer is the only value in the range that the numbers can make: why so, see the section
-    countdown below.
+    The answer is the only value in the range that the numbers can make (reason: section countdown
+    below).
 
     python toy.py findx --levels=1 --out=data/findx
 
 writes train.jsonl, validation.jsonl and test.jsonl (problems), coldstart.jsonl (worked examples of
 both formats of §3.2, for coldstart.py) and model/ (a fresh small Qwen3 with the world's tokenizer).
-The author of the examples is fallible and gives up after most failed checks, the habit that RL has
-to unlearn; the syntheses' analysis audits every statement. `audit` and `construction` are exact for
-any text, the model's own included: they are the ground truth of localisation.
+The author of the examples makes mistakes and gives up after most failed checks, the habit that RL
+has to unlearn; the analysis of a synthesis example audits every statement. `audit` and
+`construction` are exact for any text, including the model's own: ground truth of localisation.
 
 Deliberately missing: negative numbers, division, values above 99 (three digits are learnt far too
 slowly).
@@ -44,14 +44,14 @@ from hf import save_hf
 from model import CausalLM, ModelConfig
 from reflect import TEMPLATES
 
-WORLDS = {"findx": 0, "countdown": 2}  # number in the noise key of its problems
+WORLDS = {"findx": 0, "countdown": 2}  # world -> number in the noise key of its problems
 SPLITS = ("train", "validation", "test")
 LEVELS = {"findx": ("1", "2", "3"), "countdown": ("3", "4")}
 LARGEST_X, LARGEST_VALUE = 15, 99
 
-# What the author of the cold-start set writes: share of each kind of example. The first three are
-# ordinary solutions. give_up / (give_up + reflective) is how seldom the author looks again after a
-# mistake, well above one half on purpose.
+# Share of each kind of example in the cold-start set. The first three are ordinary solutions.
+# give_up / (give_up + reflective) is the share of mistakes without a reflection, well above one
+# half on purpose.
 SHARES = {"direct": 0.29, "reflective": 0.16, "give_up": 0.34, "micro": 0.15, "full": 0.03,
           "solve": 0.03}
 
@@ -65,7 +65,7 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
 
     The split is a hash of the question's text (80 % train, 10 % validation, 10 % test), so splits
     are disjoint whatever n and seed are. Levels, () for all: findx 1 (small values), 2 (large), 3
-    (the left side falls as x grows); countdown 3 and 4, how many numbers are given.
+    (left side decreasing in x); countdown 3 and 4 (count of given numbers).
     """
     if world not in WORLDS or split not in SPLITS:
         raise ValueError(f"no toy problems for world = {world!r}, split = {split!r}; use "
@@ -77,7 +77,7 @@ def make_problems(world: str, split: str, n: int, seed: int = 0,
     if n > len(pool):
         raise ValueError(f"n = {n}: {world} has only {len(pool)} {split} problems, levels = "
                          f"{levels}; ask for fewer")
-    return [replace(pool[i]) for i in rng.permutation(len(pool))[:n or None]]  # the caller's own
+    return [replace(pool[i]) for i in rng.permutation(len(pool))[:n or None]]  # copies
 
 
 def split_of(question: str) -> str:
@@ -86,7 +86,7 @@ def split_of(question: str) -> str:
 
 @lru_cache(maxsize=1)
 def _all_findx() -> list[Problem]:
-    """Every question of three forms whose values stay within 0..99, 11,984 of them."""
+    """All 11,984 questions of three forms whose values stay within 0..99."""
     problems = []
     for form in ("x*{a}+{b}", "x*{a}-{b}", "{b}-x*{a}"):
         for a in range(2, 10):
@@ -94,7 +94,7 @@ def _all_findx() -> list[Problem]:
                 left = form.format(a=a, b=b)
                 values = {x: [true for _, _, true in calculate(left, x)]
                           for x in range(1, LARGEST_X + 1) if in_range(calculate(left, x))}
-                # room for two different wrong guesses
+                # > 2: at least two different wrong guesses stay in range
                 for x, v in values.items() if len(values) > 2 else ():
                     level = "3" if form[0] == "{" else "1" if max(v) < 50 else "2"
                     question = f"{left}={v[-1]}"
@@ -103,7 +103,7 @@ def _all_findx() -> list[Problem]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Arithmetic: everything that is claimed about a problem goes through `calculate`
+# Arithmetic: `calculate` is the source of every true value
 
 OPERATIONS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub),
               ast.Mult: ("*", operator.mul)}
@@ -116,8 +116,8 @@ def _tree(left: str) -> ast.expr:
 
 def calculate(question: str, x: int | None = None,
               slips: dict[int, int] | None = None) -> list[tuple[str, int, int]]:
-    """The left side worked out innermost first: [(operation, value written, true value of that
-    operation)].
+    """Evaluate the left side, innermost operation first -> [(operation, value written, true value
+    of that operation)].
 
     x*7-21 at x = 6 is [('6*7', 42, 42), ('42-21', 21, 21)]; slips = {0: 41} writes 41 for the first
     operation and carries it on: [('6*7', 41, 42), ('41-21', 20, 20)].
@@ -150,7 +150,7 @@ def target_of(question: str) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def answer_of(question: str) -> int:
-    """The one right answer, worked out from the question alone."""
+    """The unique right answer, computed from the question alone."""
     if is_countdown(question):
         low, high = range_of(question)
         return next(value for value in reachable(numbers_of(question)) if low <= value <= high)
@@ -168,12 +168,12 @@ def in_range(lines: list[tuple[str, int, int]]) -> bool:
 
 def solution(rng: np.random.Generator, question: str,
              kind: str) -> tuple[str, list[tuple[int, int]]]:
-    """A solution as the fallible author writes it, and the (start, end) character spans of the
-    planted wrong tokens.
+    """A worked solution, and the (start, end) character spans of its planted mistakes, which carry
+    no loss.
 
-    direct: right at once. reflective: a mistake, 'Wait', and right. give_up: a mistake, and its
-    answer all the same. What follows from a mistake, its evidence, is stated truly and can be
-    learnt; the mistake itself must not be, or the model learns to make it.
+    direct: right at once. reflective: a mistake, 'Wait', then the right solution. give_up: a
+    mistake whose answer is boxed anyway. The evidence after a mistake is true and is trained on;
+    the mistake itself is not, otherwise the model learns to make it.
     """
     answer = answer_of(question)
     if is_countdown(question):
@@ -196,7 +196,7 @@ def solution(rng: np.random.Generator, question: str,
 
 
 def _failed_guess(rng: np.random.Generator, question: str) -> tuple[list[tuple[str, bool]], int]:
-    """A wrong guess and its evidence: pieces of text and whether each is learnt; the guess."""
+    """A wrong guess and its evidence -> [(text, whether it is trained on)], the guess."""
     guess = wrong_guess(rng, question)
     evidence = trial(question, guess).removeprefix(f"Try {guess}")
     return [("Try ", True), (str(guess), False), (evidence, True)], guess
@@ -220,7 +220,7 @@ def verdict(value: int, low: int, high: int) -> str:
 
 
 def too_far(question: str, value: int) -> str:
-    """The truth about a guess, or about the value that a route reached."""
+    """A true reflection on a guess, or on the value that a route reached."""
     low, high = range_of(question) if is_countdown(question) else [answer_of(question)] * 2
     side = "too low" if value < low else "too high" if value > high else "right"
     return f"Wait, {value} is {side}. "
@@ -236,8 +236,8 @@ def wrong_guess(rng: np.random.Generator, question: str, exclude: tuple[int, ...
 
 
 def random_slip(rng: np.random.Generator, question: str, x: int) -> tuple[int, int]:
-    """(index of an operation, a wrong value near its true one): what follows stays within 0..99,
-    the end is spoilt. There is always one: the last operation can be off by one."""
+    """(index of an operation, a wrong value near its true one), such that all values stay within
+    0..99 and the final one is wrong. One always exists: the last operation can be off by one."""
     true = calculate(question, x)
     for i in rng.permutation(len(true)):
         for off in rng.permutation([-10, -2, -1, -1, 1, 1, 2, 10]):
@@ -252,32 +252,31 @@ def wrong_solution(rng: np.random.Generator, question: str) -> str:
     if is_countdown(question):
         return _wrong_countdown(rng, question)
     guess, draw = wrong_guess(rng, question), rng.random()
-    if draw < 0.5:  # an honest check, and then its answer all the same
+    if draw < 0.5:  # a true check that fails, its guess boxed anyway
         return trial(question, guess) + boxed(guess)
-    if draw < 0.7:  # a reflection that did not help: check two fails, or is bent
+    if draw < 0.7:  # reflection, then a second wrong guess: check fails or is faked
         again = wrong_guess(rng, question, exclude=(guess,))
         second = trial(question, again, {1: target_of(question)} if draw < 0.6 else {})
         return trial(question, guess) + too_far(question, guess) + second + boxed(again)
     where, written = random_slip(rng, question, guess)
-    if draw < 0.8:                                     # evidence bent until it fits
+    if draw < 0.8:                                     # evidence faked to reach the target
         where, written = 1, target_of(question)
     return trial(question, guess, {where: written}) + boxed(guess)
 
 
 # --------------------------------------------------------------------------------------------------
-# The truth about a solution: which statement is the first false one, and what a perfect reflection
-# would say
+# Ground truth about a solution: its first false statement, and the text of a perfect reflection
 
 
 @dataclass
 class Judgement:
-    """One statement of a solution, compared with the truth. After the first wrong one nothing more
-    is judged."""
-    # character index behind the statement and its delimiter: a preserved prefix may stop here
+    """One statement of a solution, compared with the truth. `audit` stops after the first wrong
+    one."""
+    # character index after the statement and its delimiter: a preserved prefix may end here
     end: int
     ok: bool
-    audit: str  # '3 vs 2 wrong. ': written, true, judgement; '' where the text has no such form
-    reflection: str     # 'Wait, 3 is wrong. ': the truth about this statement
+    audit: str  # '3 vs 2 wrong. ': written, true, judgement; '' for malformed text
+    reflection: str     # 'Wait, 3 is wrong. ': true reflection on this statement; '' likewise
 
 
 STATEMENT = re.compile(r"([^=,\n]*)=(\d+)(, |\n| low\. | high\. | ok\. )")
@@ -290,19 +289,18 @@ def judgement(end: int, ok: bool, written: int, true: int | str, reflection: str
 
 
 def malformed(text: str, position: int) -> list[Judgement]:
-    """The judgement of a text that has no statement at `position`; none yet while it is unfinished.
+    """[Judgement] of a text without a statement at `position`; [] while its delimiter is missing.
     """
     delimiter = DELIMITER.search(text, position)
     return [Judgement(delimiter.end(), False, "", "")] if delimiter else []
 
 
 def audit(question: str, text: str) -> list[Judgement]:
-    """Judge a solution statement by statement up to its first error; an unfinished text as far as
-    it goes.
+    """Judge a solution statement by statement up to its first error, or up to the end of an
+    unfinished text.
 
-    An honest check that fails is an error too, of the guess: it is judged after its evidence,
-    result against target. Text that is no statement at all is an error that ends at its next
-    delimiter.
+    A true check that fails is an error too, of the guess: after the evidence its result is compared
+    with the target. Malformed text is an error that ends at the next delimiter.
     """
     judged = []
     for one in (_judge_countdown if is_countdown(question) else _judge_findx)(question, text):
@@ -313,7 +311,7 @@ def audit(question: str, text: str) -> list[Judgement]:
 
 
 def _judge_findx(question: str, text: str) -> Iterator[Judgement]:
-    """See audit, which asks for no more after the first error."""
+    """Judgements for `audit`, which stops iterating at the first error."""
     start = re.match(r"Try (\d+): ", text)
     if not start:
         yield from malformed(text, 0)
@@ -325,7 +323,7 @@ def _judge_findx(question: str, text: str) -> Iterator[Judgement]:
             yield from malformed(text, position)
             return
         position, written = statement.end(), int(statement[2])
-        # only the wrong number is named: a check, its diagnosis and a second try fit into 54 tokens
+        # name the wrong number only: a check, its diagnosis and a second try fit into 54 tokens
         yield judgement(position, statement[1] == operation and written == true, written, true,
                         f"Wait, {written} is wrong. ")
     target, said = target_of(question), statement[3]
@@ -345,16 +343,16 @@ def _judge_conclusion(text: str, position: int, reached: int) -> Iterator[Judgem
 
 
 def first_error(question: str, text: str) -> int | None:
-    """Character index where a preserved prefix must end, behind the first false statement or failed
-    check, or None."""
+    """Character index where a preserved prefix must end, after the first false statement or failed
+    check; None without an error."""
     return next((one.end for one in audit(question, text) if not one.ok), None)
 
 
 def diagnosis_is_true(question: str, text: str) -> bool:
-    """Does the first reflection of a text say something true about a real mistake of it?
+    """Whether the first reflection of a text makes a true statement about a real mistake in it.
 
-    A guess that is called too low right behind its check is too low; else the first false statement
-    is followed by the truth about it.
+    findx: the guess called too low (high) directly after its check is too low (high). Otherwise the
+    first error must be directly followed by its reference reflection.
     """
     said = re.search(r"Try (\d+): [^.]* (?:low|high)\. Wait, \1 is too (low|high)\. ", text)
     if said and not is_countdown(question):
@@ -368,7 +366,7 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     """(analysis, prefix, reflection, correction) of the perfect micro-reflective trajectory for any
     wrong solution.
 
-    None if nothing is wrong, or the mistake is one of form that the audit has no words for.
+    None if nothing is wrong, or if the error is malformed text, which has no audit text.
     """
     judged = audit(question, wrong)
     if not judged or judged[-1].ok or not judged[-1].audit:
@@ -376,7 +374,7 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
     error, answer = judged[-1], answer_of(question)
     if " right" in error.reflection:
         correction = boxed(answer)
-    elif is_countdown(question):  # the route that keeps most of what was tried
+    elif is_countdown(question):  # the route that shares most of `wrong`'s start
         tries = [attempt(question, route) for route in routes(numbers_of(question), answer)]
         correction = max(tries, key=lambda text: len(commonprefix([text, wrong]))) + boxed(answer)
     else:
@@ -385,34 +383,33 @@ def construction(question: str, wrong: str) -> tuple[str, str, str, str] | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# countdown. The grader compares a box with one gold answer. A boxed expression would not do: many
-# are right, and by value the bare target, copied from the question, is as right as any. So the
-# target is a range of ten that holds just one value the numbers can make, and that value is the
-# answer: every route ends in it and a slip spoils it. Whoever picks some number of the range is
-# right in one of ten; where the answer lay in the most similar training problems, in up to three of
-# ten: so count the right answers whose statements are true as well. The price: numbers that reach
-# nearly everything make no problem, so more than four would need values above 99. A route is a list
-# of steps [(operation, value written)], e.g. [('15+9', 24), ('24-5', 19)].
+# countdown. The grader compares the box with one gold answer. A boxed expression would not work:
+# many are right, and by value the bare target, copied from the question, is right too. So the
+# target is a range of ten with exactly one value that the numbers can make, the answer: every right
+# route ends in it and a slip misses it. Guessing a number of the range is right 1 time in 10,
+# guessing from the answers of the most similar training problems up to 3 in 10: so also count right
+# answers whose statements are all true. Cost: numbers that reach nearly every value give no
+# problem, so more than four would need values above 99. A route is a list of steps
+# [(operation, value written)], e.g. [('15+9', 24), ('24-5', 19)].
 
 LARGEST_GIVEN, RANGE = 20, 10
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)(, | low\. | high\. | ok\. )")
-# How the y- of a planted synthesis example goes wrong, see _wrong_countdown.
+# Share of each fault in the y- of a synthesis example, see _wrong_countdown.
 FAULTS = {"give_up": 0.3, "again": 0.1, "slip": 0.2, "number": 0.15, "unused": 0.05, "verdict": 0.1,
           "box": 0.1}
 
 
 @lru_cache(maxsize=2)
 def _all_countdown(level: str) -> list[Problem]:
-    """For `level` of the numbers 2..20, every value of two digits that they reach by different
-    routes and that is alone in its range. One range for each: two that overlap would be the same
-    problem in two splits. 4 takes seconds."""
+    """Problems of every `level` numbers from 2..20 and every two-digit value that they reach by
+    different routes and that is the only reachable value in a range. One range per value: two
+    overlapping ones could put the same problem into two splits. Level 4 takes seconds."""
     problems, rng, size = [], np.random.default_rng(0), int(level)
     for numbers in itertools.combinations(range(2, LARGEST_GIVEN + 1), size):
         found = [(-1, 0), *sorted(reachable(numbers).items()), (LARGEST_VALUE + 1, 0)]
         for (below, _), (value, n_routes), (above, _) in zip(found, found[1:], found[2:]):
             lows = range(max(below + 1, value - RANGE + 1), min(above - RANGE, value) + 1)
-            # of four numbers, the first two steps of a route may swap and it is still the same
-            # route
+            # size - 1: with four numbers, two routes may be one with its first two steps swapped
             if value >= 10 and n_routes >= size - 1 and lows:
                 low = lows[rng.integers(len(lows))]
                 question = f"{','.join(map(str, numbers))}={low}..{low + RANGE - 1}"
@@ -425,15 +422,15 @@ def numbers_of(question: str) -> tuple[int, ...]:
 
 
 def range_of(question: str) -> tuple[int, int]:
-    """(lowest, highest) value that reaches the target."""
+    """(lowest, highest) value of the target range."""
     low, high = question.partition("=")[2].split("..")
     return int(low), int(high)
 
 
 @lru_cache(maxsize=1 << 16)
 def moves(numbers: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
-    """What can be done with two of the numbers, the larger one first: [(operation, value, numbers
-    then left)].
+    """All operations on two of the numbers, the larger one first: [(operation, value, remaining
+    numbers)].
 
     (5, 9, 15) gives ('15+9', 24, (5, 24)), ('15-9', 6, (5, 6)), ('15*9', 135, (5, 135)) and six
     more.
@@ -451,11 +448,11 @@ def moves(numbers: tuple[int, ...]) -> list[tuple[str, int, tuple[int, ...]]]:
 
 @lru_cache(maxsize=1 << 16)
 def reachable(numbers: tuple[int, ...]) -> dict[int, int]:
-    """{value 0..99 that all the numbers can make: how many routes stay within 0..99}.
+    """{value 0..99 that all the numbers can make: number of routes that stay within 0..99}.
 
-    No negative steps: they only spell such a route with other signs. A value above 99 on the way is
-    no route of ours, but the value it leads to counts as reached, so that an answer really is the
-    only one.
+    No negative steps: they only rewrite such a route with other signs. A route through a value
+    above 99 is not counted, but its final value is still a key, so that the answer of a problem
+    really is unique.
     """
     if len(numbers) == 1:
         return {numbers[0]: 1} if numbers[0] <= LARGEST_VALUE else {}
@@ -476,15 +473,15 @@ def routes(numbers: tuple[int, ...], target: int) -> list[list[tuple[str, int]]]
 
 
 def attempt(question: str, route: list[tuple[str, int]], said: str = "") -> str:
-    """One try with its evidence and its verdict: the true one, or what is `said` instead."""
+    """One try with its evidence and its verdict: `said` if given, else the true one."""
     return "Try " + ", ".join(f"{operation}={value}" for operation, value in route) + (
         said or verdict(route[-1][1], *range_of(question)))
 
 
 def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> list[tuple[str, int]]:
-    """The nearest miss of eight random tries. What `fault` plants in each: 'slip', a wrong value
-    that is carried on; 'number', one that is not there or no longer; 'unused', a number left over
-    at the end; '', nothing."""
+    """The nearest miss of eight random routes. `fault` planted in each route: 'slip', a wrong value
+    that is carried on; 'number', an operand that is not available; 'unused', a number left over at
+    the end; '' or any other, none."""
     (low, high), answer, tries = range_of(question), answer_of(question), []
     while len(tries) < 8:
         left, route = numbers_of(question), []
@@ -517,7 +514,7 @@ def wrong_route(rng: np.random.Generator, question: str, fault: str = "") -> lis
 
 
 def _failed_route(rng: np.random.Generator, question: str) -> tuple[list[tuple[str, bool]], int]:
-    """A miss, as _failed_guess: what was tried is the mistake, what came of it is true."""
+    """_failed_guess for countdown: the operations are the mistake, their values are true."""
     route = wrong_route(rng, question)
     pieces = [("Try ", True)]
     for i, (operation, value) in enumerate(route):
@@ -527,9 +524,9 @@ def _failed_route(rng: np.random.Generator, question: str) -> tuple[list[tuple[s
 
 
 def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
-    """give_up: an honest miss, and its value all the same. again: a reflection that did not help.
-    slip, number, unused: see wrong_route. verdict: a miss that is called ok. box: the right route,
-    and another number of the range."""
+    """give_up: a true miss, its value boxed anyway. again: a miss, a reflection, a second miss.
+    slip, number, unused: see wrong_route. verdict: a miss with verdict ok. box: a right route, but
+    another number of the range is boxed."""
     fault = str(rng.choice(list(FAULTS), p=list(FAULTS.values())))
     answer, before = answer_of(question), ""
     if fault == "box":
@@ -545,8 +542,8 @@ def _wrong_countdown(rng: np.random.Generator, question: str) -> str:
 
 
 def _judge_countdown(question: str, text: str) -> Iterator[Judgement]:
-    """See audit, which asks for no more after the first error. Where a number is not there, or some
-    are left over, what is written is judged against all that is there."""
+    """Judgements for `audit`, which stops iterating at the first error. An unavailable operand, or
+    a result with numbers left over, is judged against the list of available numbers."""
     if not text.startswith("Try "):
         yield from malformed(text, 0)
         return
@@ -572,7 +569,7 @@ def _judge_countdown(question: str, text: str) -> Iterator[Judgement]:
         yield judgement(position, written == true, written, true,
                         f"Wait, {operation} is {true}, not {written}. ")
         left.append(written)
-    if said == ", ":  # nothing is left to go on with
+    if said == ", ":  # one number left, but the text announces another step
         yield from malformed(text, position)
         return
     if len(left) > 1:
@@ -595,9 +592,9 @@ def example_row(prompt: str, completion: str, no_loss: list[tuple[int, int]]) ->
 
 
 def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") -> dict:
-    """IFT format: synthesis prompt -> analysis + reconstruction; mode 'full' reconstructs it all
-    instead of keeping a prefix. The prompts are reflect.py's, so that what is taught here is what
-    RL will ask for."""
+    """IFT format: synthesis prompt -> analysis + reconstruction; in mode 'full' the reconstruction
+    is a complete solution without a preserved prefix. The prompt templates are reflect.py's, the
+    same as in RL."""
     wrong = wrong_solution(rng, question)
     right = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")[0]
     analysis, prefix, reflection, correction = construction(question, wrong)
@@ -609,8 +606,8 @@ def ift_example(rng: np.random.Generator, question: str, mode: str = "micro") ->
 
 
 def teacher_example(rng: np.random.Generator, question: str) -> dict:
-    """The self-distillation teacher's format: question with a right solution -> a solution, never
-    one that gives up."""
+    """Format of the self-distillation teacher: question with a right solution -> a solution, never
+    of kind give_up."""
     right, _ = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     completion = solution(rng, question, "direct" if rng.random() < 0.6 else "reflective")
     prompt = TEMPLATES["short"]["teacher"].format(question=question, right=right)
@@ -673,12 +670,12 @@ def make_tokenizer():
 # --------------------------------------------------------------------------------------------------
 # Files
 
-EXAMPLES = 10  # noise stream of the worked examples, apart from rollout.py's
+EXAMPLES = 10  # noise stream of the worked examples, distinct from rollout.py's
 N_EXAMPLES = {"findx": 48_000, "countdown": 96_000}  # seen once each, 16 a step
 
 
 def worked_examples(questions: list[str], n: int, seed: int, kinds=()) -> list[dict]:
-    """n examples for coldstart.py, their kinds in the shares of SHARES; kinds: only these of them.
+    """n examples for coldstart.py, their kinds drawn by SHARES; kinds: the allowed ones, () = all.
     """
     shares = {kind: share for kind, share in SHARES.items() if not kinds or kind in kinds}
     shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
@@ -691,7 +688,7 @@ def worked_examples(questions: list[str], n: int, seed: int, kinds=()) -> list[d
 
 
 def make_model(folder: Path, seed: int) -> None:
-    """A fresh Qwen3 of 177 thousand parameters with the tokenizer, as a Hugging Face folder."""
+    """Save a random Qwen3 of 177 thousand parameters and the tokenizer as a Hugging Face folder."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = CausalLM(ModelConfig(
