@@ -1,22 +1,22 @@
-"""The paper's equations but Eq. 3 as pure tensor functions: advantages (Eq. 1, 4, 5), OTS weights
-(Eq. 7), the policy loss (Eq. 2, 6, 8); beside them the KL estimate and OPSD's divergence (arXiv
+"""The paper's equations, except Eq. 3, as pure tensor functions: advantages (Eq. 1, 4, 5), OTS
+weights (Eq. 7), the policy loss (Eq. 2, 6, 8); also the KL estimate and OPSD's divergence (arXiv
 2601.18734).
 
-Alphabet: N rollouts of a step, B rows of a micro-batch, T tokens, V vocabulary. Masks are float
-multipliers of fixed shape and nothing here waits for the device: no boolean indexing, no `.item()`.
+Shapes: N rollouts of a step, B rows of a micro-batch, T tokens, V vocabulary. Masks are float
+multipliers of fixed shape, without a host sync: no boolean indexing, no `.item()`.
 
-Every loss is a SUM over tokens, each scaled by `loss_scales`: the one denominator is counted over
-the whole step before the first backward, so the gradient does not depend on how rows are cut into
+Every loss is a SUM over tokens, each scaled by `loss_scales`: one denominator is counted over the
+whole step before the first backward, so the gradient does not depend on how rows are split into
 micro-batches (trap 12).
 
-Where the paper leaves a choice, the flag and the choice are named at the function. No KL term by
+Where the paper is ambiguous, the function's docstring names the flag and the choice. No KL term by
 default (§3).
 """
 import math
 
 import torch
 
-EPS = 1e-6  # Eq. 1; far below the smallest non-zero std of 0/1 rewards, so it never shows
+EPS = 1e-6  # Eq. 1; negligible beside the smallest non-zero std of 0/1 rewards
 
 
 # --------------------------------------------------------------------------------------------------
@@ -39,19 +39,19 @@ def advantages(rewards: torch.Tensor, queries: list[int], groups: list[str],
                std: str = "population") -> torch.Tensor:
     """Decoupled advantage estimation: Eq. 1 on every group, Eq. 4, 5 on reflections. (N,) -> (N,).
 
-    A group is what shares a query and a name in `groups`: "a" for the ordinary rollouts of a query,
-    "a_reflected" for its constructions (§3.4); with `decoupled = False` those were born into "a"
-    and the two are normalised together.
+    A group is all rollouts with the same query and the same name in `groups`: "a" for ordinary
+    rollouts, "a_reflected" for constructions (§3.4); with `decoupled = False` constructions are
+    named "a" too, and both kinds are normalised together.
 
         rewards 1 0 0 0 | 1 0    queries 7 7 7 7 | 7 7    groups a a a a | a_reflected a_reflected
         gives   1.73 -0.58 -0.58 -0.58 | 1 -1
 
-    ref_advantage: what a construction's reward is compared with; ordinary groups never change.
-        'group'   the other constructions of its query (Eq. 5); one that is alone gets A = r. Mind
-                  that two right ones give A = 0 while a single one gives A = 1: the paper's rule.
-        'reward'  nothing: A = r for every construction.
-        'orig'    mean and std of the ordinary rollouts of its query: it sees how hard the query is.
-        'joint'   mean and std of rollouts and constructions together (as §4.5, Table 4 read).
+    ref_advantage: the baseline of constructions; advantages of ordinary groups do not depend on it.
+        'group'   mean and std of the query's constructions (Eq. 5); a single one gets A = r. Note:
+                  two correct ones get A = 0 while a single one gets A = 1, the paper's rule.
+        'reward'  none: A = r for every construction.
+        'orig'    mean and std of the query's ordinary rollouts: reflects the query's difficulty.
+        'joint'   mean and std of the query's rollouts and constructions together (§4.5, Table 4).
     """
     rewards = rewards.double()
     result = torch.zeros_like(rewards)
@@ -84,16 +84,16 @@ def ots_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.
                 w_max: float = 10.0) -> torch.Tensor:
     """Eq. 7: w_t = clamp(exp(log p(y_t) + H_t), w_min, w_max). (B,T) x2 -> (B,T), no gradient.
 
-    A token the policy samples itself has E[log p + H] = 0, so its weight is near 1; a forced,
-    unlikely token gets much less than 1. The clamp also lets a token with log p > -H be AMPLIFIED,
-    up to w_max. w is taken at the current policy, which at a step's first update is the old one
-    too; the paper does not say which it means at later updates.
+    For a token sampled from the policy E[log p + H] = 0, so its weight is near 1; a forced,
+    unlikely token gets much less than 1. A token with log p > -H is AMPLIFIED, up to w_max. w uses
+    the current policy, which at a step's first update equals the old policy; the paper does not
+    say which of the two it uses at later updates.
 
         log p -0.1 -0.1 -5.0,  H 0.1 1.0 0.1  ->  w 1.00 2.46 0.01
     """
     # CRITICAL: detached. A gradient through the weights would train the policy to raise entropy.
     s = (logprobs + entropy).detach()
-    # Clamped before exp: in a masked position s may be anything, and inf * 0 is NaN (trap 16).
+    # Clamp before exp: at a masked position s may have any value, and inf * 0 is NaN (trap 16).
     return s.nan_to_num(0.0).clamp(-30.0, 30.0).exp().clamp(w_min, w_max)
 
 
@@ -101,9 +101,9 @@ def luffy_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 
                   w_max: float = 10.0, gamma: float = 0.1) -> torch.Tensor:
     """Policy shaping of LUFFY (arXiv 2504.14945): w = g p / (p + g)^2.
 
-    Its surrogate for tokens that the policy did not sample is f(p) = p / (p + g), whose gradient is
-    f'(p) p grad log p. Largest, 1/4, at p = g, and as small at p = 1 as at p = 0.01: sure tokens
-    are quietened, which Eq. 7 weighs most. w_min and w_max, Eq. 7's, are not LUFFY's. (B,T) ->
+    LUFFY's surrogate for off-policy tokens is f(p) = p / (p + g), with gradient f'(p) p grad log p.
+    w is largest, 1/4, at p = g, and as small at p = 1 as at p = 0.01: confident tokens, which Eq. 7
+    weights most, are down-weighted. w_min and w_max belong to Eq. 7 and are unused. (B,T) ->
     (B,T), no gradient.
 
         p 1 0.1 0.001  ->  w 0.08 0.25 0.01
@@ -114,7 +114,7 @@ def luffy_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 
 
 def no_weights(logprobs: torch.Tensor, entropy: torch.Tensor, w_min: float = 0.01,
                w_max: float = 10.0) -> torch.Tensor:
-    """'w/o OTS' (Table 4): every token counts alike. (B,T) -> (B,T)."""
+    """'w/o OTS' (Table 4): every token has weight 1. (B,T) -> (B,T)."""
     return torch.ones_like(logprobs)
 
 
@@ -128,14 +128,14 @@ WEIGHTINGS = {"ots": ots_weights, "luffy": luffy_weights, "none": no_weights}
 
 def loss_scales(lengths: torch.Tensor, is_reflection: torch.Tensor, *, lam: float, loss_agg: str,
                 loss_norm: str) -> torch.Tensor:
-    """Share of one trained token of each rollout in the step's loss: (N,), (N,) -> (N,).
+    """Weight of each trained token of a rollout in the step's loss: (N,), (N,) -> (N,).
 
-    The one denominator. lengths: trained tokens per rollout, of ALL micro-batches and processes.
+    lengths: trained tokens per rollout, over ALL micro-batches and ranks: one denominator per step.
     loss_agg   'sequence': mean over a response's tokens, then over responses (Eq. 2);
                'token': mean over all tokens.
     loss_norm  'separate': L_orig + lam * L_ref, each over its own part (Eq. 6);
                'merged': one mean over both parts.
-    A part with nothing to learn from counts 0, it does not divide by it (trap 13).
+    A part without trained tokens contributes 0, without a division by zero (trap 13).
     """
     some, ref, n = (lengths > 0).double(), is_reflection.double(), lengths.double()
     per_token = loss_agg == "token"
@@ -151,22 +151,22 @@ def loss_scales(lengths: torch.Tensor, is_reflection: torch.Tensor, *, lam: floa
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
                 mask: torch.Tensor, weights: torch.Tensor, loss_scale: torch.Tensor,
                 clip_eps: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Eq. 2, 8: -sum_t scale * w_t * min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A), and log sums.
+    """Eq. 2, 8: -sum_t scale * w_t * min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A); sums for logs.
 
     logprobs, old_logprobs, mask, weights (B,T); advantages (B,1), or (B,T) for a per-token
-    advantage; loss_scale (B,) -> scalar. rho_t = pi_theta / pi_theta_old on (x, y), for constructed
-    trajectories too: conditioned on the plain question.
+    advantage; loss_scale (B,) -> scalar. rho_t = pi_theta / pi_theta_old on (x, y); x is the plain
+    question for constructed trajectories too.
 
         logprobs log .6, old log .5, A 1, eps .1: rho 1.2 is clipped to 1.1, loss -1.1, gradient 0
     """
-    # Selected before exp: inf or NaN in a masked position must reach neither the loss nor, as
+    # Mask before exp: inf or NaN at a masked position must reach neither the loss nor, as
     # 0 * inf, its gradient.
     ratio = torch.where(mask > 0, logprobs - old_logprobs, 0.0).exp()
     clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     loss = -(loss_scale[:, None] * torch.where(mask > 0, weights * surrogate, 0.0)).sum()
     with torch.no_grad():
-        # clipped = the gradient was cut, not merely the ratio outside the band
+        # clipped = the gradient is 0; a ratio outside the clip range is not sufficient
         cut = (((ratio > 1 + clip_eps) & (advantages > 0))
                | ((ratio < 1 - clip_eps) & (advantages < 0)))
         stats = {"clipped": (cut * mask).sum(), "ratio_max": (ratio * mask).max()}
@@ -182,12 +182,12 @@ def kl_to_ref(logprobs: torch.Tensor, ref_logprobs: torch.Tensor,
               mask: torch.Tensor) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = ref - policy.
 
-    (B,T) x3 -> (B,T), 0 where masked; an estimate on the policy's own tokens only; never negative;
-    as a loss it has the gradient of KL(reference || policy) (trap 18). Only logged unless
+    (B,T) x3 -> (B,T), 0 where masked; valid only on tokens sampled from the policy; never negative;
+    as a loss its gradient is that of KL(reference || policy) (trap 18). Only logged unless
     kl_coef > 0.
     """
     d = torch.where(mask > 0, ref_logprobs - logprobs, 0.0)
-    return torch.expm1(d) - d  # exp(d) - d - 1 in fp32 is off by 6e-8, all of it at d = 3e-4
+    return torch.expm1(d) - d  # exp(d) - d - 1 in fp32 has an error of 6e-8: 100 % at d = 3e-4
 
 
 def generalised_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, beta: float,
@@ -195,9 +195,9 @@ def generalised_jsd(student_logits: torch.Tensor, teacher_logits: torch.Tensor, 
     """OPSD's per-token divergence over the full vocabulary: (n,V) x2 -> (n,).
 
     With m = (1 - beta) p_student + beta p_teacher: beta KL(p_teacher || m) + (1 - beta)
-    KL(p_student || m); the ends are the plain directions, beta = 0 KL(teacher || student), beta = 1
-    KL(student || teacher). A token's divergence is cut at `clip` (0: no cut): words of style
-    ("wait") differ most and would drown the rest.
+    KL(p_student || m); the end points are plain KLs, beta = 0 KL(teacher || student), beta = 1
+    KL(student || teacher). A token's divergence is clipped at `clip` (0: no clipping): style tokens
+    ("wait") diverge most and would dominate the loss.
     """
     student = torch.log_softmax(student_logits, dim=-1)
     # CRITICAL: the teacher is a target, never trained

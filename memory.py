@@ -1,8 +1,8 @@
-"""How many rows decode at once and how many tokens a micro-batch has where memory decides:
-`max_rows = 0` and `tokens_per_microbatch = 0`.
+"""Memory estimates: the number of decoding rows for `max_rows = 0` and the micro-batch size for
+`tokens_per_microbatch = 0`.
 
-Sizes follow from model.py and rollout.py, in bytes; tests/tools/test_plan.py holds them to measured
-ones, and tools/plan.py prints what a run needs from the same formulas.
+Formulas count the bytes of model.py's and rollout.py's tensors; tests/tools/test_plan.py compares
+them with measured bytes, and tools/plan.py prints a run's needs from the same formulas.
 """
 import os
 import re
@@ -15,25 +15,25 @@ from torch.distributed.tensor import DTensor
 from model import LOGITS_PER_CHUNK, ModelConfig, count_parameters
 from parallel import gather, world_size
 
-MEMORY_SHARE = 0.8      # of free memory, that is filled
-MOST_ROWS = 4096        # of max_rows = 0; more gain nothing
-MOST_TOKENS = {"cpu": 2**12, "cuda": 2**15}  # of tokens_per_microbatch = 0
-KEEP_SHARE = 1 / 8      # of all memory: a decoder that has more gives it back after each call
-COLUMNS = 32            # of a KV cache, smallest bucket
-PREFILL_TOKENS = 2**14  # padded tokens of one pass over prompts
+MEMORY_SHARE = 0.8      # share of free memory to fill
+MOST_ROWS = 4096        # limit for max_rows = 0; more rows gain nothing
+MOST_TOKENS = {"cpu": 2**12, "cuda": 2**15}  # limit for tokens_per_microbatch = 0
+KEEP_SHARE = 1 / 8      # share of all memory: a larger decoder is freed after each `generate`
+COLUMNS = 32            # smallest bucket of KV-cache columns
+PREFILL_TOKENS = 2**14  # padded tokens of one prefill forward
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take."""
-    if device.type == "cuda":  # what the driver has left, and what torch holds without using it
+    """Bytes that this process can still allocate."""
+    if device.type == "cuda":  # free in the driver, and cached by torch's allocator but unused
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
     return host_memory("MemAvailable", "SC_AVPHYS_PAGES")
 
 
 def host_memory(name: str, pages: str) -> int:
-    """Bytes of this process's share: Linux's name for it, which counts what the page cache would
-    give up as available, and sysconf's."""
+    """This process's share of host memory in bytes. name: the entry of Linux's /proc/meminfo, whose
+    MemAvailable includes reclaimable page cache; pages: the sysconf fallback."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         found = 1024 * int(re.search(rf"{name}:\s+(\d+) kB", meminfo.read_text())[1])
@@ -43,7 +43,7 @@ def host_memory(name: str, pages: str) -> int:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of the device, of a CPU shared by the processes on it."""
+    """Total bytes of the device; on a CPU this process's share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return host_memory("MemTotal", "SC_PHYS_PAGES")
@@ -54,33 +54,33 @@ def total_memory(device: torch.device) -> int:
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """n rounded up to one of few sizes: to a multiple of `least`, by no more than an eighth beyond
-    16 of it. Rows 1 2 .. 16 18 20 .. 32 36 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
+    """Round n up to a bucket: a multiple of `least`; above 16 * least at most n / 8 is added.
+    Rows 1 2 .. 16 18 20 .. 32 36 ..; columns 32 64 .. 512 576 640 .. 1024 1152 .."""
     step = max(least, 1 << max(0, (n - 1).bit_length() - 4))
     return -(-n // step) * step
 
 
 def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
-    """About the bytes that `rows` rows of `prompt` + `new` tokens take; size: bytes of a number."""
-    tensors = 2 * config.num_hidden_layers  # keys and values; one is copied where rows move
+    """Estimated bytes to sample `rows` rows of `prompt` + `new` tokens; size: bytes per element."""
+    tensors = 2 * config.num_hidden_layers  # keys and values; reshape copies one at a time
     column = tensors * config.num_key_value_heads * config.head_dim * size
     cache = (1 + 1 / tensors) * bucket(prompt + new + 1, COLUMNS) * column
-    decoding = cache + 24 * config.num_tokens  # logits, p and its sums in fp64
+    decoding = cache + 24 * config.num_tokens  # logits, p, fp64 sums of p
     prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
     return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
 
 
 def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
-    """max_rows = 0: rows of `prompt` + `new` tokens in MEMORY_SHARE of free memory, at least 1.
+    """max_rows = 0: number of rows that fit in MEMORY_SHARE of free memory, at least 1.
 
-    held: bytes that a decoder already has for them.
+    prompt, new: tokens per row. held: bytes that the decoder already has for these rows.
     """
     free = free_memory(model.head_weight.device)
     return most_rows(model.config, free + held, prompt, new, model.compute_dtype.itemsize)
 
 
 def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
-    """The most rows, of 1 .. MOST_ROWS, that take no more than MEMORY_SHARE of so many bytes."""
+    """Largest number of rows, 1 to MOST_ROWS, that fits in MEMORY_SHARE of `free` bytes."""
     fit = bisect_right(range(1, MOST_ROWS + 1), MEMORY_SHARE * free,
                        key=lambda rows: memory_of(config, rows, prompt, new, size))
     return max(1, fit)
@@ -91,10 +91,10 @@ def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
 
 
 def tokens_that_fit(model, optimizer, *, device: str, **how) -> int:
-    """tokens_per_microbatch = 0: as many as the free memory of every rank holds. how: of
-    `update_bytes`, and dtype. Before the first update, when gradients are yet to come, and AdamW's
-    two moments where they were not loaded; so is what a decoder may keep."""
-    here = [p for p in model.parameters() if p.device.type == device]  # none where they offload
+    """tokens_per_microbatch = 0: the largest micro-batch that fits on every rank. how: arguments of
+    `update_bytes`. Call before the first update: memory is set aside for gradients, for AdamW's two
+    moments unless they were loaded, and for what a decoder may keep."""
+    here = [p for p in model.parameters() if p.device.type == device]  # none with offload
     numbers = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in here)
     free = free_memory(torch.device(device)) - (4 if optimizer.state else 12) * numbers
     free -= int(KEEP_SHARE * total_memory(torch.device(device)))
@@ -104,9 +104,9 @@ def tokens_that_fit(model, optimizer, *, device: str, **how) -> int:
 
 
 def most_tokens(config: ModelConfig, free: float, *, device: str, **how) -> int:
-    """The most padded tokens of a micro-batch, a power of two from 256 to MOST_TOKENS, that take no
-    more than MEMORY_SHARE of so many bytes. A power of two, so that a run which is resumed with
-    about as much memory finds the same."""
+    """Largest micro-batch in padded tokens, a power of two from 256 to MOST_TOKENS, that fits in
+    MEMORY_SHARE of `free` bytes. A power of two, so that a run resumed with about the same free
+    memory gets the same size."""
     tokens = MOST_TOKENS[device]
     while tokens > 256 and \
             update_bytes(config, tokens, device=device, **how)["peak"] > MEMORY_SHARE * free:
@@ -117,11 +117,11 @@ def most_tokens(config: ModelConfig, free: float, *, device: str, **how) -> int:
 def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool, device: str,
                  reference_model: bool = True, full_divergence: bool = False,
                  checkpoint_activations: bool = False) -> dict[str, int]:
-    """Bytes that a micro-batch of so many padded tokens takes, beside weights, gradients and
-    moments: by part, and at the 'peak'. tests/tools/test_plan.py holds them to measured bytes.
+    """Bytes of a micro-batch of `tokens` padded tokens, besides weights, gradients and moments: by
+    part, and at the 'peak'. tests/tools/test_plan.py compares them with measured bytes.
 
-    sharded: FSDP, with mixed precision; else bf16 is autocast. reference_model: its forward without
-    gradient is one part. full_divergence: OPSD over the whole vocabulary.
+    sharded: FSDP with mixed precision; otherwise bf16 is autocast. reference_model: include its
+    forward without gradient. full_divergence: OPSD over the whole vocabulary.
     """
     total, block, matrices, _ = count_parameters(config)
     L, V, c = config.num_hidden_layers, config.num_tokens, 2 if dtype == "bfloat16" else 4
@@ -130,15 +130,15 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool,
     in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded,
                                                    device=device)
     mlp = config.intermediate_size * c
-    # temporaries of a block without gradient (the reference), ...
+    # temporaries of one block: forward without gradient (the reference), ...
     forward = tokens * (3 * mlp + 4 * of_input)
-    # ... and of the last one's backward; the head's states are freed
+    # ... and backward of the last block, after the head's activations are freed
     backward = tokens * (2 * mlp + of_input - of_ends)
-    # the head's gradient waits for the embedding's
+    # the head's gradient is held until the embedding's is computed
     backward += c * head if sharded else 4 * head * config.tie_word_embeddings
     backward += tokens * in_block * checkpoint_activations + (c + 4) * block * sharded
     chunk = min(tokens * V, max(LOGITS_PER_CHUNK[device], V if full_divergence else tokens))
-    if full_divergence:  # bytes of a logit: ten tensors
+    if full_divergence:  # bytes per logit: ten fp32 tensors
         logit = 40
     elif chunk == tokens * V:
         logit = 8 if c == 4 else 10
@@ -151,7 +151,7 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool,
         "head": (logit * chunk + (8 if full_divergence else 4) * head + 2 * head * autocast
                  + tokens * of_input),
         "block": max(forward * reference_model, backward),
-        # of the root's gradient, last, when the activations are gone
+        # FSDP's reduction of the root's gradient comes last, after the activations are freed
         "reduction": (c + 4) * root * sharded}
     passing = parts["activations"] + max(parts["head"], parts["block"])
     return parts | {"peak": parts["compute copies"] + max(passing, parts["reduction"])}
@@ -159,27 +159,27 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool,
 
 def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
                      device: str) -> tuple[int, int, int]:
-    """Bytes per token kept for the backward pass: (inside one block, as a block's input, by
+    """Bytes per token saved for the backward pass: (inside one block, as a block's input, by
     embedding + final norm + head).
 
     Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts
-    its input for itself. Sharded bf16 is FSDP's mixed precision: all of it is bf16. A CPU's RMSNorm
-    is not fused: it keeps x and x / rms in fp32.
+    its own input. Sharded bf16 is FSDP's mixed precision: all activations are bf16. RMSNorm on a
+    CPU is not fused: it saves x and x / rms in fp32.
     """
     d, ff = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
     autocast = dtype == "bfloat16" and not sharded
-    c = 2 if dtype == "bfloat16" else 4          # operands and results of products
-    r = 4 if autocast else c                     # the residual stream, and what RMSNorm reads
+    c = 2 if dtype == "bfloat16" else 4          # bytes of matmul inputs and outputs
+    r = 4 if autocast else c                     # bytes of the residual stream and RMSNorm's input
     qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
 
     def norm(size, rows):
         return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
 
-    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; what q_proj, k_proj, v_proj read
+    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; inputs of q_proj, k_proj, v_proj
     block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
-    # attention: rotated q, k, v, the result that o_proj reads, log-sum-exp
+    # attention: rotated q and k, v, o_proj's input, log-sum-exp
     block += (2 * q + 2 * kv) * c + 4 * heads
     # MLP: gate, silu(gate), up, their product
     block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c

@@ -1,7 +1,7 @@
-"""What is measured during a run, and what a person sees of it.
+"""Training metrics, console output, wandb and tensorboard.
 
-Everything is collected as sums: "name" and, where it is a mean, its denominator "name#"; names that
-end in "_max" are maxima. Sums add up over micro-batches and processes; `means` divides once.
+Metrics are collected as sums: "name" and, if the metric is a mean, its denominator "name#"; names
+that end in "_max" are maxima. Sums add up over micro-batches and processes; `means` divides once.
 """
 import math
 import os
@@ -31,7 +31,7 @@ def add_up(sums: dict, more: dict) -> None:
 
 
 def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
-    """Sums of all ranks added up ("_max": the largest); ranks may know different names."""
+    """Sums added up over all ranks ("_max": the maximum); ranks may have different names."""
     total: dict[str, float] = {}
     for part in gather([sums]):
         add_up(total, part)
@@ -39,14 +39,14 @@ def reduce_sums(sums: dict[str, float]) -> dict[str, float]:
 
 
 def means(sums: dict) -> dict[str, float]:
-    """{"a": 6, "a#": 3, "b": 2} -> {"a": 2.0, "b": 2.0}. A mean over nothing is left out."""
+    """{"a": 6, "a#": 3, "b": 2} -> {"a": 2.0, "b": 2.0}. Means with denominator 0 are omitted."""
     values = {name: float(value) for name, value in sums.items()}
     return {name: value / values.get(name + "#", 1.0) for name, value in values.items()
             if not name.endswith("#") and values.get(name + "#", 1.0) > 0}
 
 
 def sums_of(prefix: str, values: dict[str, list]) -> dict[str, float]:
-    """{"rollout/" + name: sum, "rollout/" + name + "#": number} of each list."""
+    """{prefix + name: sum, prefix + name + "#": count} of each list."""
     sums = {}
     for name, several in values.items():
         sums[prefix + name] = float(sum(several))
@@ -55,7 +55,7 @@ def sums_of(prefix: str, values: dict[str, list]) -> dict[str, float]:
 
 
 def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
-    """rollout/*: of the step's ordinary rollouts; lengths in tokens."""
+    """rollout/* of the step's ordinary rollouts; lengths in tokens."""
     rewards: dict[int, set] = {}
     for r in rollouts:
         rewards.setdefault(r.query, set()).add(r.reward)
@@ -68,34 +68,34 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
         "truncated": [not r.finished for r in rollouts],
         "reflect_rate": [reflect.reflects(r.text) for r in rollouts],
         "zero_variance_groups": [len(values) == 1 for values in rewards.values()]}
-    for grade in ("no_answer", "unparsable", "timeout", "error"):  # apart from wrong (trap 23)
+    for grade in ("no_answer", "unparsable", "timeout", "error"):  # separate from wrong (trap 23)
         values[grade] = [r.grade == grade for r in rollouts]
     return sums_of("rollout/", values) | {"rollout/tokens": float(sum(lengths))}
 
 
 def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
-    """reflect/*: of one step, always under the same keys.
+    """reflect/* of one step, always with the same keys.
 
-    selected: the counts of select_pairs. outcomes: for each candidate its y_ref, scored and after
-    the update with logprobs and ots_weights, or its drop reason.
+    selected: the counts of select_pairs. outcomes: for each candidate its drop reason, or its
+    scored y_ref, after the update with logprobs and ots_weights.
     """
     built = [r for r in outcomes if not isinstance(r, str)]
     lost = [reason for reason in outcomes if isinstance(reason, str)]
-    groups: dict[str, set[float]] = {}  # of reflections alone, also where decoupled = False
+    groups: dict[str, set[float]] = {}  # reflections only, also if decoupled = False
     for r in built:
         groups.setdefault(r.group, set()).add(r.reward)
     never_parsed = ("prompt_too_long", "unfinished", "unparsable")
     not_verbatim = [0 for reason in lost if reason in ("prefix_not_verbatim", "empty_prefix")]
     values: dict[str, list] = {
         "parsed": [1] * len(built) + [reason not in never_parsed for reason in lost],
-        # 'full' and 'copy' preserve nothing and have no such rate
+        # no rate for prefix_mode 'full' and 'copy', which preserve no prefix
         "verbatim": [1 for r in built if PREFIX in r.roles] + not_verbatim,
         "correct": [r.reward > 0 for r in built],
         "length": [len(r.completion_ids) for r in built],
-        # nothing false, of those that state anything: a right answer alone may be copied
+        # among constructions with statements: none is false (a right answer may just be copied)
         "faithful": [r.faithful for r in built if r.faithful is not None],
         "faithful_right": [r.faithful for r in built if r.faithful is not None and r.reward > 0],
-        # under Eq. 5 only these groups, and lone constructions, have an advantage
+        # under Eq. 5 only mixed groups and single constructions can have a non-zero advantage
         "mixed_groups": [len(rewards) > 1 for rewards in groups.values()],
         "ots_first_diagnosis": [r.ots_weights[r.roles.index(DIAGNOSIS)] for r in built
                                 if r.ots_weights is not None and DIAGNOSIS in r.roles]}
@@ -113,7 +113,7 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
 
 
 def train_sums(batch, logprobs, entropy, old_logprobs, weights, ref_logprobs=None) -> dict:
-    """train/*: of one micro-batch, on its device. All (B,T); ref_logprobs None: no KL is logged."""
+    """train/* of one micro-batch, on its device. All (B,T); ref_logprobs None: no KL is logged."""
     own = batch.completion_mask * (1 - batch.is_reflection[:, None])  # the policy's own samples
     constructed = batch.mask * batch.is_reflection[:, None]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def evaluate(model, tokenizer, problems: list, n: int, *, seed: int,
              **sampling) -> dict[str, float]:
     """eval/*: Pass@1 on held-out problems at the training temperature, n samples of each.
 
-    The full protocol (T 0.6, Pass@k, intervals) is eval.py's. sampling: see rollout.generate.
+    eval.py has the full protocol (T 0.6, Pass@k, intervals). sampling: see rollout.generate.
     """
     queries = list(enumerate(problems))[rank()::world_size()]
     rollouts = sample_rollouts(model, tokenizer, queries, n, key=(seed, EVALUATION),
@@ -151,10 +151,10 @@ PARITY_ALARM = 0.1  # mean |sampler - trainer log-prob|; healthy is 1e-5 in fp32
 
 def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_steps: int,
                 lost_steps: int) -> list[str]:
-    """What a run that cannot learn looks like, to be said where it cannot be missed.
+    """Console warnings for the symptoms of a run that cannot learn.
 
-    In a row: dry_steps had no eligible query, lost_steps had candidates of which none became a
-    construction.
+    dry_steps: consecutive steps without an eligible query. lost_steps: consecutive steps with
+    candidates of which none became a construction.
     """
     found = []
     if m["rollout/truncated"] == 1:
@@ -184,7 +184,7 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
 
 
 def console_line(step: int, max_steps: int, m: dict[str, float]) -> str:
-    """The numbers a person watches, one line a step."""
+    """One line of key metrics per step."""
     def show(name: str, form: str) -> str:
         value = m.get(name, math.nan)
         return "-" if math.isnan(value) else format(value, form)
@@ -205,8 +205,8 @@ def console_line(step: int, max_steps: int, m: dict[str, float]) -> str:
 def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[str, float]], None]:
     """-> log(step, metrics) to wandb or tensorboard; imported only on demand.
 
-    A resumed run goes on in the same place. Of the steps it repeats tensorboard drops the old
-    values, wandb keeps them.
+    A resumed run continues the same log. For repeated steps tensorboard drops the old values,
+    wandb keeps them.
     """
     if not log_to:
         return lambda step, metrics: None
@@ -222,7 +222,7 @@ def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[
                          "numbers") from None
     out.mkdir(parents=True, exist_ok=True)
     if log_to == "wandb":
-        mark = out / "wandb_id"  # goes with the folder: a new run in its place is another one
+        mark = out / "wandb_id"  # lives in out_dir: once the folder is deleted, a run gets a new id
         if not mark.is_file():
             mark.write_text(secrets.token_hex(4))
         try:
@@ -238,6 +238,6 @@ def open_log(log_to: str, config: dict, first_step: int) -> Callable[[int, dict[
     def write(step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             writer.add_scalar(name, value, step)
-        writer.flush()  # a kill loses nothing
+        writer.flush()  # a killed run loses nothing
 
     return write

@@ -8,11 +8,11 @@ One `forward`, three uses:
     model(inputs, cache=..., last=..) -> logits (B,V)                    prefill and decode
     model(inputs)                     -> hidden (B,T,d)                  states of an OPSD teacher
 
-The output head lives inside `forward`: (B,T,V) never exists (0.6 MB a token at Qwen's vocabulary),
-the head stays in the root's FSDP unit, and all that follows the head's product is fp32. Shapes: B
-rows, T tokens, N = B*T, V vocabulary, d width, nh / nkv query / key-value heads, hs head size, L
-layers, R rows and C columns of the cache. Deliberately missing: dropout, sliding windows, mixture
-of experts, quantisation, other RoPE scalings.
+`forward` includes the output head: logits (B,T,V) are never materialised (0.6 MB per token at
+Qwen's vocabulary), the head stays in FSDP's root unit, and logits and all that follows are fp32.
+Shapes: B rows, T tokens, N = B*T, V vocabulary, d width, nh / nkv query / key-value heads, hs head
+size, L layers, R rows and C columns of the cache. Deliberately missing: dropout, sliding windows,
+mixture of experts, quantisation, other RoPE scalings.
 """
 from dataclasses import asdict, dataclass, replace
 
@@ -26,7 +26,7 @@ from advantage import generalised_jsd
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "llama": "LlamaForCausalLM"}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# logits alive at once in the head; a toy batch is one chunk
+# logits the head materialises at once; a toy batch is one chunk
 LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -36,9 +36,9 @@ LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
 
 @dataclass
 class ModelConfig:
-    """Hugging Face's names, and `num_tokens`: ids the tokenizer can produce (0 = vocab_size).
-    Qwen3's head has 267 rows more; a row that no tokenizer can emit exists neither for the sampler
-    nor in the trainer's softmax (trap 4)."""
+    """Hugging Face's names, and `num_tokens`: number of ids of the tokenizer (0 = vocab_size).
+    Qwen3's head has 267 more rows, which neither the sampler nor the trainer's softmax includes
+    (trap 4)."""
 
     model_type: str = "qwen3"
     vocab_size: int = 151936
@@ -88,8 +88,8 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict, num_tokens: int = 0) -> "ModelConfig":
-        """A config.json as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes
-        it. ValueError for whatever this file would otherwise silently compute differently."""
+        """From the config.json of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+        ValueError for every option that this file would silently compute differently."""
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
             raise ValueError(f"model_type = {model_type!r} is not supported; use "
@@ -135,10 +135,10 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict:
-        """config.json for transformers (4 and 5) and vLLM; all spelled out, as their defaults
-        differ by family."""
+        """config.json for transformers (4 and 5) and vLLM; every field is written, as defaults
+        differ by model family."""
         hf, eos = asdict(self), self.eos_token_id
-        # Qwen2's bias is implied by its name, and theirs would also mean o
+        # model_type implies Qwen2's bias; Hugging Face's attention_bias would also cover o_proj
         del hf["num_tokens"], hf["attention_bias"]
         return hf | {
             "architectures": [ARCHITECTURES[self.model_type]],
@@ -159,44 +159,44 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor,
     """hidden (N,d), weight (V,d), both in the compute dtype -> logits / temperature (N,V) fp32.
 
     bf16 operands are multiplied with fp32 accumulation *and output*: `(h @ w.T).float()` would
-    first round a logit of 20 by up to 0.06, more than the policy moves in a step (trap 11). The
-    operands may be bf16: so the weight arrives under FSDP mixed precision, so the sampler sees it,
-    and fp32 products would run at a twelfth of the speed."""
+    first round a logit of 20 by up to 0.06, more than the policy moves in a step (trap 11). bf16
+    operands are kept because FSDP mixed precision and the sampler have the weight in bf16, and fp32
+    matmuls would run at a twelfth of the speed."""
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.dtype == torch.float32:
             logits = hidden.float() @ weight.T
         elif hidden.is_cuda:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:  # no such kernel: in blocks of rows, so that training never holds a head in fp32
+        else:  # no such kernel on a CPU: cast blocks of rows, never the whole head, to fp32
             blocks = weight.split(8192)
             logits = torch.cat([hidden.float() @ rows.float().T for rows in blocks], dim=1)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def decoding_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (V,d) rounded to the compute dtype, as decoding multiplies by it at every token: cast
-    once a cache, since at each token the cast would cost more than the product. On a CPU it is fp32
-    again, see head_logits."""
+    """weight (V,d) rounded to the compute dtype for decoding: cast once per KV cache, since a cast
+    at every token would cost more than the matmul. On a CPU the rounded weight is cast back to
+    fp32, see head_logits."""
     weight = weight.to(dtype)
     return weight if weight.is_cuda else weight.float()
 
 
 def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
-    """Of head_logits at temperature 1: from dlogits (N,V) adds to dhidden (N,d) and dweight (V,d),
-    fp32 over all chunks."""
+    """Backward of head_logits at temperature 1: accumulate the gradients from dlogits (N,V)
+    into dhidden (N,d) and dweight (V,d), both fp32."""
     with torch.autocast(hidden.device.type, enabled=False):
         g = dlogits.to(weight.dtype)
         if g.is_cuda and g.dtype != torch.float32:
             torch.addmm(dhidden, g, weight, out_dtype=torch.float32, out=dhidden)
             torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
         else:
-            dhidden += g @ weight  # in bf16 on a CPU: a second, fp32 head never exists here either
+            dhidden += g @ weight  # bf16 matmul on a CPU: no fp32 copy of the head here either
             dweight.addmm_(dlogits.T, hidden.float())
 
 
 def chunks_of(size: int, by: int, device: torch.device) -> list[slice]:
-    """Slices over `size` tokens, each with `by` rows of the head, or the reverse; one has at most
-    LOGITS_PER_CHUNK logits."""
+    """Slices of range(size) with at most LOGITS_PER_CHUNK logits each: over tokens with `by`
+    logits per token, or over the vocabulary with `by` tokens."""
     step = max(1, LOGITS_PER_CHUNK.get(device.type, 2**24) // by)
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
@@ -205,20 +205,20 @@ class TokenLogprobs(torch.autograd.Function):
     """log p(target) and H[p] per token, p = softmax(hidden @ weight[:num_tokens].T / temperature);
     both differentiable.
 
-    Chunks are parts of the vocabulary, with all tokens at once: each row of the head is then read
-    once, and its gradient written once. Of the softmaxes within the parts, with log-sum-exp l_c and
-    entropy H_c, one over everything is made:
-        l = logsumexp_c l_c     H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l), part c's share
-    Saves two numbers a token, l and H, and recomputes logits chunk by chunk in the backward pass:
+    Chunks split the vocabulary and span all tokens: each row of the head is read once, and its
+    gradient written once. The log-sum-exp l_c and entropy H_c of each chunk's softmax are merged
+    into l and H of the full softmax:
+        l = logsumexp_c l_c     H = sum_c s_c (H_c - log s_c),  s_c = exp(l_c - l), mass of chunk c
+    Saves l and H per token, and recomputes logits chunk by chunk in the backward pass:
         d log p(t) / dz = onehot(t) - p          dH / dz = -p (log p + H)
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, num_tokens, dtype):
-        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of products -> logprobs,
+        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of matmuls -> logprobs,
         entropy (B,T) fp32."""
         h, y = hidden.flatten(0, -2).to(dtype), targets.reshape(-1, 1)  # (N,d), (N,1)
-        # under autocast a bf16 copy for this call, as of every other matrix
+        # under autocast: a bf16 copy for this call, as for every other weight matrix
         w = weight[:num_tokens].to(dtype)
         chosen, lses, entropies = torch.zeros_like(y, dtype=torch.float32), [], []
         for part in chunks_of(num_tokens, len(y), h.device):
@@ -227,16 +227,16 @@ class TokenLogprobs(torch.autograd.Function):
             chosen = torch.where(inside, z.gather(-1, at), chosen)
             lses.append(z.logsumexp(-1, keepdim=True))
             logp = z.sub_(lses[-1])
-            # no 0 * inf: absent rows are not -inf
+            # no 0 * inf: rows beyond num_tokens are cut off, not set to -inf
             entropies.append(-logp.exp().mul_(logp).sum(-1, keepdim=True))
         lses, entropies = torch.cat(lses, 1), torch.cat(entropies, 1)  # (N,parts)
         lse = lses.logsumexp(-1, keepdim=True)
         entropy = ((lses - lse).exp() * (entropies + lse - lses)).sum(-1, keepdim=True)
         ctx.save_for_backward(hidden, weight, y, lse, entropy)
         ctx.temperature, ctx.num_tokens, ctx.dtype = temperature, num_tokens, dtype
-        # most losses leave the entropy out: skip its share of the work then
+        # dentropy is None if the loss does not use the entropy: backward then skips its terms
         ctx.set_materialize_grads(False)
-        # FSDP warns of views
+        # clone: FSDP warns about views
         return (chosen - lse).view(targets.shape).clone(), entropy.view(targets.shape).clone()
 
     @staticmethod
@@ -260,16 +260,16 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def target_within(part: slice, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (N,1) -> its column within this part of the vocabulary, any where it lies outside, and
-    whether it lies inside."""
+    """y (N,1) -> the target's column within this part of the vocabulary (arbitrary if the target
+    lies outside), and whether the target lies inside."""
     inside = (y >= part.start) & (y < part.stop)
     return (y - part.start).clamp(0, part.stop - part.start - 1), inside
 
 
 class LogitsFunction(torch.autograd.Function):
-    """f(logits (n,V), rows) -> (n,) over chunks of tokens, for an f whose derivative is left to
-    autograd. A chunk is recomputed in the backward pass; unlike with torch.utils.checkpoint the
-    head's gradient is one fp32 tensor."""
+    """f(logits (n,V), rows) -> (n,) over chunks of tokens; autograd differentiates f. Each chunk is
+    recomputed in the backward pass; unlike with torch.utils.checkpoint, the head's gradient
+    accumulates in one fp32 tensor."""
 
     @staticmethod
     def forward(ctx, hidden, weight, f, temperature, num_tokens, dtype):
@@ -322,23 +322,23 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
 
 
 class KVCache:
-    """Keys and values of R rows by C columns: per layer and kind a contiguous tensor (R,nkv,C,hs).
+    """Keys and values of R rows by C columns: two contiguous tensors (R,nkv,C,hs) per layer.
 
         prompts  [1 2 3 4]     and after one token   [1 2 3 4 9 .]    lengths 5, C 6
                  [5 6 _ _]                           [5 6 8 _ . .]            3
 
-    Column t holds a row's t-th token. What lies behind its last one is finite and never seen: a
-    mask follows from the positions of the new tokens. Tensors are read whole, as products over
-    slices of larger ones are 1.5-3x slower. Those of every shape begin in the same memory: a step
-    captured for a shape (rollout.capture) can be replayed whenever the cache has that shape again.
+    Column t holds a row's t-th token. Columns after the last token are finite and masked, by the
+    positions of the new tokens. Attention reads whole tensors, as matmuls over slices of larger
+    ones are 1.5-3x slower. Tensors of every shape start at the same address, so a CUDA graph of one
+    shape (rollout.capture) can be replayed whenever the cache has that shape again.
     """
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
                  device="cpu", head: torch.Tensor | None = None):
-        """Memory for rows * columns, or any shape that has fewer. head: of `decoding_head`."""
+        """Memory for rows * columns, or any smaller shape. head: the result of `decoding_head`."""
         self.head, self.sizes = head, (config.num_key_value_heads, config.head_dim)
         numbers = rows * columns * config.num_key_value_heads * config.head_dim
-        # zeros: masked memory must still be finite, 0 * NaN is NaN
+        # zeros: masked columns must still be finite, 0 * NaN is NaN
         self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
                        for _ in range(2 * config.num_hidden_layers)]
         self.tensors = [self._view(memory, rows, columns) for memory in self.memory]
@@ -354,26 +354,26 @@ class KVCache:
         return self.tensors[2 * i], self.tensors[2 * i + 1]
 
     def index(self, positions: torch.Tensor) -> torch.Tensor:
-        """positions (R,T) of new tokens -> (R*nkv*T,): where they lie among all R*nkv*C columns."""
+        """positions (R,T) of new tokens -> (R*nkv*T,): their indices in the view (R*nkv*C,hs)."""
         (R, C), nkv = self.shape, self.sizes[0]
         heads = torch.arange(R * nkv, device=positions.device).view(R, nkv, 1)
         return (heads * C + positions[:, None]).flatten()
 
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
-        """positions (R,1) -> (R,1,1,C): 0 where the row's new token may look, else -inf."""
+        """positions (R,1) -> (R,1,1,C): 0 where the row's new token may attend, else -inf."""
         hidden = torch.arange(self.shape[1], device=positions.device) > positions[:, :, None]
         zeros = torch.zeros(hidden.shape, dtype=self.tensors[0].dtype, device=positions.device)
         return zeros.masked_fill_(hidden, -torch.inf)[:, None]
 
     def write(self, rows: torch.Tensor, other: "KVCache", which: torch.Tensor) -> None:
-        """Rows `which` of another cache, all its columns, over these rows of this one."""
+        """Copy rows `which` of another cache, all its columns, into `rows` of this one."""
         for mine, new in zip(self.tensors, other.tensors, strict=True):
             mine[rows, :, :new.shape[2]] = new[which]
 
     def reshape(self, rows: torch.Tensor, R: int, C: int) -> None:
-        """These rows (index tensor) become the first of R rows by C columns, in the same memory."""
+        """Change the shape to R rows by C columns in the same memory; `rows` (index) come first."""
         columns = min(C, self.shape[1])
-        for i, old in enumerate(self.tensors):  # one by one: never two whole caches
+        for i, old in enumerate(self.tensors):  # one tensor at a time: never two whole caches
             kept = old[rows, :, :columns]
             self.tensors[i] = self._view(self.memory[i], R, C)
             self.tensors[i][:len(rows), :, :columns] = kept
@@ -396,19 +396,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., size) -> (..., size), fp32 inside. The weight takes x's dtype because the fused
-        kernel wants one."""
+        """(..., size) -> (..., size), fp32 inside. The weight is cast to x's dtype because the
+        fused kernel needs equal dtypes."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def rope(positions: torch.Tensor, config: ModelConfig,
          dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B,T) -> cos, signed sin (B,1,T,hs) in `dtype`, see `rotate`. Computed from the
-    configuration at every forward: it is hs numbers, and a buffer would be rounded by
-    `.to(bfloat16)` and left behind on the meta device by load_hf."""
+    """positions (B,T) -> cos, signed sin (B,1,T,hs) in `dtype`, see `rotate`. The hs/2 frequencies
+    are recomputed at every forward: cheap, and a buffer would be rounded by `.to(bfloat16)` and
+    left behind on the meta device by load_hf."""
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
     freqs = 1.0 / config.rope_theta ** (even / config.head_dim)  # (hs/2,)
-    # Llama 3: long wavelengths slowed by `factor`, short ones kept, those between blended
+    # Llama 3: low frequencies divided by `factor`, high ones kept, interpolated in between
     if config.rope_scaling:
         factor, low, high, original_context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
         # full turns within the context of pre-training
@@ -420,20 +420,20 @@ def rope(positions: torch.Tensor, config: ModelConfig,
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B,heads,T,hs) by its positions' angles: [a, b] -> [a cos - b sin, b cos + a sin], as
-    Hugging Face's layout pairs dimension i with i + hs/2."""
+    """Apply RoPE to x (B,heads,T,hs): [a, b] -> [a cos - b sin, b cos + a sin], as Hugging Face's
+    layout pairs dimension i with i + hs/2."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 def attend_cache(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                  mask: torch.Tensor) -> torch.Tensor:
-    """One query a row over its cache: q (R,nh,1,hs), keys, values (R,nkv,C,hs), mask (R,1,1,C)
-    -> (R,nh,1,hs). The query heads of a group become rows over their one key head: keys are read
-    once, never repeated."""
+    """One query per row over its KV cache: q (R,nh,1,hs), keys, values (R,nkv,C,hs), mask (R,1,1,C)
+    -> (R,nh,1,hs). The query heads that share a key head are folded into the query dimension, so
+    keys are read once, not repeated."""
     folded = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])  # (R,nkv,groups,hs)
     if q.is_cuda:  # fused
         y = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-    else:  # 2x to 4x faster there than the fused kernel, which is made for many queries
+    else:  # on a CPU 2x to 4x faster than the fused kernel, which is made for many queries
         scores = (folded * q.shape[-1]**-0.5) @ keys.transpose(2, 3) + mask
         y = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
     return y.reshape(q.shape)
@@ -458,9 +458,9 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x, cos, sin, mask=None, cache=None):
-        """x (B,T,d) -> (B,T,d). Without a mask: causal over the T tokens themselves; with one: one
-        token over the cache. cache: this layer's keys and values (B,nkv,C,hs), and KVCache.index of
-        the new ones.
+        """x (B,T,d) -> (B,T,d). Without a mask: causal attention over the T tokens; with a mask:
+        one token over the cache. cache: this layer's keys and values (B,nkv,C,hs), and
+        KVCache.index of the new tokens.
         """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.nh, self.hs)).transpose(1, 2)  # (B,nh,T,hs)
@@ -513,8 +513,8 @@ class Block(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The policy, the reference and the teacher. checkpoint_activations (set by the scripts):
-    recompute each block in the backward pass, a third more work; kept are the blocks' inputs.
+    """The policy, the reference and the teacher. checkpoint_activations (set by the scripts): save
+    only the blocks' inputs and recompute each block in the backward pass, a third more compute.
     compiled: see compile_blocks."""
 
     def __init__(self, config: ModelConfig):
@@ -528,13 +528,13 @@ class CausalLM(nn.Module):
                 "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
             }
         )
-        # tied: there is no second tensor, neither here nor on disk
+        # tied embeddings: no separate head tensor, neither here nor on disk
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # GPT-2: what adds to the residual stream, by its 2L additions
+            elif p.dim() == 2:  # GPT-2: scale residual projections by 1 / sqrt(2L)
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 additions = 2 * config.num_hidden_layers if residual else 1
                 nn.init.normal_(p, std=0.02 / additions**0.5)
@@ -547,21 +547,21 @@ class CausalLM(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(num_tokens, d): a view of the rows that exist."""
+        """(num_tokens, d): a view of the rows of the tokenizer's ids."""
         return self.output_weight[: self.config.num_tokens]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of matrix products, and so of a KVCache: autocast's, else that of the weights as they are
-        now (fp32 masters; bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
+        """Dtype of matmuls and of a KVCache: autocast's, else the current dtype of the weights
+        (fp32 masters; bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
         device = self.output_weight.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.output_weight.dtype
 
     def compile_blocks(self) -> None:
-        """Blocks go through torch.compile when they first run, which takes a minute; all of one
-        shape share the result."""
+        """torch.compile each block, on its first forward (about a minute); blocks of one shape
+        share the compiled code."""
         self.compiled = True
         for block in self.model.layers:
             block.compile(dynamic=True)
@@ -570,11 +570,11 @@ class CausalLM(nn.Module):
                 temperature=1.0, teacher=None):
         """inputs, targets (B,T) ids; the three uses are in the file's docstring.
 
-        Rows are right-padded; results of padding are finite and to be masked by the caller.
-        Training: log-probs and entropy are of softmax(logits / temperature), what was sampled
-        (trap 2). teacher, see teacher_divergence, adds a divergence (B,T). With a cache: a prefill
-        writes its first columns and gives the logits of the tokens at `last` (B,); a decoding step
-        has one token a row, T = 1, at `positions` (B,1). Logits are not divided by the temperature.
+        Rows are right-padded; outputs at padding are finite and must be masked by the caller.
+        Training: log-probs and entropy are of softmax(logits / temperature), the sampling
+        distribution (trap 2); `teacher` (see teacher_divergence) adds a divergence (B,T). With a
+        cache: prefill fills its first columns and returns logits at `last` (B,); a decoding step
+        has T = 1, at `positions` (B,1); logits are not divided by the temperature.
         """
         (B, T), dtype, mask, index = inputs.shape, self.compute_dtype, None, None
         decoding = cache is not None and last is None
@@ -598,7 +598,7 @@ class CausalLM(nn.Module):
         x = self.model.norm(x)
         if targets is None:
             return x
-        # targets of the last columns alone spare the head the others
+        # targets may cover only the last columns: the head skips the others
         x = x[:, T - targets.shape[1] :]
         weight, softmax = self.output_weight, (temperature, self.config.num_tokens, dtype)
         logprobs, entropy = TokenLogprobs.apply(x, weight, targets, *softmax)
@@ -608,15 +608,15 @@ class CausalLM(nn.Module):
 
 
 def num_params(model: CausalLM | ModelConfig) -> int:
-    """Parameters, a tied head counted once; those of a configuration without allocating any."""
+    """Number of parameters, a tied head counted once; a ModelConfig's without allocating any."""
     if isinstance(model, ModelConfig):
         return count_parameters(model)[0]
     return sum(p.numel() for p in model.parameters())
 
 
 def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Numbers in the model, in one block, in the matrices of all blocks; and how many tensors. On
-    the meta device."""
+    """Number of parameters of the model, of one block, of the matrices of all blocks; and number of
+    tensors. On the meta device."""
     with torch.device("meta"):
         model = CausalLM(replace(config, num_hidden_layers=1))  # all blocks are alike
     L, block = config.num_hidden_layers, list(model.model["layers"].parameters())
@@ -626,10 +626,9 @@ def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Floating-point operations of forward + backward for a token of a row of `context` tokens: 6
-    per weight that is multiplied (an untied embedding is looked up) + 12 L nh hs context for
-    attention, causality not discounted, as in published MFU figures (PaLM, appendix B). Forward
-    alone is a third."""
+    """FLOPs of forward + backward per token of a row of `context` tokens: 6 per matmul weight (an
+    untied embedding is a lookup) + 12 L nh hs context for attention, without a discount for
+    causality, as in published MFU figures (PaLM, appendix B). Forward alone is a third."""
     looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     heads = config.num_hidden_layers * config.num_attention_heads
     return 6 * (num_params(config) - looked_up) + 12 * heads * config.head_dim * context

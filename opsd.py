@@ -1,11 +1,11 @@
 """OPSD, on-policy self-distillation (arXiv 2601.18734): a model teaches itself.
 
-The student answers the plain question. The teacher is the model as it was at the start (init_from),
-frozen, with a right solution in its prompt, and says at every token of the student's own response
-how it would have gone on. The solution is a right response of the same group (the data sets here
-hold answers, not solutions). Its divergence is `advantage.generalised_jsd`; with opsd_loss =
-'sampled' the advantage of a token is the teacher's log-prob minus the current student's, at every
-one of several updates.
+The student answers the plain question. The teacher is the frozen initial model (init_from) with a
+correct solution in its prompt; it gives a next-token distribution at every token of the student's
+own response. The solution is a correct response of the same group (the data sets here hold answers,
+not solutions). The loss is `advantage.generalised_jsd`; with opsd_loss = 'sampled' the advantage of
+a token is the teacher's log-prob minus the current student's, recomputed at each of a step's
+updates.
 """
 import dataclasses
 
@@ -20,18 +20,18 @@ from update import Batch, collate
 
 def set_teachers(tokenizer, rollouts: list[Rollout], *, template: str, key: tuple[int, ...],
                  context: int) -> dict[str, float]:
-    """r.teacher_prompt_ids (P',) of every rollout that a teacher can read -> opsd/* sums.
+    """Set r.teacher_prompt_ids (P',) of every rollout that can have a teacher -> opsd/* sums.
 
-    A rollout has no teacher, and an all-zero mask, where its group has no right response but itself
-    (after its own text the teacher would only copy), or where teacher prompt and response exceed
-    the model's context. Rollouts of a query stand together. key: counters (seed, PAIRING, step).
+    A rollout has no teacher, and an all-zero mask, if its group has no other correct response
+    (given the rollout itself the teacher would only copy), or if teacher prompt + response exceed
+    the model's context. Pass all rollouts of a query together. key: counters (seed, PAIRING, step).
     """
     groups: dict[int, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.query, []).append(r)
     too_long = 0
     for query, group in groups.items():
-        rng = np.random.default_rng((*key, query))  # a query's noise depends on no other query
+        rng = np.random.default_rng((*key, query))  # one stream per query
         for r in group:
             right = [other for other in group if other.reward > 0 and other is not r]
             prompt = None
@@ -51,11 +51,11 @@ def set_teachers(tokenizer, rollouts: list[Rollout], *, template: str, key: tupl
 
 def student_and_teacher(model, teacher, batch: Batch, *, temperature: float, loss: str, beta: float,
                         clip: float) -> tuple[torch.Tensor, ...]:
-    """Both on the same completions -> logprobs, entropy (B,T) of the student, and a third (B,T).
+    """Run both on the same completions -> student's logprobs, entropy (B,T), and a third (B,T).
 
     The third is, with loss = 'jsd', the divergence to the teacher over the whole vocabulary, with
     'sampled' the teacher's log-prob of the sampled token. The teacher's prompt is longer, so its
-    columns are shifted to meet the student's. No gradient reaches the teacher.
+    columns are shifted to align with the student's. No gradient reaches the teacher.
     """
     read = [dataclasses.replace(r, prompt_ids=r.teacher_prompt_ids or r.prompt_ids)
             for r in batch.rows]

@@ -1,10 +1,10 @@
-"""Many processes: explicit FSDP2, weights gathered once for sampling, micro-batches dealt evenly.
+"""Multiple processes: FSDP2, weights gathered once per sampling phase, balanced micro-batches.
 
-torchrun starts the processes; without it there is one, no process group and no wrapping. Every
-rank owns a slice of each weight. Three rules keep ranks together (trap 21): sampling runs inside
-`Unsharded`, where a forward needs no collective, so ranks may decode for different lengths of
-time; outside it every rank runs the same number of forwards and backwards (`balance` sees to it);
-whatever decides control flow is the same on every rank.
+torchrun starts the processes; without it there is one process, no process group and no FSDP. Every
+rank holds a shard of each weight. Three rules prevent deadlocks (trap 21): sampling runs inside
+`Unsharded`, where a forward needs no collective, so ranks may decode for different numbers of
+steps; outside `Unsharded` every rank runs the same number of forwards and backwards (`balance`);
+values that control flow depends on are the same on every rank.
 
 Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for
 sampling.
@@ -41,14 +41,14 @@ def check_world(replicas: int, prompts_per_step: int = 0) -> None:
 
 
 def pick_device(device: str) -> str:
-    """'auto' is the GPU where there is one."""
+    """'auto' is the GPU if there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def start(device: str, timeout_minutes: float) -> str:
     """Join torchrun's process group if there is one (failing.run leaves it); -> this rank's device.
 
-    timeout_minutes: how long a collective may wait before the job is taken for hung and ended.
+    timeout_minutes: a collective that waits longer ends the job, which is assumed to hang.
     """
     device = pick_device(device)
     if "RANK" in os.environ:
@@ -68,17 +68,17 @@ def world_size() -> int:
 
 
 def say(*text) -> None:
-    """print, on one process."""
+    """Print on rank 0 only."""
     if rank() == 0:
         print(*text, flush=True)
 
 
 def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
-    """Wrap in place: every block is a unit; embedding, final norm and head belong to the root.
+    """Wrap in place: every block is an FSDP unit; embedding, final norm and head are in the root.
 
-    Masters, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered copies
-    are bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a node),
-    replicate across the groups.
+    Master weights, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered
+    copies are bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a
+    node), replicate across the groups.
     """
     world = world_size()
     if replicas == 1:
@@ -97,10 +97,10 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
 
 
 def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple:
-    """(wrap, autocast): how to shard a model (None with one process), the context to run it in.
+    """(wrap, autocast): function that shards a model (None with one process), context to run it in.
 
-    bf16 is for products only: weights, gradients and AdamW's moments stay fp32, or lr 1e-6 would
-    move nothing (trap 19). With one process autocast makes the bf16 copies, with several FSDP does.
+    bf16 is for matmuls only: weights, gradients and AdamW's moments stay fp32, or updates at lr
+    1e-6 would round to nothing (trap 19). One process: autocast makes the bf16 copies; else FSDP.
     """
     if world_size() > 1:
         wrap = functools.partial(shard, device=device, dtype=dtype, replicas=replicas,
@@ -110,13 +110,13 @@ def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple
 
 
 class Unsharded:
-    """`with Unsharded(model, dtype) as sampler`: a plain model of the whole weights, to draw from.
+    """`with Unsharded(model, dtype) as sampler`: a plain model with full weights, to sample from.
 
-    FSDP: every unit is gathered once, and freed at the end. Forwards of the sampler (under no_grad)
+    FSDP: every unit is gathered on entry and freed on exit. Forwards of the sampler (under no_grad)
     use no collective and run without FSDP's hooks, which cost a fifth of a small step and cannot be
     captured in a CUDA graph. A forward of `model` itself inside would free the gathered tensors.
-    One process, bf16: the matrices that autocast would cast at every token are bf16 copies, made
-    anew each time in the same memory, which captured steps go on reading; the rest is the model's.
+    One process, bf16: the matrices that autocast would cast at every token are bf16 copies, updated
+    on entry in the same memory, which captured CUDA graphs read; other weights are the model's.
     One process, fp32: the model itself.
     """
 
@@ -153,7 +153,7 @@ class Unsharded:
 
 
 def gather(items: list) -> list:
-    """The lists of all ranks, one after the other, on every rank."""
+    """All-gather: the lists of all ranks concatenated in rank order, on every rank."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -171,10 +171,10 @@ def check_shared(out_dir: str, first_step: int) -> None:
 
 
 def microbatches(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
-    """Row indices sorted by length, cut so that no padded micro-batch exceeds the budget.
+    """Row indices sorted by length, split so that no padded micro-batch exceeds the token budget.
 
-    Lengths [9, 3, 8, 4] and a budget of 18 give [[0, 2], [3, 1]]. A row longer than the budget is
-    alone in its micro-batch.
+    Lengths [9, 3, 8, 4] and a budget of 18 give [[0, 2], [3, 1]]. A row longer than the budget gets
+    a micro-batch of its own.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -189,9 +189,9 @@ def microbatches(lengths: list[int], tokens_per_microbatch: int) -> list[list[in
 def balance(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
     """This rank's micro-batches as row indices; the same number of micro-batches on every rank.
 
-    Micro-batches are cut from the whole step's rows sorted by length and dealt like cards, so that
-    every rank gets its share of long rows. A rank that comes out short gets a micro-batch with the
-    index len(lengths): the caller puts a row that counts nowhere there (update.microbatches_of).
+    Micro-batches are cut from all rows of the step, sorted by length, and assigned to ranks
+    round-robin, so that long rows are spread evenly. A rank with one fewer gets a micro-batch of
+    index len(lengths), where the caller puts a fully masked row (update.microbatches_of).
     """
     batches = microbatches(lengths, tokens_per_microbatch)
     mine = batches[rank()::world_size()]
@@ -199,5 +199,5 @@ def balance(lengths: list[int], tokens_per_microbatch: int) -> list[list[int]]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered (on all ranks at once); a plain one as it is."""
+    """All-gather a sharded tensor (a collective: call on all ranks); a plain tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

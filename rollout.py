@@ -1,13 +1,13 @@
 """Rollouts: batched sampling with a KV cache.
 
-`generate` is the whole sampler. Every distinct prompt is prefilled once and its cache copied to its
-n rows; all rows decode one token a step; rows that have ended leave and waiting rows join
-(continuous batching). It knows token ids, never problems. Training consumes the very ids that were
-sampled here (traps 1, 5): nothing is decoded and encoded again on the way to the loss.
+`generate` is the whole sampler. Each distinct prompt is prefilled once and its KV cache copied to n
+rows; each decoding step adds one token to every row; ended rows are removed and waiting rows take
+their place (continuous batching). `generate` sees token ids, never problems. Training uses the
+sampled ids themselves (traps 1, 5): no text is re-tokenised on the way to the loss.
 
-Noise is a function of counters (trap 7): row (seed, stream, step, query, sample) owns a stream of
-uniforms, one per position, so a row's sample depends neither on the other rows of its batch, nor on
-the batch size, nor on the process that draws it.
+Sampling noise is counter-based (trap 7): row (seed, stream, step, query, sample) has its own stream
+of uniforms, one per position, so its sample does not depend on the other rows of the batch, on the
+batch size, or on the rank.
 
 Deliberately missing: top-k, min-p, repetition penalties, beam search. Truncated sampling (top-p) is
 for evaluation only: the trainer scores the full softmax, so rollouts are drawn from it (trap 2).
@@ -26,11 +26,11 @@ from memory import COLUMNS, KEEP_SHARE, PREFILL_TOKENS, bucket, rows_that_fit, t
 from model import KVCache, decoding_head
 from parallel import microbatches
 
-# roles of tokens; PREFIX: the policy's own words, and so every token of an ordinary rollout
+# token roles; PREFIX: the policy's own response, hence every token of an ordinary rollout
 PREFIX, DIAGNOSIS, CORRECTION = 0, 1, 2
 ROLLOUT, REFLECTION, EVALUATION, PAIRING = 0, 1, 2, 3  # noise streams, second counter of every key
-LEAVE_EVERY = 8        # decoded tokens between two checks for ended rows (each is a host sync)
-LEAVE_SHARE = 1 / 8    # ended rows are removed once they are this share of the live rows
+LEAVE_EVERY = 8        # decoding steps between checks for ended rows (each check is a host sync)
+LEAVE_SHARE = 1 / 8    # ended rows are removed once they make up this share of the live rows
 BLOCK = 256            # tokens in a block of the vocabulary, see inverse_cdf
 CUDA_GRAPHS = True     # replay a decoding step as one launch; False: hundreds of kernel launches
 
@@ -38,7 +38,7 @@ CUDA_GRAPHS = True     # replay a decoding step as one launch; False: hundreds o
 @dataclass
 class Completion:
     """One sampled row. `ids` ends with the stop token iff `finished`; `logprobs` has one entry per
-    id, of the very distribution the id was drawn from (temperature and top-p included)."""
+    id, under the distribution the id was sampled from (temperature and top-p applied)."""
     ids: list[int]
     logprobs: list[float]
     finished: bool
@@ -46,47 +46,47 @@ class Completion:
 
 @dataclass
 class Rollout:
-    """One completion and all that is known about it: the unit of data up to `update.collate`.
+    """One completion with its metadata: the unit of data up to `update.collate`.
 
-    What a token is for is decided once, here: `mask` 1 = it carries gradient, `ots` 1 = Eq. 7
-    weighs it. Every list without another length has one entry per completion id.
+    Per-token flags: `mask` 1 = the token contributes gradient, `ots` 1 = Eq. 7 weights the token.
+    All lists except the two prompts have one entry per completion id.
     """
     problem: Problem
-    group: str                  # advantage group: its query's, or that + "_reflected" (§3.4)
-    prompt_ids: list[int]       # prompt it is TRAINED under: for reflections the plain question too
+    group: str                  # advantage group: the query, or the query + "_reflected" (§3.4)
+    prompt_ids: list[int]       # prompt used in TRAINING: the plain question, also for reflections
     completion_ids: list[int]   # ends with the stop token iff finished
     roles: list[int]
     finished: bool
     text: str                   # decoded completion_ids, for grading and logs only
-    query: int = 0              # counts queries of the run: a problem met twice is two queries
+    query: int = 0              # query number in the run: a problem drawn twice is two queries
     is_reflection: bool = False
-    faithful: bool | None = None  # of a reflection: all it newly states holds; None: states nothing
-    sample_logprobs: list[float] | None = None  # None: a reflection, sampled under another prompt
+    faithful: bool | None = None  # reflections: every newly written statement holds; None: has none
+    sample_logprobs: list[float] | None = None  # None for reflections: sampled from another prompt
     reward: float = 0.0
     grade: str = ""             # reward.Grade.status, or 'truncated'
     answer: str | None = None   # what the grader extracted
     advantage: float = 0.0
     mask: list[float] = field(default_factory=list)  # default: all ones
     ots: list[float] = field(default_factory=list)   # default: all zeros
-    loss_scale: float = 0.0     # share of one trained token in the step's loss (Eq. 2, 6)
-    old_logprobs: list[float] | None = None          # where a step has several updates
-    teacher_prompt_ids: list[int] | None = None      # OPSD: the prompt its teacher reads it under
-    logprobs: list[float] | None = None     # of reflections, for the logs: policy at the update ...
-    ots_weights: list[float] | None = None  # ... and Eq. 7's weight, whether or not it was used
+    loss_scale: float = 0.0     # weight of each trained token in the step's loss (Eq. 2, 6)
+    old_logprobs: list[float] | None = None          # set if a step has several updates
+    teacher_prompt_ids: list[int] | None = None      # OPSD: the teacher's prompt
+    logprobs: list[float] | None = None     # reflections, for logs: policy log-probs at the update
+    ots_weights: list[float] | None = None  # likewise: weights by `weighting`, also where ots = 0
 
     def __post_init__(self):
         self.mask = self.mask or [1.0] * len(self.completion_ids)
         self.ots = self.ots or [0.0] * len(self.completion_ids)
 
     def to_row(self, step: int, tokenizer) -> dict:
-        """What is kept of it on disk, one JSON line."""
+        """The fields saved to disk, as one JSON line."""
         hidden = {"problem", "ots", "old_logprobs", "teacher_prompt_ids"}
         row = {name: value for name, value in vars(self).items() if name not in hidden}
         return {"step": step, "uid": self.problem.uid, "question": self.problem.question,
                 "gold": self.problem.answer, "prompt": tokenizer.decode(self.prompt_ids)} | row
 
     def __len__(self) -> int:
-        """Tokens of the longest row the update makes of it."""
+        """Tokens of the longest row in the update: under OPSD that is the teacher's."""
         return len(self.teacher_prompt_ids or self.prompt_ids) + len(self.completion_ids)
 
 
@@ -94,8 +94,8 @@ def sample_rollouts(model, tokenizer, queries: list[tuple[int, Problem]], n: int
                     key: tuple[int, ...], **sampling) -> list[Rollout]:
     """Alg. 1 lines 1-6: n responses to each query, not yet scored.
 
-    queries [(query, Problem)], prompts encoded; key: counters (seed, stream, step), the query is
-    appended; sampling: see `generate`.
+    queries: [(query, Problem)] with encoded prompts; key: counters (seed, stream, step), to which
+    the query is appended; sampling: arguments of `generate`.
     """
     groups = generate(model, [problem.prompt_ids for _, problem in queries], n,
                       keys=[(*key, query) for query, _ in queries], **sampling)
@@ -110,7 +110,7 @@ def sample_rollouts(model, tokenizer, queries: list[tuple[int, Problem]], n: int
 
 
 def completion_text(tokenizer, completion: Completion) -> str:
-    """The completion without its stop token: for grader, prompts and logs, never the loss."""
+    """Decode without the stop token: for grading, prompts and logs, never for the loss."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -124,20 +124,20 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
            top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row. logits (B,V) fp32, uniforms (B,) fp64 -> tokens, logprobs (B,).
 
-    The log-prob is that of the distribution drawn from: softmax(logits / temperature), renormalised
-    over the nucleus if top_p < 1. temperature 0 is greedy, with log-prob 0. One uniform per row
-    whatever V is, and no host sync.
+    The log-prob is under the sampling distribution: softmax(logits / temperature), renormalised
+    over the nucleus if top_p < 1. temperature 0 is greedy, with log-prob 0. One uniform per row,
+    for any V, and no host sync.
     """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(logits.shape[0])
     if temperature != 1:
         logits = logits / temperature
-    # not softmax, whose sum on a CPU drops the tail: 1e-4 off at V = 150k
+    # not softmax: its sum on a CPU loses the tail, an error of 1e-4 at V = 150k
     total = logits.logsumexp(-1, keepdim=True)
     p = (logits - total).exp_()
     if top_p < 1:
         ranked, index = p.sort(dim=-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # the mass before a token reaches top_p
+        outside = ranked.cumsum(-1) - ranked >= top_p  # mass of the tokens ranked above
         p.scatter_(-1, index, ranked.masked_fill_(outside, 0))
         total = total + p.sum(-1, keepdim=True).log()
     tokens = inverse_cdf(p, uniforms[:, None])
@@ -145,10 +145,10 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float,
 
 
 def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Index drawn with probability p / p.sum(): p (B,V) fp32, uniforms (B,1) fp64 -> (B,1).
+    """Index sampled with probability p / p.sum(): p (B,V) fp32, uniforms (B,1) fp64 -> (B,1).
 
-    In fp64, as fp32 rounds away the tail of a large vocabulary. A large one is drawn from in two
-    levels, first a block, then a token of that block: p is read once and never written in fp64.
+    The CDF is fp64: fp32 rounds away the tail of a large vocabulary. A large vocabulary is sampled
+    in two levels, a block and a token within the block: p is read once, without an fp64 copy.
     """
     B, V = p.shape
     if V <= 16 * BLOCK:
@@ -164,8 +164,8 @@ def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """First entry of cdf (B,n) above target (B,1) -> (B,1): never one of probability 0. A target
-    that was rounded up to the last entry is taken to lie just below it."""
+    """Index of the first entry of cdf (B,n) above target (B,1) -> (B,1): never a token of
+    probability 0. A target rounded up to the last entry is clamped to just below that entry."""
     below = torch.nextafter(cdf[:, -1:], torch.zeros_like(target))
     return torch.searchsorted(cdf, torch.minimum(target, below), right=True)
 
@@ -174,17 +174,17 @@ def first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 # continuous batching
 
 
-@torch.no_grad()  # not inference_mode: its tensors could not be reused by FSDP's next forward
+@torch.no_grad()  # not inference_mode: FSDP's next forward could not reuse inference tensors
 def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, ...]],
              max_new_tokens: int, stop_ids: tuple[int, ...], temperature: float = 1.0,
              top_p: float = 1.0, max_rows: int = 256, progress: str = "",
              decoder: "Decoder | None" = None) -> list[list[Completion]]:
     """Sample n completions for every prompt -> one list of n Completions per prompt, in order.
 
-    keys: one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample's index is
-    appended. At most max_rows rows decode at once (0: as many as free memory holds). `progress`
-    labels a bar with tokens/s, shown on a terminal only; "" shows none. decoder: one of an earlier
-    call, whose memory and captured graphs are reused.
+    keys: one counter tuple per prompt, e.g. (seed, ROLLOUT, step, query); the sample index is
+    appended. max_rows: most rows that decode at once (0: as many as fit in free memory). progress:
+    label of a progress bar with tokens/s, shown on a terminal only; "" shows none. decoder: reuse
+    the memory and CUDA graphs of an earlier call's Decoder.
     Raises ValueError for an empty prompt, a prompt that leaves no room in the context, or bad
     sampling knobs.
     """
@@ -231,12 +231,12 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 
 
 class Decoder:
-    """Rows that decode together: KV cache and per-row state, in memory that outlives `generate`.
+    """The decoding batch: KV cache and per-row state, in memory kept between calls of `generate`.
 
-    Row b of every tensor is one unfinished completion, column t its t-th token, prompt included.
-    The cache's shape (R, C) is a pair of buckets, and rows move only when it changes. A decoding
-    step reads lengths and positions on the device, so one captured graph per shape serves every
-    later step of that shape, in this call of `generate` or a later one.
+    Row b of every tensor is one sequence in progress, column t its t-th token, prompt included. R
+    and C of the cache's shape (R, C) are bucketed; rows move only when the shape changes. A
+    decoding step reads lengths and positions from device tensors, so one CUDA graph per shape is
+    replayed for all later steps of that shape, in this call of `generate` or a later one.
     """
 
     def __init__(self):
@@ -245,7 +245,7 @@ class Decoder:
     def release(self) -> None:
         """Free all memory."""
         self.cache, self.made_for, self.captured, self.weights = None, None, {}, []
-        self.rows = self.columns = self.cells = 0  # allocated; cells: rows * columns of the cache
+        self.rows = self.columns = self.cells = 0  # allocated; cells: R * C of the KV cache
         self.live: dict[int, object] = {}          # row -> name
 
     @property
@@ -254,20 +254,20 @@ class Decoder:
 
     def prepare(self, model, n: int, columns: int, *, max_rows: int, stop_ids, temperature: float,
                 top_p: float) -> None:
-        """Reserve memory for n rows, at most max_rows at once, of `columns` tokens. Captured graphs
-        stay valid unless that memory is reallocated or the weights have moved."""
+        """Reserve memory for n rows of `columns` tokens, at most max_rows at once. Captured graphs
+        stay valid unless this memory or that of the weights is reallocated."""
         self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
         self.temperature, self.top_p = temperature, top_p
         made_for = model.config, model.compute_dtype, self.device, tuple(stop_ids)
         R, C = min(bucket(max(1, n)), max_rows), bucket(columns + 1, COLUMNS)  # + 1: see `draw`
         if made_for != self.made_for or R > self.rows or C > self.columns or R * C > self.cells:
             sizes = max(R, self.rows), max(C, self.columns), max(R * C, self.cells)
-            self.release()  # first: never two at once
+            self.release()  # before allocating: never hold two caches
             self.allocate(made_for, *sizes)
         self.live, self.length[:], self.ended[:] = {}, 1, True
         head = decoding_head(model.head_weight, model.compute_dtype)
         if self.cache.head is not None and head.data_ptr() != model.head_weight.data_ptr():
-            head = self.cache.head.copy_(head)  # graphs read the old cast's memory
+            head = self.cache.head.copy_(head)  # in place: captured graphs read this memory
         self.cache.head = head
         weights = [tensor.data_ptr() for tensor in (*model.parameters(), head)]
         if weights != self.weights:
@@ -281,17 +281,17 @@ class Decoder:
         self.logprobs = torch.zeros(rows, columns, device=device)
         self.uniforms = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self.length = torch.ones(rows, dtype=torch.int64, device=device)       # tokens so far
-        self.end = torch.ones_like(self.length)                                # the cap's length
+        self.end = torch.ones_like(self.length)                                # maximum length
         self.ended = torch.ones_like(self.length, dtype=torch.bool)
         self.index = torch.arange(rows, device=device)
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        # on the host: prompt length, upper bound of the length now, and of the final length
+        # on the host: prompt length, upper bounds of the current length and of the final length
         self.prompt, self.reach, self.limit = np.ones((3, rows), dtype=int)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def fit(self, n: int, columns: int = 0) -> None:
-        """Change to the buckets that hold n rows of `columns` tokens, and of what live rows need.
-        Live rows move to the front."""
+        """Reshape the KV cache to the buckets of n rows and `columns` columns, or more if live rows
+        need more. Live rows move to the front."""
         rows, n_live = list(self.live), len(self.live)
         columns = max([columns, *(self.reach[rows] + 1).tolist()])
         R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
@@ -307,7 +307,7 @@ class Decoder:
         self.live = dict(enumerate(self.live.values()))
 
     def join(self, names: list, prompts: list[list[int]], noise: np.ndarray) -> None:
-        """Prefill new rows and draw their first token. noise: uniforms (n, max_new_tokens + 1)."""
+        """Prefill new rows, sample their first token. noise: uniforms (n, max_new_tokens + 1)."""
         lengths = np.array([len(prompt) for prompt in prompts])
         self.fit(len(self.live) + len(names), int(max(lengths)) + 1)
         free = (b for b in range(self.cache.shape[0]) if b not in self.live)
@@ -322,7 +322,7 @@ class Decoder:
         self.uniforms[index[:, None], columns] = torch.from_numpy(noise).to(self.device)
         self.length[index], self.end[index] = length, length + noise.shape[1] - 1
         self.ended[index] = False
-        rows_of: dict[tuple, list[int]] = {}  # of every distinct prompt
+        rows_of: dict[tuple, list[int]] = {}  # distinct prompt -> its rows
         for row, prompt in zip(rows, prompts, strict=True):
             rows_of.setdefault(tuple(prompt), []).append(row)
         distinct = list(rows_of)
@@ -336,8 +336,8 @@ class Decoder:
             self.draw(logits[which], index)
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
-        """Sample the next token of these rows. An ended row goes on sampling, into a scratch column
-        behind its last token, until it is removed."""
+        """Sample the next token of `rows`. An ended row keeps sampling until it is removed, into
+        the scratch column after its last token."""
         length, ended = self.length[rows], self.ended[rows]
         at = rows, length
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
@@ -347,7 +347,7 @@ class Decoder:
         self.ended[rows] = ended | stopped | (length == self.end[rows])
 
     def step(self) -> None:
-        """Decode one token per row. CUDA-graph safe: no host sync, no scalar that changes."""
+        """Decode one token per row. CUDA-graph safe: no host sync, no changing Python scalar."""
         rows = self.index[:self.cache.shape[0]]
         newest = self.length[rows] - 1
         logits = self.model(self.tokens[rows, newest][:, None], positions=newest[:, None],
@@ -355,7 +355,7 @@ class Decoder:
         self.draw(logits, rows)
 
     def decode(self) -> None:
-        """Decode LEAVE_EVERY tokens, fewer if the youngest row is nearer to its cap."""
+        """Decode LEAVE_EVERY tokens per row, fewer if all rows reach their limit before that."""
         rows = list(self.live)
         steps = min(LEAVE_EVERY, int(max(self.limit[rows] - self.reach[rows])))
         self.reach = np.minimum(self.reach + steps, self.limit)
@@ -368,7 +368,7 @@ class Decoder:
                 self.captured[key] = capture(self.step, self.device, self.pool)
 
     def leave(self) -> list[tuple[object, list[int], list[float]]]:
-        """Remove ended rows once they are LEAVE_SHARE of all -> [(name, ids, logprobs)]."""
+        """Remove ended rows once they are LEAVE_SHARE of live rows -> [(name, ids, logprobs)]."""
         length, ended = torch.stack([self.length, self.ended.long()]).cpu().numpy()
         self.reach, self.limit = length, np.where(ended, length, self.limit)
         gone = [b for b in self.live if ended[b]]
@@ -382,17 +382,17 @@ class Decoder:
 
 
 def capture(step, device: torch.device, pool):
-    """Run a step; -> a callable that runs it again. On a GPU that replays a CUDA graph: a step is
-    hundreds of small kernels, and launching them takes longer than running them. A graph reads and
-    writes the memory that step() did. Graphs of one pool share their temporaries, which is safe as
-    they replay one at a time and their results lie outside the pool."""
-    step()  # first a plain run: workspaces and compiled code must not be created while capturing
+    """Run step(); -> a callable that runs it again. On a GPU the callable replays a CUDA graph:
+    a step's hundreds of small kernels take longer to launch than to run. The graph reads and writes
+    the same memory as step(). Graphs of one pool share temporaries, which is safe: they replay one
+    at a time and their results lie outside the pool."""
+    step()  # eager first: workspaces and compiled code must not be created during capture
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # its casts would end with the context, the graph not
-    # thread_local: other threads, a checkpoint's writer, may use the GPU meanwhile
+    torch.set_autocast_cache_enabled(False)  # the graph outlives the cached casts
+    # thread_local: other threads, such as a checkpoint writer, may use the GPU meanwhile
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()  # recorded, not run
     torch.set_autocast_cache_enabled(cached)
@@ -400,7 +400,7 @@ def capture(step, device: torch.device, pool):
 
 
 def prefill(model, prompts: list, head: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
-    """Keys and values of D prompts, and logits (D,V) of the next token. head: see KVCache."""
+    """KV cache of D prompts, and logits (D,V) of the next token. head: see KVCache."""
     device, width = model.head_weight.device, max(map(len, prompts))
     # Right-padded, as in training. Padding is masked by length, not by id.
     inputs = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)

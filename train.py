@@ -7,9 +7,9 @@ r"""Train a language model from its own mistakes: TAPO (arXiv 2606.18844), Algor
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT \
       train.py config/aime.py --replicas=2
 
-One step: K rollouts for each problem, scored; right and wrong ones of a group paired (Eq. 3); from
-every pair the policy writes a micro-reflective trajectory; advantages per group (Eq. 1, 4, 5); one
-update on L_orig + lam * L_ref (Eq. 6, 8), constructions weighed token by token (Eq. 7).
+One step: sample and score K rollouts per problem; pair wrong and right rollouts of a group (Eq. 3);
+let the policy write a micro-reflective trajectory for each pair; normalise advantages per group
+(Eq. 1, 4, 5); update on L_orig + lam * L_ref (Eq. 6, 8), with token weights in L_ref (Eq. 7).
 
 Deliberately missing: a value model, a KL penalty by default, a reward model, replay, top-p in
 rollouts (the trainer scores the full softmax).
@@ -75,9 +75,9 @@ from update import (
 
 # --- what is learned ------------------------------------------------------------------------------
 method: one_of("tapo", "grpo", "opsd", "sft") = "tapo"  # grpo: Eq. 2; sft: likelihood of y_ref
-init_from = ""              # Hugging Face folder or hub id of the start; also the KL's reference
+init_from = ""              # initial policy and KL reference: Hugging Face folder or hub id
 problems = ""               # jsonl of {"uid", "question", "answer"}
-eval_problems = ""          # held-out jsonl, measured every eval_interval; "" = none
+eval_problems = ""          # held-out jsonl, evaluated every eval_interval; "" = none
 instruction = BOXED_INSTRUCTION  # appended to every question
 out_dir = "out"
 resume = False              # continue from the last checkpoint in out_dir
@@ -91,58 +91,58 @@ temperature: above(0) = 1.0             # divides the logits in the trainer too
 max_rows: at_least(0) = 256             # rows that decode at once; 0: as many as free memory holds
 # --- micro-reflective trajectories (lines 8-14) ---------------------------------------------------
 n_pos: at_least(1) = 2                  # Eq. 3: right responses an eligible group needs
-n_neg: at_least(1) = 4                  # Eq. 3: wrong responses it needs
-m_max: at_least(1) = 4                  # wrong responses of a group reflected upon, at most
+n_neg: at_least(1) = 4                  # Eq. 3: wrong responses an eligible group needs
+m_max: at_least(1) = 4                  # Eq. 3: maximum wrong responses per group to reflect on
 template: one_of(*reflect.TEMPLATES) = "long"           # synthesis prompt
-prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y- with its error is kept
-# constructions trained on; right: 'w/o Negative'; faithful: not those that state something false
+prefix_mode: one_of(*reflect.PREFIX_MODES) = "micro"    # micro: y_ref keeps y-, error included
+# constructions to train on; right: correct ones ('w/o Negative'); faithful: no false statement
 keep: one_of("all", "right", "faithful") = "all"
-max_synthesis_tokens: at_least(0) = 0   # of analysis + reconstruction; 0 = 2 * max_new_tokens
+max_synthesis_tokens: at_least(0) = 0   # cap of analysis + reconstruction; 0 = 2 * max_new_tokens
 # --- advantages and loss (lines 17-22) ------------------------------------------------------------
-# constructions are a group of their own (Eq. 4, 5); False: 'w/o DAE', Eq. 1 over the whole query
+# constructions are a separate group (Eq. 4, 5); False: 'w/o DAE', Eq. 1 over all rows of a query
 decoupled = True
-# A of constructions; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
+# advantage of constructions; group: Eq. 5; reward: A = r; orig, joint: see advantage.advantages
 ref_advantage: one_of("group", "reward", "orig", "joint") = "group"
-weighting: one_of(*WEIGHTINGS) = "ots"  # of constructions' tokens (Eq. 7); none: 'w/o OTS'
-# the inserted diagnosis; mask: no gradient; ots: weighed as the rest (the paper); train: weight 1
+weighting: one_of(*WEIGHTINGS) = "ots"  # token weights of constructions (Eq. 7); none: 'w/o OTS'
+# diagnosis tokens; mask: no gradient; ots: weighted like the rest (the paper); train: weight 1
 diagnosis: one_of("mask", "ots", "train") = "mask"
 train_prefix = True                     # False also masks the preserved wrong reasoning
-w_min: at_least(0) = 0.01               # Eq. 7 clips to [w_min, w_max]
+w_min: at_least(0) = 0.01               # Eq. 7 clamps weights to [w_min, w_max]
 w_max: above(0) = 10.0
 lam: at_least(0) = 1.0                  # Eq. 6
 clip_eps: above(0) = 0.2                # Eq. 2
 loss_agg: one_of("sequence", "token") = "sequence"    # sequence: Eq. 2's mean per response
-loss_norm: one_of("separate", "merged") = "separate"  # separate: a mean over each part (Eq. 6)
-kl_coef: at_least(0) = 0.0              # weight of the KL to the start; the paper has none
-log_kl = True                           # log KL(policy || start) (Fig. 3): one more forward
+loss_norm: one_of("separate", "merged") = "separate"  # separate: means of L_orig and L_ref (Eq. 6)
+kl_coef: at_least(0) = 0.0              # weight of the KL to init_from; the paper has no KL loss
+log_kl = True                           # log KL(policy || init_from) (Fig. 3): one more forward
 updates_per_step: at_least(1) = 1       # with 1 the ratio of Eq. 2 is exactly 1
-opsd_loss: one_of("jsd", "sampled") = "jsd"  # full-vocabulary divergence, or the sampled token's
+opsd_loss: one_of("jsd", "sampled") = "jsd"  # jsd: full vocabulary; sampled: sampled tokens only
 opsd_beta: between(0, 1) = 0.5          # weight of the teacher in the mixture
-opsd_clip: at_least(0) = 0.0            # cut of a token's divergence; 0 = none
+opsd_clip: at_least(0) = 0.0            # maximum divergence of a token; 0 = no clipping
 # --- the optimiser (AdamW, no weight decay) -------------------------------------------------------
 learning_rate: at_least(0) = 1e-6       # after warm-up a cosine to 0
 warmup_steps: at_least(0) = 10
 grad_clip: above(0) = 1.0
 tokens_per_microbatch: at_least(0) = 0  # padded tokens of a forward / backward; 0: as many as fit
-checkpoint_activations = False          # recompute blocks in the backward: a third more work
+checkpoint_activations = False          # recompute blocks in the backward: a third more compute
 # --- evaluation, saving, machine ------------------------------------------------------------------
 eval_interval: at_least(0) = 50         # steps; 0 = only at the end
 eval_samples: at_least(1) = 4           # per held-out problem, at `temperature`
 save_interval: at_least(0) = 50         # steps; the last step is always saved
 keep_last: at_least(1) = 2              # checkpoints kept, beside the best by held-out Pass@1
-async_save = False                      # write them in the background, from a copy in host memory
+async_save = False                      # save in the background, from a copy in host memory
 log_to: one_of("", "wandb", "tensorboard") = ""  # besides metrics.jsonl
 device: one_of("auto", "cpu", "cuda") = "auto"
 replicas: at_least(1) = 1               # HSDP: shard within world_size / replicas ranks (a node)
 offload = False                         # keep shards of weights and moments in host memory
 timeout_minutes: above(0) = 60.0        # a collective that waits longer ends the job
-dtype: one_of("float32", "bfloat16") = "float32"  # of products; weights and moments stay fp32
+dtype: one_of("float32", "bfloat16") = "float32"  # of matmuls; weights and moments stay fp32
 compile = False                         # torch.compile the blocks: a minute at start
 threads: at_least(0) = 0                # CPU threads; 0 = torch's choice
 
 
 def check_config(c: SimpleNamespace) -> None:
-    """Refuse at start what would fail, or silently not learn, later: value, rule, fix."""
+    """Reject knobs that would later fail or silently prevent learning; errors: value, rule, fix."""
     if c.w_min > c.w_max:
         raise ValueError(f"w_min = {c.w_min} exceeds w_max = {c.w_max}: Eq. 7 clips weights into "
                          "[w_min, w_max]; swap them")
@@ -161,7 +161,7 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
             opsd_loss: str, opsd_beta: float, opsd_clip: float,
             on_policy: bool) -> tuple[torch.Tensor, dict]:
     """The loss of one micro-batch (Eq. 2, 6, 8 for GRPO and TAPO) and the sums of train/* logs;
-    log-probs and weights of constructions are noted on their rows, for the logs.
+    stores log-probs and weights of constructions on their rows, for the logs.
 
     on_policy: the step has one update, so the old policy is the policy itself (trap 9).
     """
@@ -184,7 +184,7 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
     elif method == "opsd" and opsd_loss == "jsd":
         loss = distillation_loss(teaching, batch.mask, batch.loss_scale)
     else:
-        # OPSD on the sampled token alone: the advantage is how much likelier the teacher finds it
+        # OPSD on the sampled token: the advantage is log(p_teacher / p_student) of that token
         advantage = (teaching - logprobs.detach() if method == "opsd"
                      else batch.advantages[:, None])
         loss, stats = policy_loss(logprobs, old_logprobs, advantage, batch.mask, weights,
@@ -192,19 +192,19 @@ def loss_of(batch, *, model, ref_model, method: str, temperature: float, clip_ep
         add_up(sums, {"train/clip_fraction": stats["clipped"],
                       "train/clip_fraction#": batch.mask.sum(),
                       "train/ratio_max": stats["ratio_max"]})
-    if kl_coef:  # an estimate of the KL only where the policy itself sampled the tokens
+    if kl_coef:  # the KL estimator is valid only on tokens that the policy itself sampled
         own = batch.mask * (1 - batch.is_reflection[:, None])
         kl = kl_to_ref(logprobs, ref_logprobs, own)
         loss = loss + kl_coef * (batch.loss_scale[:, None] * kl).sum()
     for b, r in enumerate(batch.rows):
-        if r.is_reflection:  # tensors, so that nothing here waits for the device
+        if r.is_reflection:  # kept as tensors: no host sync
             r.logprobs = logprobs[b, batch.columns_of(b)].detach()
             r.ots_weights = w[b, batch.columns_of(b)]
     return loss, sums
 
 
 def share_logs(rollouts: list[Rollout]) -> None:
-    """Give every rank the log-probs and weights that loss_of noted on the rank that had the row."""
+    """All-gather the log-probs and weights that loss_of stored on the rank that trained a row."""
     noted = [(i, r.logprobs.tolist(), r.ots_weights.tolist()) for i, r in enumerate(rollouts)
              if torch.is_tensor(r.logprobs)]
     for i, logprobs, weights in gather(noted):
@@ -241,7 +241,7 @@ def main() -> None:
     context = model.config.max_position_embeddings
     check_prompts_fit(training + held_out, c.max_new_tokens, context)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
-    ref_model = None  # the frozen start
+    ref_model = None  # frozen copy of init_from
     if c.log_kl or c.kl_coef or c.method == "opsd":
         ref_model = load(c.init_from).requires_grad_(False)
         check_same_model(load_from, model.config, c.init_from, ref_model.config)
@@ -255,7 +255,7 @@ def main() -> None:
         keep_log(out / "metrics.jsonl", first_step)
 
     unsharded = Unsharded(model, c.dtype)
-    # max_new_tokens: of a response; of a construction too, which is sampled under another cap
+    # max_new_tokens: cap of a response and of y_ref; sampling a synthesis has a cap of its own
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
                 "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
     tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
@@ -272,13 +272,13 @@ def main() -> None:
             "opsd_loss", "opsd_beta", "opsd_clip")})
     saver, stop = Saver(tokenizer, config, background=c.async_save), failing.Stop()
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
-    dry_steps = lost_steps = bad_steps = 0  # in a row: not eligible; no construction; no update
+    dry_steps = lost_steps = bad_steps = 0  # in a row: none eligible, no construction, no update
     done = first_step
     for step in range(first_step, c.max_steps):
         clock = Clock()
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
         with no_memory(max_rows=c.max_rows), unsharded as sampler, autocast:
-            # Algorithm 1, lines 1-6: K rollouts of every query, scored. Each rank has its queries.
+            # Algorithm 1, lines 1-6: K scored rollouts per query. Each rank samples its own queries
             rollouts = sample_rollouts(
                 sampler, tokenizer, queries[rank()::world_size()], c.samples_per_prompt,
                 key=(c.seed, ROLLOUT, step), progress=f"step {step + 1} rollouts", **sampling)
@@ -287,11 +287,11 @@ def main() -> None:
             sums["time/grade"] = clock.lap()
             counts, outcomes = {}, []
             if c.method in ("tapo", "sft"):
-                # lines 8-11: pairs (y-, y+) of the groups that are eligible (Eq. 3)
+                # lines 8-11: pairs (y-, y+) of eligible groups (Eq. 3)
                 pairs, counts = reflect.select_pairs(
                     rollouts, n_pos=c.n_pos, n_neg=c.n_neg, m_max=c.m_max,
                     key=(c.seed, PAIRING, step))
-                # lines 12-14: from each, a micro-reflective trajectory, scored alike
+                # lines 12-14: a micro-reflective trajectory per pair, scored by the same reward
                 outcomes = [construction.outcome for construction in reflect.construct(
                     sampler, tokenizer, pairs, prefix_mode=c.prefix_mode, template=c.template,
                     decoupled=c.decoupled, max_synthesis_tokens=c.max_synthesis_tokens,
@@ -299,33 +299,33 @@ def main() -> None:
                     **sampling)]
                 score([r for r in outcomes if isinstance(r, Rollout)])
             sums["time/reflect"] = clock.lap()
-        # Now every rank gets all of them, in an order that does not depend on the number of ranks.
+        # all-gather: every rank gets all rollouts, in an order independent of the number of ranks
         rollouts = sorted(gather(rollouts), key=lambda r: r.query)
         outcomes, counts = gather(outcomes), reduce_sums(counts)
         reflections = [r for r in outcomes if isinstance(r, Rollout)
                        and reflect.is_kept(r, c.keep)]
         everything = rollouts + sorted(reflections, key=lambda r: r.query)
 
-        # lines 17-19: advantages, every group by itself (Eq. 1, 4, 5): r.group, given at birth
+        # lines 17-19: advantages, normalised within each r.group (Eq. 1, 4, 5)
         set_advantages(everything, ref_advantage=c.ref_advantage)
 
-        # what each token is for; by default the inserted diagnosis carries no gradient
+        # token masks by role; by default the inserted diagnosis contributes no gradient
         for r in reflections:
             r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=c.diagnosis,
                                                 train_prefix=c.train_prefix)
         if c.method == "opsd":
             sums |= opsd.set_teachers(tokenizer, rollouts, template=c.template, context=context,
                                       key=(c.seed, PAIRING, step))
-        if c.method == "sft":  # imitates constructions alone, and only the right ones
+        if c.method == "sft":  # trains on correct constructions only
             for r in everything:
                 if not r.is_reflection or r.reward <= 0:
                     r.mask = [0.0] * len(r.mask)
 
-        # CRITICAL: the one denominator, counted over the whole step before the first backward
+        # CRITICAL: one denominator, counted over the whole step before the first backward
         set_loss_scales(everything, lam=c.lam if c.method == "tapo" else 1.0, loss_agg=c.loss_agg,
                         loss_norm=c.loss_norm)
-        # A rollout of advantage 0 (a group all right or all wrong) is in the denominator and needs
-        # no pass: its gradient is 0, and train/* leaves it out. Reflections stay for Fig. 3's logs.
+        # Rollouts with advantage 0 (zero-variance groups) count in the denominator but skip the
+        # update: their gradient is 0. train/* omits them. Reflections stay, for Fig. 3's logs.
         needs_advantage = c.method in ("tapo", "grpo") and not c.kl_coef
         learning = [r for r in everything if sum(r.mask)
                     and (r.advantage or r.is_reflection or not needs_advantage)]
@@ -371,7 +371,7 @@ def main() -> None:
             say(f"WARNING: {warning}")
         bad_steps = bad_steps + 1 if metrics["train/skipped"] else 0
         failing.check_bad_steps(bad_steps, c.out_dir)
-        stopped_by = max(gather([stop.signal]))  # a signal to one rank ends all of them together
+        stopped_by = max(gather([stop.signal]))  # a signal to one rank stops all ranks
         if stopped_by or done == c.max_steps or (c.save_interval and done % c.save_interval == 0):
             saver.save(out / f"step_{done:06d}", model, optimizer, done, metrics.get("eval/pass1"))
         saver.check()
@@ -398,7 +398,7 @@ class Clock:
 
 def run_table(training, stop_ids, tokenizer, device, dtype, tokens_per_microbatch, max_steps,
               prompts_per_step) -> str:
-    """What the loaded run amounts to, printed once at start."""
+    """Summary of the run, printed once at start."""
     lengths = sorted(len(p.prompt_ids) for p in training)
     stops = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)}" for i in stop_ids)
     return "\n".join([

@@ -1,9 +1,9 @@
 """From rollouts to one optimizer step: padded micro-batches, one loss over all of them, AdamW.
 
-`update` is the only one there is: RL, the cold start, measurements and benchmarks call it with a
-loss of their own. Each token's share in the loss (`Rollout.loss_scale`) was counted over the whole
-step beforehand, so the gradient depends neither on how rows are cut into micro-batches nor on how
-many processes share them (trap 12).
+RL, the cold start, measurements and benchmarks all call `update`, each with its own loss. Token
+weights in the loss (`Rollout.loss_scale`) are computed over the whole step beforehand, so the
+gradient depends neither on how rows are split into micro-batches nor on the number of ranks
+(trap 12).
 """
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ from rollout import PREFIX, Rollout
 
 @dataclass
 class Batch:
-    """One micro-batch: rows right-padded and shifted once, here.
+    """One micro-batch: rows right-padded, and shifted into inputs and targets, by `collate` only.
 
-    Every (B,T) tensor is aligned with `targets`: column t speaks of token targets[:, t]. `targets`
-    leaves out the leading columns in which no row has a completion, so that the head skips them.
+    Every (B,T) tensor is aligned with `targets`: column t describes token targets[:, t]. `targets`
+    drops the leading columns in which no row has a completion token, so that the head skips them.
     """
     rows: list[Rollout]
     inputs: torch.Tensor           # (B,T0) int64, T0 >= T
@@ -37,7 +37,7 @@ class Batch:
     loss_scale: torch.Tensor       # (B,) fp32
 
     def to(self, device) -> "Batch":
-        """The same batch on another device, copied without waiting."""
+        """Copy to another device without blocking the host."""
         moved = {name: value.to(device, non_blocking=True)
                  for name, value in vars(self).items() if torch.is_tensor(value)}
         return Batch(**{"rows": self.rows} | moved)
@@ -78,10 +78,10 @@ def collate(rollouts: list[Rollout]) -> Batch:
 
 
 def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list[list[Rollout]]:
-    """This rank's rows, micro-batch by micro-batch; as many micro-batches on every rank, >= 1.
+    """This rank's micro-batches as lists of rollouts; the same number on every rank, >= 1.
 
-    A rank that has nothing left to do, or a step in which nothing learns, runs a filler: one token
-    that counts nowhere, and a reflection's, so that no log takes it for the policy's own.
+    A rank that runs out of rows, or a step without trainable rows, gets a filler: one masked token,
+    flagged as a reflection so that the logs do not count it as sampled by the policy.
     """
     filler = Rollout(None, "", [0], [0], [PREFIX], True, "", is_reflection=True, mask=[0.0])
     rollouts = rollouts or [filler]
@@ -92,8 +92,8 @@ def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list
 
 def set_advantages(rollouts: list[Rollout], *, ref_advantage: str,
                    decoupled: bool = True) -> None:
-    """r.advantage of a step's scored rollouts (Eq. 1, 4, 5); not decoupled: a query is one group.
-    """
+    """Set r.advantage of a step's scored rollouts (Eq. 1, 4, 5). decoupled = False: one group per
+    query."""
     values = advantages(
         torch.tensor([r.reward for r in rollouts]), [r.query for r in rollouts],
         [r.group if decoupled else str(r.query) for r in rollouts],
@@ -103,7 +103,7 @@ def set_advantages(rollouts: list[Rollout], *, ref_advantage: str,
 
 
 def set_loss_scales(rollouts: list[Rollout], *, lam: float, loss_agg: str, loss_norm: str) -> None:
-    """r.loss_scale of a step's rollouts: the one denominator, over all of them (Eq. 2, 6)."""
+    """Set r.loss_scale: its denominator is counted over all rollouts of the step (Eq. 2, 6)."""
     lengths = torch.tensor([sum(r.mask) for r in rollouts])
     is_reflection = torch.tensor([float(r.is_reflection) for r in rollouts])
     scales = loss_scales(lengths, is_reflection, lam=lam, loss_agg=loss_agg, loss_norm=loss_norm)
@@ -114,9 +114,9 @@ def set_loss_scales(rollouts: list[Rollout], *, lam: float, loss_agg: str, loss_
 @torch.no_grad()
 def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
                      tokens_per_microbatch: int, device, autocast) -> None:
-    """r.old_logprobs of this rank's rows: the policy before the first of several updates (Eq. 2).
+    """Set r.old_logprobs of this rank's rows, from the policy before the step's updates (Eq. 2).
 
-    With one update per step the old policy is the policy itself: no pass is spent on it (trap 9).
+    With one update per step the old policy is the policy itself: no extra forward (trap 9).
     """
     with autocast:
         for rows in microbatches_of(rollouts, tokens_per_microbatch):
@@ -132,8 +132,8 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
 
     -> sums of train/*.
 
-    loss_fn(batch) -> (scalar loss, {name: sum}); every rank is given all rollouts, in one order,
-    and works on its share. Nothing in the loop waits for the device.
+    loss_fn(batch) -> (scalar loss, {name: sum}). Every rank passes all rollouts in the same order
+    and processes its share of them. No host sync inside the loop.
     """
     model.train()
     sums: dict = {}
@@ -142,7 +142,7 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
             batch = collate(rows).to(device)
             loss, more = loss_fn(batch)
             with torch.autocast(device, enabled=False):
-                # FSDP averages over ranks; loss_scale is of all of them
+                # FSDP averages gradients over ranks, but loss_scale is already global
                 (loss * world_size()).backward()
             add_up(sums, more | {"train/loss": loss.detach()})
     return optimizer_step(model, optimizer, sums, grad_clip)
@@ -151,8 +151,8 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
 def optimizer_step(model, optimizer, sums: dict, grad_clip: float) -> dict[str, float]:
     """Clip and step -> sums over all processes, with train/grad_norm and train/skipped.
 
-    Where loss or gradient is not finite the update is skipped: weights and moments stay. Both
-    numbers are those of all processes, so all decide alike.
+    If loss or gradient norm is not finite the update is skipped: weights and moments do not change.
+    Both values are reduced over all processes, so every process takes the same branch.
     """
     norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
     sums = reduce_sums({name: float(value) for name, value in sums.items()})
@@ -165,7 +165,7 @@ def optimizer_step(model, optimizer, sums: dict, grad_clip: float) -> dict[str, 
 
 def set_learning_rate(optimizer, step: int, *, learning_rate: float, warmup_steps: int,
                       max_steps: int) -> float:
-    """Linear warm-up, then a cosine down to 0: a function of the step alone. -> the rate."""
+    """Linear warm-up, then cosine to 0, as a function of the step alone -> the learning rate."""
     if step < warmup_steps:
         rate = learning_rate * (step + 1) / warmup_steps
     else:
