@@ -1,15 +1,15 @@
-"""What a run leaves on disk: whole or not at all.
+"""The run directory: checkpoints, metrics and rollouts.
 
     out_dir/step_000040/     a Hugging Face folder (transformers loads it), and beside the weights:
-        optimizer/           AdamW's moments (torch.distributed.checkpoint: saved by N, loaded by M)
-        meta.json            format, step, config, held-out Pass@1; written last: without it a
-                             folder does not count
-    out_dir/metrics.jsonl    one row a step
+        optimizer/           AdamW moments (torch.distributed.checkpoint: N ranks save, M load)
+        meta.json            format, step, config, held-out Pass@1; written last: a folder without
+                             meta.json is ignored
+    out_dir/metrics.jsonl    one row per step
     out_dir/rollouts/        every rollout and reflection of every step
 
-Everything is written under a temporary name and renamed, so a kill at any moment leaves the
-previous state usable. Data order, noise and learning rate are functions of the step counter: there
-is no random state to save (trap 22).
+Checkpoints are written under a temporary name and renamed, so a kill at any moment leaves the
+previous one usable. Data order, sampling noise and learning rate are functions of the step counter:
+there is no RNG state to save (trap 22).
 """
 import copy
 import datetime
@@ -38,20 +38,20 @@ from configurator import diff_configs
 from hf import find_folder, save_hf
 from parallel import rank
 
-# With one process dcp warns that it assumes one process.
+# Without a process group dcp warns on every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
 
-FORMAT = 1  # of a checkpoint folder. One of another format is not resumed.
+FORMAT = 1  # checkpoint format version; read_meta rejects any other
 
-# Knobs that a resumed run may change: they decide where and how often, not what is learned.
+# Knobs that may change on resume: they affect execution and output, not what is learned.
 MAY_CHANGE = {"resume", "device", "threads", "max_rows", "eval_interval", "eval_samples",
               "save_interval", "keep_last", "out_dir", "replicas", "offload", "timeout_minutes",
               "async_save", "log_to", "checkpoint_activations", "tokens_per_microbatch", "compile"}
 
 
 def keep_log(path: Path, last_step: int) -> None:
-    """Drop the rows after last_step from metrics.jsonl: a run killed after its last checkpoint will
-    run those again. A last line torn by the kill goes with them."""
+    """Drop the rows after last_step from metrics.jsonl: a resumed run repeats the steps after its
+    last checkpoint. A last line that a kill left incomplete is dropped too."""
     jsonl.write(path, [row for row in jsonl.read(path) if row["step"] <= last_step])
 
 
@@ -61,13 +61,13 @@ def checkpoints(out_dir: Path) -> list[Path]:
 
 
 def newest(out_dir: str | Path) -> str:
-    """The checkpoint from which --resume=True would go on, in words."""
+    """Path of the checkpoint that --resume=True would load, as text for messages."""
     found = checkpoints(Path(out_dir))
     return str(found[-1]) if found else "the start, as there is no checkpoint yet"
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint; ValueError if another version of this file wrote it."""
+    """Load meta.json of a checkpoint; ValueError if its format is not FORMAT."""
     meta = json.loads((folder / "meta.json").read_text())
     if meta.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {meta.get('format')}, this code reads "
@@ -77,25 +77,25 @@ def read_meta(folder: Path) -> dict:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; made and called by all processes together.
+    """Writes the checkpoints of a run, one at a time; every rank constructs it and makes each call.
 
-    background: the state is copied to host memory and written by a thread while training goes on.
-    What goes wrong there is raised by the next `check`, `save` or `wait`.
+    background: the state is copied to host memory and written by a thread while training continues.
+    Exceptions of the thread are raised by the next `check`, `save` or `wait`.
     """
 
     def __init__(self, tokenizer, config: dict, *, background: bool = False):
         self.out, self.config = Path(config["out_dir"]), config
-        # one of its own: a fast tokenizer is not for two threads at once
+        # deep copy: fast tokenizers are not thread-safe
         self.tokenizer = copy.deepcopy(tokenizer)
         self.thread = ThreadPoolExecutor(1) if background else None
         self.pending: Future | None = None
         self.group, self.first = None, rank() == 0
-        # a group of its own, as collectives of two threads must not meet in one
+        # separate process group: two threads must not issue collectives on the same group
         if dist.is_initialized():
             timeout = datetime.timedelta(minutes=config["timeout_minutes"])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
         if self.first:
-            # what a killed run was writing, or deleting
+            # partial folders that a killed run was writing or deleting
             for partial in [*self.out.glob(".step_*"), *self.out.glob(".final")]:
                 shutil.rmtree(partial)
 
@@ -103,15 +103,15 @@ class Saver:
         """Write one checkpoint, then delete all but the newest keep_last and the best by held-out
         pass1.
 
-        ValueError when it cannot be written (disk full): the older ones are intact and the message
-        names the newest of them.
+        ValueError if the write fails (disk full): older checkpoints stay intact and the message
+        names the newest.
         """
         self.wait()
         background = self.thread is not None
         weights = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        # no update yet, all were skipped: torch makes the state by a step with gradient 0, and
-        # counts it
+        # all updates so far were skipped: torch initialises the state by a step with zero gradient
+        # and counts that step
         if not optimizer.state:
             get_optimizer_state_dict(model, optimizer)
             for state in optimizer.state.values():
@@ -121,18 +121,18 @@ class Saver:
         meta = {"format": FORMAT, "step": step, "eval/pass1": pass1, "config": self.config}
         if not background:
             return self._write(folder, model, weights, moments, meta)
-        # then these are the live tensors, else they are copies already
+        # on a CPU cpu_offload returns the live tensors, on a GPU copies
         if next(model.parameters()).device.type == "cpu":
             weights, moments = copy.deepcopy((weights, moments))
         self.pending = self.thread.submit(self._write, folder, model, weights, moments, meta)
 
     def check(self) -> None:
-        """Raise what the thread has failed with, if it has; does not wait."""
+        """Raise the background thread's exception, if any, without blocking."""
         if self.pending and self.pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Block until the pending write has finished; raise its exception, if any."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
@@ -144,11 +144,11 @@ class Saver:
                 save_hf(model, self.tokenizer, partial, state_dict=weights)
             dcp.save({"optimizer": moments}, checkpoint_id=partial / "optimizer",
                      process_group=self.group, no_dist=self.group is None)
-            if self.first:  # every process has written its part
+            if self.first:  # all ranks have written their shards
                 (partial / "meta.json").write_text(json.dumps(meta, indent=1))
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
-        # "no space left", as each of the writers puts it
+        # what the three writers raise on a full disk
         except (OSError, SafetensorError, CheckpointException) as e:
             shutil.rmtree(partial, ignore_errors=True)
             raise ValueError(f"cannot save {folder} ({' '.join(str(e).split())}); free space, then "
@@ -156,7 +156,7 @@ class Saver:
         if self.first:
             self._delete_old()
         if self.group:
-            # nobody speaks of a checkpoint, or ends the job, before it is there
+            # no rank reports the checkpoint or exits before it is complete
             dist.barrier(self.group)
 
     def _delete_old(self) -> None:
@@ -166,13 +166,13 @@ class Saver:
         best = max(measured, key=pass1.get, default=None)
         for old in found[:-self.config["keep_last"]]:
             if old != best:
-                # hidden first: a kill leaves no half of it
+                # rename to a hidden name first: a kill must not leave half a checkpoint
                 shutil.rmtree(old.rename(old.with_name("." + old.name)))
 
 
 def load_optimizer(folder: Path, model, optimizer) -> None:
-    """Put the moments of a checkpoint back, whatever number of processes wrote them. ValueError if
-    they are not there whole, or are those of another model."""
+    """Restore AdamW's moments from a checkpoint written by any number of ranks. ValueError if the
+    files are incomplete or belong to another model."""
     moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
         dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
@@ -184,8 +184,8 @@ def load_optimizer(folder: Path, model, optimizer) -> None:
 
 
 def weights_mark(init_from: str) -> str:
-    """A cheap fingerprint of a model's weights: names, sizes and last MiB of its files, a hub id's
-    in the local copy."""
+    """Cheap fingerprint of a model's weights: CRC-32 of the name, size and last MiB of each
+    safetensors file (for a hub id, in the local copy)."""
     mark = 0
     for path in sorted(find_folder(init_from).glob("*.safetensors")):
         with open(path, "rb") as file:
@@ -196,8 +196,8 @@ def weights_mark(init_from: str) -> str:
 
 
 def check_same_model(folder: str, config, init_from: str, ref_config) -> None:
-    """ValueError if a checkpoint to resume is not of init_from's shape, whatever its config says:
-    that folder has changed."""
+    """ValueError if the checkpoint to resume and the model in init_from differ in ModelConfig: the
+    model in the init_from folder has been replaced since the run began."""
     if changed := diff_configs(asdict(ref_config), asdict(config)):
         raise ValueError(f"{folder} is not a checkpoint of the model in init_from = {init_from}: "
                          f"{'; '.join(changed)}; put that model back, or start a new run with "
@@ -208,12 +208,12 @@ def find_start(config: dict) -> tuple[int, str]:
     """(steps already done, folder to load the policy from): init_from, or with resume the last
     checkpoint of out_dir.
 
-    ValueError when out_dir holds a run that is not to be resumed, or when the resumed run would be
-    another one.
+    ValueError if out_dir holds a run and resume is False, or if a knob outside MAY_CHANGE differs
+    from the checkpoint's.
     """
     out, found = Path(config["out_dir"]), checkpoints(Path(config["out_dir"]))
     if not config["resume"]:
-        # a run that died in its first step left nothing to lose
+        # a run that died in its first step has logged nothing and may be overwritten
         if jsonl.read(out / "metrics.jsonl"):
             raise ValueError(f"out_dir = {out} already holds a run; continue it with "
                              "--resume=True, or choose another out_dir")

@@ -1,11 +1,11 @@
-"""A script's knobs are its annotated lower-case globals; `config = configure(globals())` below them
-does the rest.
+"""A script's knobs are its public lower-case globals; `config = configure(globals())` below the
+knobs applies config files and command-line arguments.
 
     python train.py config/toy.py config/more.py --lam=0.5 --out_dir=out/first
 
-What a knob may hold is its annotation, where its type says too little: `lam: at_least(0) = 1.0`. A
-config file is a diff: a Python file of plain assignments to knobs. Files apply in the order given,
-then every --key=value, so the command line wins wherever it stands. Names that begin with `_` are
+An annotation restricts a knob's values beyond its type: `lam: at_least(0) = 1.0`. A config file is
+a diff: a Python file of plain assignments to knobs. Files apply in the order given, then every
+--key=value, so --key=value overrides a file in either order. Names that begin with `_` are
 private to the file; imports are allowed. Config files are executed: run only your own. Deliberately
 missing: nested configs, inheritance, environment variables, interpolation.
 """
@@ -22,19 +22,19 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-# the disk, the user's quota, the largest file allowed
+# disk full, quota exceeded, file size limit exceeded
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KNOB_TYPES = (bool, int, float, str, tuple, type(None))
 
 
 class Config(dict):
-    """The resolved knobs of a run, and what each is by default."""
+    """The resolved knobs of a run; `defaults` holds the script's defaults."""
     defaults: dict
 
 
 class Rule(typing.NamedTuple):
-    """What a knob may hold: the annotation of a global, `lam: at_least(0) = 1.0`. Its type is that
-    of the default."""
+    """Constraint on a knob's values, written as its annotation: `lam: at_least(0) = 1.0`. The type
+    is that of the default."""
     holds: Callable[[typing.Any], bool]
     text: str  # continues "lam = -1.0 must be ..."
 
@@ -56,12 +56,11 @@ def between(low: float, high: float) -> Rule:
 
 
 def configure(knobs: dict, argv: list[str] | None = None) -> Config:
-    """Apply config files and --key=value to `knobs` (the script's globals()), in place, all or
-    none; return them.
+    """Apply config files and --key=value to `knobs` (the script's globals()) in place, all or none;
+    return the resolved knobs.
 
-    With argv=None the process's own arguments are read if the script is what was started (none when
-    it is imported), and a bad one ends the process with one line. An explicit argv raises:
-    ValueError, FileNotFoundError.
+    argv=None reads sys.argv if the script is __main__ and nothing if it is imported; a bad argument
+    then exits the process with one line. An explicit argv raises ValueError or FileNotFoundError.
     """
     if argv is None:
         if knobs.get("__name__") != "__main__":
@@ -97,15 +96,15 @@ def configure(knobs: dict, argv: list[str] | None = None) -> Config:
 
 
 def _expand_home(value):
-    """~/model as a shell would have it, which leaves it alone behind `=`; also within lists of
-    paths (a,b and a+b)."""
+    """Expand ~/model, which a shell leaves alone behind `=`; also within lists of paths (a,b and
+    a+b)."""
     if type(value) is not str:
         return value
     return re.sub(r"(?<![^,+])~(?=/)", os.path.expanduser("~"), value)
 
 
 def print_config(config: Config, where: str | os.PathLike) -> None:
-    """What differs from the script's defaults, and where the whole config will lie."""
+    """Print the knobs that differ from their defaults, and where the full config is saved."""
     changed = {key: value for key, value in config.defaults.items() if config[key] != value}
     print(f"{len(changed)} of {len(config.defaults)} knobs differ from their defaults; all of "
           f"them: {where}")
@@ -125,7 +124,7 @@ def write_json(path: Path, content) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a kill leaves the old file or the new one."""
+    """Write to a temporary file and rename, so that a kill leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")  # two processes may write the same file
     partial.write_text(text, encoding="utf-8")
@@ -133,8 +132,8 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def diff_configs(old: dict, new: dict) -> list[str]:
-    """Lines `key: old -> new` of what differs; either side may come from config.json, so (1, 2)
-    equals [1, 2]."""
+    """Lines `key: old -> new` for keys that differ; either side may come from config.json, so
+    (1, 2) equals [1, 2]."""
     def show(config, key):
         return repr(config[key]) if key in config else "(not set)"
     as_saved = [json.loads(json.dumps(config)) for config in (old, new)]
@@ -143,10 +142,10 @@ def diff_configs(old: dict, new: dict) -> list[str]:
 
 
 def run_script(main: Callable):
-    """Return main(). What the user can repair (a bad value, a missing file, a full disk) becomes
-    one line and exit code 1; every other exception is a bug of ours and keeps its traceback. Under
-    torchrun the first process of a node speaks first, which ends the others: what fails in all of
-    them alike is said once."""
+    """Return main(). Errors that the user can fix (bad value, missing file, full disk) print one
+    line and exit with code 1; any other exception is a bug and keeps its traceback. Under torchrun
+    local rank 0 exits first and torchrun then ends the other ranks, so that an error common to all
+    ranks is printed once."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -160,7 +159,7 @@ def run_script(main: Callable):
         raise
 
 
-# --- how a key and a value are judged ---
+# --- validation of keys and values ---
 
 def _public(name: str) -> bool:
     return not name.startswith("_")
@@ -175,15 +174,15 @@ def _check_key(key: str, config: dict, where: str) -> None:
 
 def _annotations(knobs: dict) -> dict:
     annotations = knobs.get("__annotations__") or {}
-    # Python 3.14 evaluates annotations only when asked
+    # Python 3.14 evaluates annotations lazily
     if not annotations and callable(knobs.get("__annotate__")):
         annotations = knobs["__annotate__"](1)
     return annotations
 
 
 def _allowed_types(config: dict, knobs: dict) -> dict:
-    """key -> set of types: its annotation's if there is one, else its default's; a bare None allows
-    everything."""
+    """key -> set of allowed types: the annotation's if there is one, else the default's; a None
+    default without annotation allows every type."""
     annotations, allowed = _annotations(knobs), {}
     for key, default in config.items():
         hint = annotations.get(key, object if default is None else type(default))
@@ -199,8 +198,8 @@ def _allowed_types(config: dict, knobs: dict) -> dict:
 
 
 def _fit(value, allowed: set, default, where: str):
-    """An int may stand for a float and a list for a tuple; nothing else converts (neither True nor
-    1.0 is an int)."""
+    """Return `value` in an allowed type, else ValueError. Only int -> float and list -> tuple
+    convert (neither True nor 1.0 is an int)."""
     if type(value) is list and tuple in allowed:
         value = tuple(value)
     if type(value) in allowed:
@@ -213,8 +212,8 @@ def _fit(value, allowed: set, default, where: str):
 
 
 def _parse(text: str, allowed: set, default, where: str):
-    """A value from the command line: a Python literal, or the text itself where the knob takes
-    strings."""
+    """Parse a command-line value: a Python literal, or the text itself if the knob allows strings.
+    """
     if allowed == {str}:
         return text  # verbatim: --out_dir=12 is '12'
     try:
@@ -232,8 +231,8 @@ def _parse(text: str, allowed: set, default, where: str):
 # --- config files ---
 
 def _find(argument: str, knobs: dict) -> Path:
-    """The current folder first, then the script's, then the repository's: a launch line works from
-    any folder."""
+    """Search the current folder, then the script's, then the repository's, so that a command works
+    from any folder."""
     folders = [Path.cwd(), Path(knobs.get("__file__") or __file__).resolve().parent,
                Path(__file__).resolve().parent]
     tried = list(dict.fromkeys(folder / argument for folder in folders))
@@ -246,9 +245,9 @@ def _find(argument: str, knobs: dict) -> Path:
 
 
 def _read_file(path: Path, config: dict) -> dict:
-    """The assignments of a config file. What cannot be a knob (modules, functions, imported names)
-    is ignored unless it uses a knob's name; a knob's name in capitals counts too, to be refused
-    rather than to have no effect."""
+    """Assignments of a config file. Anything that cannot be a knob (module, function, imported
+    name) is ignored unless it uses a knob's name; a knob's name in capitals is returned too, so
+    that the caller rejects it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         names: dict = {"__file__": str(path), "__name__": "config"}
@@ -269,7 +268,7 @@ def _read_file(path: Path, config: dict) -> dict:
 
 
 def _help(config: dict, annotations: dict, script: str) -> str:
-    """Knobs, defaults, rules, and each one's comment in the script, behind it or above it."""
+    """--help text: knobs, defaults, rules and knob comments (trailing, or on the line above)."""
     source = Path(script).read_text(encoding="utf-8") if Path(script).is_file() else ""
     found = re.findall(r"^(?:# (?!---)(.*)\n)?(\w+) *(?::[^=\n]+)?=.*?(?: # *(.*))?$", source,
                        flags=re.M)

@@ -1,13 +1,13 @@
-"""How a run ends when it cannot go on: one message that says what to do, from the process it
-happened to, within seconds.
+"""Error handling: a run that cannot continue prints one message that says what to do, from the rank
+that failed, within seconds.
 
     bad value, full disk     one line, exit status 1 (configurator.run_script)
     out of memory            one line: the knob of the phase and the last good checkpoint
-    non-finite numbers       all processes skip the update; after MAX_BAD_STEPS in a row, one line
+    non-finite numbers       all ranks skip the update; after MAX_BAD_STEPS in a row, one line
     SIGTERM (preemption)     the step is finished, a checkpoint saved, exit status 143
-    Ctrl-C                   the same, exit status 130; a second one ends at once
-    another process ended    its message comes first, ours is one line; torchrun ends the job
-    another process hangs    the collective ends after timeout_minutes; the message names the knob
+    Ctrl-C                   the same, exit status 130; a second Ctrl-C exits at once
+    another rank failed      its message comes first, other ranks print one line; torchrun ends all
+    another rank hangs       collectives time out after timeout_minutes; the message names the knob
 """
 import contextlib
 import os
@@ -25,22 +25,22 @@ from configurator import run_script
 from parallel import say
 
 MAX_BAD_STEPS = 3
-# not 0: a script of several phases must not go on to the next one
+# non-zero statuses, so that a script of several phases does not start the next phase
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT}
-SAME_CTRL_C = 2  # seconds: torchrun passes on the signal that the terminal has sent to all
-# seconds in which torchrun ends a process whose peer has died, before it says so itself
+SAME_CTRL_C = 2  # seconds: torchrun forwards the SIGINT that the terminal also sent to every rank
+# seconds a rank that lost a peer waits for torchrun to end it, before it prints its own message
 PATIENCE = 5
 PEER = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|[Bb]roken pipe"
                   "|Timed out waiting")
 
 
 def run(main) -> None:
-    """configurator.run_script for a script that may be one of torchrun's processes.
+    """configurator.run_script for a script that may run under torchrun.
 
-    When a process ends, all others fail too, in the collective they are in. That is no news: they
-    leave torchrun time to end them, and else say it in one line. torchrun kills what has not ended
-    30 s after SIGTERM (--shutdown-timeout): a rank that hangs, or that waits on its GPU for a dead
-    one.
+    When one rank exits, every other rank fails in its current collective. These secondary errors
+    carry no information: the rank waits PATIENCE seconds for torchrun to end it, then prints one
+    line. torchrun kills ranks that are still running 30 s after SIGTERM (--shutdown-timeout): a
+    rank that hangs, or whose GPU waits for a dead rank.
     """
     if "RANK" not in os.environ:
         return run_script(main)
@@ -53,13 +53,13 @@ def run(main) -> None:
         print(f"rank {os.environ['RANK']}:", file=sys.stderr)
         traceback.print_exc()
         status = 1
-    if status in {0} | STOPPED:  # all processes have come to the end
+    if status in {0} | STOPPED:  # all ranks exit together
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # sys.exit would wait for collectives and threads that wait for the others
+    os._exit(status)  # sys.exit would block on collectives and threads that wait for other ranks
 
 
 def _own_errors_first(main) -> None:
@@ -67,7 +67,7 @@ def _own_errors_first(main) -> None:
         main()
     except Exception as e:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # without the place in torch's sources
+        # strip the location in torch's sources
         text = re.sub(r"\[\S+\] ", "", " ".join(str(e).split()))
         if not isinstance(e, RuntimeError) or not PEER.search(text):
             raise
@@ -81,8 +81,8 @@ def _own_errors_first(main) -> None:
 
 
 class Stop:
-    """From now on SIGTERM and the first Ctrl-C do not end the process: `signal` holds which came, 0
-    before. Whoever runs the loop looks at it once a step. A second Ctrl-C ends at once."""
+    """Handlers for SIGTERM and the first Ctrl-C that store the signal number in `signal` (0: none)
+    instead of exiting; the training loop polls it once per step. A second Ctrl-C exits at once."""
 
     def __init__(self):
         self.signal, self.since = 0, 0.0
@@ -96,13 +96,13 @@ class Stop:
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
             if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-                # os.write: a print within a print of the interrupted line would fail
+                # os.write: print is not reentrant, and the signal may interrupt a print
                 os.write(2, b"\nfinishing this step, then saving; Ctrl-C again ends at once, "
                             b"without saving\n")
 
 
 def end_after_signal(number: int, done: int, max_steps: int, out_dir) -> None:
-    """Last words and exit status of a run whose step and checkpoint are complete."""
+    """Print the final message and exit with 128 + signal, after the last step's checkpoint."""
     say(f"{signal.Signals(number).name}: stopped after step {done} of {max_steps}; "
         f"--resume=True goes on from {newest(out_dir)}")
     sys.exit(128 + number)
@@ -118,12 +118,12 @@ def check_bad_steps(bad_steps: int, out_dir) -> None:
 
 @contextlib.contextmanager
 def out_of_memory_names(out_dir, **knobs):
-    """Inside, running out of GPU memory is a ValueError with these knobs and the last checkpoint.
+    """Convert a GPU out-of-memory error to a ValueError that names `knobs` and the last checkpoint.
     """
     try:
         yield
     except torch.OutOfMemoryError as e:
-        # how much was asked for; not the allocator's advice
+        # keep the size of the failed allocation, drop the allocator's advice
         what = ". ".join(str(e).split(". ")[:2])
         values = ", ".join(f"{knob} = {value}" for knob, value in knobs.items())
         values = values.replace("max_rows = 0", "max_rows = 0 (as many as fit)")

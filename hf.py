@@ -1,6 +1,6 @@
-"""Hugging Face folders in and out: config.json, safetensors, generation_config.json.
+"""Load and save Hugging Face folders: config.json, safetensors, generation_config.json.
 
-What transformers and vLLM write is read, and what is written they load, without a script.
+Compatible with transformers and vLLM in both directions, without a conversion script.
 """
 import json
 import re
@@ -20,13 +20,13 @@ CONVERT_GGUF = ("only safetensors are read: take the original model, or convert 
 
 def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
             num_tokens: int = 0, wrap=None, compile=False) -> CausalLM:
-    """A Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in `dtype` on
-    `device`.
+    """Load a Hugging Face folder (or hub id), single or sharded safetensors, as a CausalLM in
+    `dtype` on `device`.
 
-    The model is made on the meta device and tensors are read into it one by one: peak host memory
-    is one model. Of generation_config.json only the end-of-sequence ids are read: no penalty or
-    top-k hides in a checkpoint (trap 3). num_tokens: see ModelConfig. wrap(model) shards the still
-    empty model (parallel.shard): each process then keeps its part of every tensor. compile: see
+    The model is built on the meta device and tensors are loaded one by one: peak host memory is one
+    model. Only the EOS ids of generation_config.json are read, never penalties or top-k (trap 3).
+    num_tokens: see ModelConfig. wrap(model) shards the model while its tensors are still on the
+    meta device (parallel.shard): each rank then keeps only its shard of every tensor. compile: see
     CausalLM.compile_blocks. FileNotFoundError for absent files, ValueError for wrong contents, one
     line each."""
     folder = find_folder(folder_or_hub_id)
@@ -48,8 +48,8 @@ def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for name in tensors.keys():
                     if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
-                        # copies that some checkpoints carry: old Llamas' RoPE, Qwen3-0.6B's tied
-                        # head
+                        # redundant tensors of some checkpoints: RoPE frequencies (old Llamas), a
+                        # tied head (Qwen3-0.6B)
                         continue
                     _check_tensor(file, name, tuple(tensors.get_slice(name).get_shape()), expected)
                     tensor = tensors.get_tensor(name)
@@ -75,25 +75,25 @@ def load_hf(folder_or_hub_id: str | Path, *, dtype=torch.float32, device="cpu",
 def save_hf(model: CausalLM, tokenizer, folder: str | Path, *,
             generation_config: dict | None = None, max_shard_bytes: int = 5 * 10**9,
             state_dict: dict | None = None) -> None:
-    """Write a plain Hugging Face folder that transformers and vLLM load without a script; the
-    caller makes it atomic.
+    """Write a plain Hugging Face folder that transformers and vLLM load without a script. Not
+    atomic: the caller renames the folder.
 
-    tokenizer: saved with its chat template; None leaves it out. generation_config: added to plain
-    sampling. state_dict: given where the model's own tensors are shards (FSDP)."""
+    tokenizer: saved with its chat template; None omits it. generation_config: overrides plain
+    sampling. state_dict: the full weights, needed if the model's own tensors are FSDP shards."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("model*.safetensors*"):
-        old.unlink()  # a left-over index would win over the new file
+        old.unlink()  # a stale index would take precedence over the new file
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)  # gathered FSDP states name both
+        tensors.pop("lm_head.weight", None)  # full FSDP state dicts list both tied tensors
 
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        # transformers refuses a file without this
+        # transformers rejects files without format metadata
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -106,7 +106,7 @@ def save_hf(model: CausalLM, tokenizer, folder: str | Path, *,
     config = model.config.to_hf() | special
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
-    # Plain sampling, spelled out: where top_k is absent transformers takes 50.
+    # Plain sampling with explicit values: transformers' default top_k is 50.
     plain = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
              "eos_token_id": config["eos_token_id"]}
     _write_json(folder / "generation_config.json", plain | special | (generation_config or {}))
@@ -114,8 +114,8 @@ def save_hf(model: CausalLM, tokenizer, folder: str | Path, *,
 
 @torch.no_grad()
 def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter, or of a sharded one the part that is ours; no
-    communication either way."""
+    """Copy a full tensor into a parameter; into a sharded parameter only this rank's shard. No
+    communication in either case."""
     if isinstance(parameter, DTensor):
         tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
                                    parameter.placements, src_data_rank=None)
@@ -123,7 +123,7 @@ def _fill(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
 
 
 def find_folder(folder_or_hub_id: str | Path) -> Path:
-    """The folder itself; anything else that looks like owner/name comes from the hub."""
+    """Return an existing folder as is; any other owner/name is downloaded from the hub."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_file():
         fix = CONVERT_GGUF if folder.suffix == ".gguf" else ("pass the folder that holds "
@@ -139,7 +139,7 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-        # no network, no such repository, no permission; the hub's own text is many lines long
+        # no network, no such repository, no permission; the hub's own message has many lines
         except Exception as e:
             raise FileNotFoundError(
                 f"{name!r} is no folder here and the hub did not serve it ({type(e).__name__}); "
@@ -150,7 +150,7 @@ def find_folder(folder_or_hub_id: str | Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose config.json, if it has one, does not describe whole weights."""
+    """Reject a LoRA adapter, a GGUF folder and a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} is a LoRA adapter; merge it into its base model (peft: "
                          "merge_and_unload), save that, and pass its folder")
@@ -162,7 +162,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Its safetensors files, each of which exists."""
+    """Paths of a folder's safetensors files; FileNotFoundError if one is missing."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(_read_json(index).get("weight_map", {}).values()))

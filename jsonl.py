@@ -1,9 +1,9 @@
-"""jsonl: one JSON object a line. The one reader and writer of problem files, logs, samples and
+"""JSON Lines (one JSON object per line): reads and writes problem files, logs, samples and
 examples.
 
-A newline alone ends a line: `str.splitlines` would also cut at U+2028, U+0085 or a form feed inside
-a text. A byte-order mark (Windows) is skipped. A file of ours may end in a line that a kill has
-torn: it is left out.
+Only a newline ends a line: `str.splitlines` would also split at U+2028, U+0085 or a form feed
+inside a string. A byte-order mark (Windows) is skipped. `read` drops an incomplete last line, which
+a kill during a write leaves.
 """
 import json
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from configurator import diff_configs, replace_file
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of the lines that are not blank. ValueError, with path and line, where the
-    text is not UTF-8."""
+    """Yield (number, line) of each non-blank line. ValueError, with path and line number, if a line
+    is not UTF-8."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -27,7 +27,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def parse(line: str, where: str) -> dict:
-    """The object of one line. where: path:line, for the ValueError."""
+    """Parse one line as a JSON object. where: path:line, for the ValueError."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
@@ -38,23 +38,23 @@ def parse(line: str, where: str) -> dict:
 
 
 def read(path: str | Path) -> list[dict]:
-    """Every row of a file of ours; [] without a file, and without a last line that has no newline
-    yet."""
+    """All rows of a file written by this project; [] if the file does not exist. A last line
+    without a newline is incomplete and dropped."""
     if not Path(path).is_file():
         return []
     return [parse(line, f"{path}:{number}") for number, line in lines(path) if line.endswith("\n")]
 
 
 def write(path: str | Path, rows: list[dict]) -> None:
-    """Replace the file in one step."""
+    """Replace the file atomically."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     replace_file(Path(path), "".join(lines))
 
 
 def begin_or_resume(path: str | Path, header: dict, advice: str, *, resume: bool) -> list[dict]:
-    """The rows so far of a file that can then be appended to. Its first line is `header`, which
-    says how the rows are made: another one is a ValueError with this advice, as its rows answer
-    another question. resume = False begins it anew. A torn last line is removed."""
+    """Prepare a file for appending and return its existing rows. The first line is `header`, the
+    settings that produced the rows; a file with a different header is a ValueError with `advice`.
+    resume = False starts a new file. An incomplete last line is removed."""
     rows = read(path) if resume else []
     if rows and (differences := diff_configs(rows[0], header)):
         raise ValueError(f"{path} was made otherwise ({'; '.join(differences)}); {advice}")

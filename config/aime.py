@@ -1,5 +1,5 @@
-# The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh makes what it
-# needs, in order. Baselines: --method=grpo or opsd. The paper's own diagnosis: --diagnosis=ots.
+# The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh prepares the
+# inputs. Baselines: --method=grpo or opsd. The paper's loss on the diagnosis: --diagnosis=ots.
 #   torchrun --nproc_per_node=8 train.py config/aime.py --init_from=out/aime/coldstart/final
 #   python -m tools.plan train.py config/aime.py --gpus=8 --gpu_gb=80   # 61 of 80 GiB a GPU
 init_from = "Qwen/Qwen3-8B"    # §4.1. runs/aime.sh passes the cold-started policy (§3.2)
@@ -17,14 +17,14 @@ w_min = 0.01                   # §4.1, Eq. 7
 w_max = 10.0                   # §4.1, Eq. 7
 lam = 1.0                      # §4.1, Eq. 6
 learning_rate = 1e-6           # §4.1: AdamW, warm-up, cosine
-warmup_steps = 25              # not in the paper, which only says that there is one
+warmup_steps = 25              # length not given in the paper
 diagnosis = "mask"             # NOT the paper's: it trains the diagnosis under Eq. 7 ("ots")
 
-# Not in the paper, chosen by tools.plan for 8 GPUs of 80 GiB:
-max_new_tokens = 8192          # its responses are 2,000 to 5,000 tokens long (§4.3)
-max_synthesis_tokens = 9216    # a reconstruction as long as a response, 1,024 for the analysis
-max_rows = 0                   # as memory holds: a rollout keeps up to 9k tokens, a reflection 27k
-checkpoint_activations = True  # 16k tokens of activations would be 94 GiB
+# Not in the paper, chosen with tools.plan for 8 GPUs of 80 GiB:
+max_new_tokens = 8192          # the paper's responses have 2,000 to 5,000 tokens (§4.3)
+max_synthesis_tokens = 9216    # a reconstruction as long as a response + 1,024 for the analysis
+max_rows = 0                   # as memory holds: KV cache of 9k tokens a rollout, 27k a reflection
+checkpoint_activations = True  # without it activations of 16k tokens take 94 GiB
 dtype = "bfloat16"
-eval_interval = 0              # the contests are measured once, by eval.py, at a step fixed before
-save_interval = 50             # 98 GB a checkpoint: fp32 weights and both moments
+eval_interval = 0              # eval.py evaluates the contests once, at a step fixed in advance
+save_interval = 50             # 98 GB per checkpoint: fp32 weights and both moments

@@ -13,11 +13,11 @@ warmup_steps = 50              # §3.2
 
 # Not in the paper:
 batch_size = 32
-samples_per_prompt = 8         # K of the training that follows
+samples_per_prompt = 8         # K of the RL phase
 max_new_tokens = 8192
 max_synthesis_tokens = 9216
 max_rows = 0                   # as many as memory holds
-queries_per_round = 64         # 8 to a GPU
+queries_per_round = 64         # 8 per GPU
 checkpoint_activations = True
 dtype = "bfloat16"
 eval_interval = 0

@@ -1,5 +1,5 @@
-# §3.2 for the run of config/qwen3_0p6b_gsm8k.py: a model this small follows the synthesis prompt
-# rarely, so it is taught on the constructions that came out right.
+# §3.2 for the run of config/qwen3_0p6b_gsm8k.py: a model this small rarely follows the synthesis
+# prompt, so SFT on its right constructions comes first.
 #   python -m tools.prepare gsm8k_train
 #   python coldstart.py config/coldstart_qwen3_0p6b_gsm8k.py
 init_from = "Qwen/Qwen3-0.6B-Base"

@@ -1,9 +1,9 @@
-# The cold start of the rehearsal: a tiny model with Qwen3's vocabulary learns a few lessons by
-# heart. See runs/rehearsal.sh.
+# The cold start of the rehearsal: a tiny model with Qwen3's vocabulary overfits a few examples.
+# See runs/rehearsal.sh.
 #   python coldstart.py config/coldstart_rehearsal.py
 init_from = "out/rehearsal/tiny"
 examples = "out/rehearsal/lessons.jsonl"
-eval_problems = "out/rehearsal/problems.jsonl"  # no held-out problem could be solved
+eval_problems = "out/rehearsal/problems.jsonl"  # training problems: others are too hard
 out_dir = "out/rehearsal/taught"
 
 epochs = 45
@@ -11,7 +11,7 @@ batch_size = 4                 # 72 examples: 18 steps an epoch
 learning_rate = 5e-3
 warmup_steps = 20
 beta2 = 0.99
-tokens_per_microbatch = 900    # an IFT row alone, so that its long prompt spares the head
+tokens_per_microbatch = 900    # one IFT row each: the head then skips its long prompt
 temperature = 0.7              # as in RL
 max_new_tokens = 80
 max_synthesis_tokens = 128

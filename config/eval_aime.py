@@ -8,7 +8,7 @@ temperatures = (0.6,)
 top_ps = (0.9,)
 pass_k = (1, 2, 3, 4, 5)
 max_new_tokens = 16384         # not in the paper, whose responses grow to 5,000 tokens in training
-# Rows of Qwen3-8B on one GPU of 80 GiB: the weights take 15.3, a row of 1,024 + 16,384 tokens with
-# 36 layers x 2 x 8 heads x 128 x 2 bytes a token 2.5; peak 67 of 73.6. 80 samples are 4 x 20.
+# Qwen3-8B on one GPU of 80 GiB: weights 15.3 GiB; KV cache of a row of 1,024 + 16,384 tokens at
+# 36 layers x 2 x 8 heads x 128 x 2 bytes 2.5 GiB; peak 67 of 73.6 GiB. 80 samples are 4 x 20 rows.
 max_rows = 20
 dtype = "bfloat16"

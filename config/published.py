@@ -1,5 +1,5 @@
-# TAPO as published in §3: Eq. 5's advantages, Eq. 6's two means, the diagnosis trained under
-# OTS (Eq. 8).
+# TAPO as published in §3: group-normalised advantages (Eq. 5), separate loss means (Eq. 6), the
+# diagnosis trained under OTS (Eq. 8).
 #   python train.py config/toy.py config/published.py
 method = "tapo"
 ref_advantage = "group"

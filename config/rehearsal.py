@@ -1,4 +1,4 @@
-# The whole of train.py on real problems with Qwen3's tokenizer, in small. See runs/rehearsal.sh.
+# train.py with a tiny model on real problems with Qwen3's tokenizer. See runs/rehearsal.sh.
 #   python train.py config/rehearsal.py --method=grpo --max_steps=1 --out_dir=out/rehearsal/grpo
 init_from = "out/rehearsal/taught/final"
 problems = "out/rehearsal/problems.jsonl"
@@ -6,8 +6,8 @@ out_dir = "out/rehearsal/tapo"
 
 max_steps = 2
 prompts_per_step = 6
-samples_per_prompt = 8         # the paper's K, and with it its n_pos = 2, n_neg = 4
-temperature = 0.7              # quietens the tail of 151,669 tokens of so briefly taught a model
+samples_per_prompt = 8         # the paper's K; n_pos = 2, n_neg = 4 by default, also the paper's
+temperature = 0.7              # less mass on the tail of 151,669 tokens: the model is undertrained
 max_new_tokens = 80
 max_synthesis_tokens = 128
 

@@ -1,19 +1,19 @@
-# The CPU-sized world: two cores, a few minutes. Needs data/findx and out/toy/coldstart, which
-# runs/toy.sh makes.
+# The toy world findx: a few minutes on two CPU cores. Needs data/findx and out/toy/coldstart, which
+# runs/toy.sh creates.
 #   python train.py config/toy.py config/tapo.py      # or grpo, opsd, published
 init_from = "out/toy/coldstart/final"
 problems = "data/findx/train.jsonl"
 eval_problems = "data/findx/validation.jsonl"
 instruction = ""            # the toy's questions are equations, its tokenizer has no English
 template = "short"
-out_dir = "out/toy/run"     # each method's file names its own
+out_dir = "out/toy/run"     # each method's config file overrides it
 
 max_steps = 60
 prompts_per_step = 32
 samples_per_prompt = 8
-max_new_tokens = 54         # room for one retry; whatever does not finish is wrong
+max_new_tokens = 54         # room for one retry; a truncated response is wrong
 max_synthesis_tokens = 120
-max_rows = 1024             # all at once: rows of so small a model cost next to nothing
+max_rows = 1024             # all at once: rows are nearly free at this model size
 
 learning_rate = 6e-4        # best of three for GRPO, TAPO and OPSD, on validation (docs/tables.md)
 warmup_steps = 5

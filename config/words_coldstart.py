@@ -1,17 +1,17 @@
-# §3.2 for runs/smollm.sh: from the model's own right and wrong answers, both formats.
+# §3.2 for runs/smollm.sh: both formats, from the model's own right and wrong rollouts.
 #   python coldstart.py config/words_coldstart.py
 init_from = "out/smollm/sft/final"
 problems = "out/smollm/data/train.jsonl"
 out_dir = "out/smollm/coldstart"
-synthesis = "rule"             # 135M parameters do not follow the prompt: 0 of 12 could be parsed
-template = "short"             # 150 tokens; the long one, of 700, is for a model that reads it
+synthesis = "rule"             # a 135M model does not follow the prompt: 0 of 12 syntheses parsed
+template = "short"             # 150 tokens; "long" has 700 and needs a stronger model
 
-# few: with as many as n_ift 85 % of the answers reflect afterwards, on right steps too
+# few: with n_sft = n_ift 85 % of the responses then reflect, even after right steps
 n_sft = 100
-n_ift = 1000                   # the paper's 30,000 and 15,000 in small: what a thousand pairs give
+n_ift = 1000                   # 30,000 and 15,000 in the paper; about a thousand pairs here
 queries_per_round = 512
-samples_per_prompt = 8         # K of the training that follows
-max_new_tokens = 96            # room for a solution, a remark and a second try
+samples_per_prompt = 8         # K of the RL phase
+max_new_tokens = 96            # room for a solution, a reflection and a retry
 max_synthesis_tokens = 256
 max_rows = 4096                # a row of 250 tokens takes 6 MB
 epochs = 2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's main experiment (§4) on one node of eight 80 GB GPUs, phase by phase. A finished phase
-# is skipped and an interrupted one goes on, so the same command continues after a kill. DRY=1 only
+# The paper's main experiment (§4) on one node of eight 80 GB GPUs, phase by phase. Finished phases
+# are skipped and interrupted ones resumed, so the same command continues after a kill. DRY=1 only
 # prints the commands.
 #   MODEL=Qwen/Qwen3-8B OUT=out/aime GPUS=8 bash runs/aime.sh
 set -euo pipefail
@@ -12,13 +12,13 @@ run() { echo "+ $*" >&3; [ -n "$DRY" ] || "$@"; }
 on_all() { run torchrun --standalone --nproc_per_node="$GPUS" "$@"; }
 [ -n "$DRY" ] || mkdir -p "$OUT/eval" data
 
-# evaluate NAME MODEL CONFIG PROBLEM_FILES [KNOBS]: every GPU samples a share, then one process
-# counts
+# evaluate NAME MODEL CONFIG PROBLEM_FILES [KNOBS]: each GPU samples a shard of the problems, then
+# one process computes the scores
 evaluate() {
   local name=$1 model=$2 config=$3 problems=$4 share log pids=()
   shift 4
   if [ -f "$OUT/eval/$name.json" ]; then return; fi
-  # noise depends on the problem alone: shares draw what one process would draw
+  # sampling noise depends only on the problem, so shards draw the samples of a single process
   for ((gpu = 0; gpu < GPUS; gpu++)); do
     share="$OUT/eval/$name.gpu$gpu" log=${DRY:+/dev/null}
     [ -n "$DRY" ] || awk "NR % $GPUS == $gpu" ${problems//,/ } > "$share.problems.jsonl"
@@ -27,7 +27,7 @@ evaluate() {
       > "${log:-$share.log}" 2>&1 & pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid" || { tail -n 3 "$OUT/eval/$name".gpu*.log; exit 1; }; done
-  if [ -z "$DRY" ]; then  # the first line of a file of samples says what they are of, once
+  if [ -z "$DRY" ]; then  # merge the shards, with one header line
     { cat "$OUT/eval/$name.gpu0.samples.jsonl"; for ((gpu = 1; gpu < GPUS; gpu++)); do
       tail -n +2 "$OUT/eval/$name.gpu$gpu.samples.jsonl"; done; } > "$OUT/eval/$name.samples.jsonl"
   fi
@@ -59,7 +59,7 @@ contests coldstart "$OUT/coldstart/final"
 
 echo "== training queries: those that the cold-started policy solves sometimes (§4.1)"
 [ -f "$OUT/filtered.jsonl" ] || {
-  run rm -f "$OUT/eval/filter.json"  # a kill may have come between the two files; the samples stay
+  run rm -f "$OUT/eval/filter.json"  # killed between the two writes; the samples are reused
   evaluate filter "$OUT/coldstart/final" config/filter_deepscaler.py data/deepscaler.jsonl \
     --filter_out="$OUT/filtered.jsonl"
 }

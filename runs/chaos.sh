@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Interrupted runs: real training under torchrun, killed at random moments in every way, each
-# resumed to the end and compared with the run that nobody interrupted. Makes its own small model; a
-# quarter of an hour on two CPU cores. Linux.
+# Fault injection: real training runs, killed at random moments in several ways, resumed to the end
+# and compared with an uninterrupted run. Trains its own small model; 15 minutes on two CPU cores.
+# Linux only.
 #   bash runs/chaos.sh [ROUNDS [SEED]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ source runs/setup.sh
 export OMP_NUM_THREADS=1
 OUT=${OUT:-out/chaos}
 [ -f "$OUT/data/model/config.json" ] || python toy.py findx --levels=1 --out="$OUT/data"
-# It need not be good: some right, some wrong, some reflections that can be parsed; 700 steps.
+# A weak model suffices: some right, some wrong, some parsable reflections; 700 steps.
 head -n 11200 "$OUT/data/coldstart.jsonl" > "$OUT/data/few.jsonl"
 [ -f "$OUT/model/final/meta.json" ] ||
   python coldstart.py config/coldstart_toy.py --out_dir="$OUT/model" --init_from="$OUT/data/model" \

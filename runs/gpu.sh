@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, as a queue: most valuable first, every entry with a time limit and its
-# result on disk as soon as it is there, finished ones skipped. So minutes on a bare machine count,
-# and the same command goes on later (delete OUT to start anew).
+# Queue of GPU tests and benchmarks, most valuable first. Every entry has a time limit and writes
+# its result at once; finished entries are skipped. So a few minutes on a machine are useful, and
+# the same command continues later (delete OUT to start over).
 #   TOKENIZER=Qwen/Qwen3-0.6B bash runs/gpu.sh  # a hub id, or a folder with Qwen3's tokenizer files
 #   VENV=none MODEL=FOLDER WORDS=FOLDER TOKENIZER=FOLDER bash runs/gpu.sh  # without network
 # Results: OUT/phases.jsonl (seconds, memory), OUT/logs, OUT/smollm, OUT/*.json.
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 source runs/setup.sh
 OUT=${OUT:-out/gpu} TOKENIZER=${TOKENIZER:-Qwen/Qwen3-0.6B}
 mkdir -p "$OUT"
-# one that fails has said so, and does not hold up the next
+# tools.phase reports a failed entry; the queue continues with the next one
 entry() { python -m tools.phase "$OUT" "$@" || true; }
 bench() {  # bench NAME SECONDS SIZE ROWS PROMPT_LENGTH MAX_NEW_TOKENS FLAGS
   entry "bench_$1" "$2" python -m tools.bench --dtype=bfloat16 --out="$OUT/bench_$1.json" \
@@ -18,9 +18,9 @@ bench() {  # bench NAME SECONDS SIZE ROWS PROMPT_LENGTH MAX_NEW_TOKENS FLAGS
 }
 update() { bench "update_$1" 120 "${@:2:4}" --what=limits,update --repeats=3 "${@:6}"; }
 
-# CUDA graphs, no waiting for the device, bf16 kernels, FSDP2 over NCCL
+# CUDA graphs, no host syncs, bf16 kernels, FSDP2 over NCCL
 entry tests 180 python -m pytest -q tests/test_gpu.py
-# decoding, against transformers, the machine's limits, and nano-vllm's published figures
+# decoding throughput against transformers, the roofline, and nano-vllm's published figures
 bench nano_0p6b 120 qwen3_0p6b 256 128 192 --what=nano --repeats=2
 bench decode_0p6b 150 qwen3_0p6b 256 128 192 --what=rollout --repeats=1
 # updates of 16k and 65k ragged tokens, and of the shape of a cold-start step; then compiled
@@ -30,16 +30,16 @@ for compile in False True; do
   update 0p6b_65k_$compile qwen3_0p6b 96 256 768 --compile=$compile --tokens_per_microbatch=24576
   update 135m_$compile smollm2_135m 64 64 288 --compile=$compile --tokens_per_microbatch=24576
 done
-# an evaluation of 27,900 samples; GRPO steps by their phases
+# an evaluation of 27,900 samples; GRPO steps by phase
 bench evaluation 150 smollm2_135m 4096 96 192 --what=evaluation
 bench phases_135m 120 smollm2_135m 256 96 192 --what=phases --repeats=3
 bench phases_0p6b 180 qwen3_0p6b 128 128 512 --what=phases --repeats=2
 # a pretrained model with GRPO and TAPO
 entry smollm "${SMOLLM_SECONDS:-600}" env OUT="$OUT/smollm" \
   RESULTS="$OUT/smollm/results" bash runs/smollm.sh
-# Qwen3-0.6B's shape, random weights: three steps; log-probs of sampler and trainer, peak memory
-# against tools.plan (kl_coef: a random model solves nothing, and without it no row would have a
-# gradient)
+# three steps of a randomly initialised Qwen3-0.6B: log-prob parity of sampler and trainer, peak
+# memory against tools.plan (kl_coef: with random weights all rewards are 0, so that only the KL
+# term has a gradient)
 entry qwen3_make 60 python -m tools.gpu make "$TOKENIZER" "$OUT/qwen3"
 [ -f "$OUT/problems.jsonl" ] || python -c "import toy; from data import save_problems as save
 save(toy.make_problems('findx', 'train', 100), '$OUT/problems.jsonl')"
@@ -47,7 +47,7 @@ entry qwen3_steps 150 python -m tools.gpu qwen3-0.6b --init_from="$OUT/qwen3" \
   --problems="$OUT/problems.jsonl" --out_dir="$OUT/run_qwen3" --max_steps=3 --prompts_per_step=8 \
   --samples_per_prompt=8 --max_new_tokens=1024 --tokens_per_microbatch=8192 --max_rows=64 \
   --eval_interval=0 --save_interval=0 --dtype=bfloat16 --kl_coef=0.01
-# large rows; kernels for a step's attention; where the time goes
+# decoding an 8B model with long prompts; decode-step attention kernels; profile
 bench decode_8b 240 qwen3_8b 64 1792 96 --what=rollout --repeats=1
 bench attention 90 qwen3_0p6b 256 512 512 --what=attention
 bench profile 150 qwen3_0p6b 256 128 192 --what=profile

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Every phase on real problems with Qwen3's tokenizer, in minutes on two CPU cores: what can be
-# wrong with text, ids, grading or files shows here, before a large run does. The model is tiny and
-# knows a few lessons by heart; its scores mean nothing.
+# Dry run of every phase on real problems with Qwen3's tokenizer, in minutes on two CPU cores, to
+# find errors in text, token ids, grading or files before a large run. The model is tiny and
+# overfitted to a few examples ("lessons"); its scores mean nothing.
 #   TOKENIZER=~/models/Qwen3-8B bash runs/rehearsal.sh
 # TOKENIZER: a folder with Qwen3's tokenizer files. PROBLEMS, GSM8K, AIME24, AIME25, HMMT_FEB25:
-# local copies of the data sets (.jsonl, .json, .parquet); what is not given comes from the hub.
-# Delete OUT (out/rehearsal) to start again.
+# local copies of the data sets (.jsonl, .json, .parquet); others are downloaded from the hub.
+# Delete OUT (out/rehearsal) to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 : "${TOKENIZER:?set it to a folder with the tokenizer files of a Qwen3 model}"
 OUT=${OUT:-out/rehearsal} DEEPSCALER=${PROBLEMS:-} SECONDS=0
-# glibc: keep the memory of the head's large temporaries, not map it afresh: that halves the time
+# glibc: reuse the memory of the head's large temporaries instead of remapping it; halves the time
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 mkdir -p "$OUT"
 say() { echo "== $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) $*"; }
-run() {  # run LOG COMMAND: all of its output to OUT/LOG.log, the lines a person reads to the screen
+run() {  # run LOG COMMAND: all output to OUT/LOG.log, summary lines to the screen
   local log="$OUT/$1.log"; shift
   python "$@" > "$log" 2>&1 || { tail -n 20 "$log"; return 1; }
   grep -E "^(step|WARNING|saved|filter:|written|[a-z0-9_]+: [0-9,]+ rows|[0-9,]+ problems ->)" \
@@ -23,7 +23,7 @@ run() {  # run LOG COMMAND: all of its output to OUT/LOG.log, the lines a person
 }
 
 say "real problems"
-for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # the last is tested for overlap
+for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # deepscaler last: overlap check
   var=${name^^}
   [ -f "$OUT/data/$name.jsonl" ] || run "data_$name" -m tools.prepare $name \
     --out="$OUT/data/$name.jsonl" ${!var:+--from="${!var}"}

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# The experiment on a pretrained model: SmolLM2-135M learns word problems. SFT on worked solutions,
+# The experiment on a pretrained model, SmolLM2-135M on word problems: SFT on worked solutions,
 # cold start from its own mistakes (§3.2), difficulty filter (§4.1), a learning rate for each method
 # on validation problems, then paired seeds of every method from the same start, seed by seed.
 #   bash runs/smollm.sh                        # one GPU
 #   PRESET=cpu bash runs/smollm.sh             # every phase with few problems and steps, two cores;
-#                                              # DTYPE=bfloat16: faster where the CPU multiplies it
+#                                              # DTYPE=bfloat16: faster on CPUs with bf16 kernels
 #   SEEDS="0 1" METHODS="grpo tapo" bash runs/smollm.sh
 # MODEL: a folder or hub id. WORDS: a folder with word_problems_{train,val,test}.jsonl, made by
-# tools.prepare if it is not there. Finished phases are skipped and interrupted ones go on, so the
-# same command adds to what is there. Of each finished run RESULTS keeps the evaluations, metrics
-# and measurements, and the tables are made from whatever lies there; OUT/phases.jsonl has the
-# seconds and the memory of each phase.
+# tools.prepare if missing. Finished phases are skipped and interrupted ones resumed, so the same
+# command extends an earlier run. RESULTS keeps the evaluations, metrics and measurements of each
+# finished run, and the tables cover everything in RESULTS; OUT/phases.jsonl has the seconds and
+# the memory of each phase.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
 MODEL=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
 PRESET=${PRESET:-gpu}
-case $PRESET in gpu) at="" ;; *) at=_$PRESET ;; esac  # trials are no part of the experiment
+case $PRESET in gpu) at="" ;; *) at=_$PRESET ;; esac  # keep trials apart from the experiment
 OUT=${OUT:-out/smollm$at} RESULTS=${RESULTS:-results/smollm$at} WORDS=${WORDS:-data/word_problems}
 case $PRESET in
   gpu) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} METHODS=${METHODS:-grpo tapo copy published opsd faithful}
@@ -26,7 +26,7 @@ case $PRESET in
   cpu) SEEDS=${SEEDS:-0} METHODS=${METHODS:-grpo tapo copy}
        RATES=${RATES:-2e-5} SIDE=${SIDE:-2} STEPS=${STEPS:-3}
        N_SOLVED=${N_SOLVED:-240} N_TRAIN=${N_TRAIN:-64} N_HELD_OUT=${N_HELD_OUT:-24}
-       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes side by side
+       export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes in parallel
        all=(--dtype="${DTYPE:-float32}")
        sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2)
        cold=("${sft[@]}" --queries_per_round=16 --n_sft=8 --epochs=4)
@@ -37,7 +37,7 @@ case $PRESET in
   *) echo "PRESET=$PRESET is unknown; use gpu or cpu"; exit 1 ;;
 esac
 phase() { python -m tools.phase "$OUT" "$@"; }
-# a failed phase has said so itself
+# wait for one of SIDE slots; tools.phase has reported a failed phase
 at_once() { while (($(jobs -rp | wc -l) >= SIDE)); do wait -n || true; done; }
 
 mkdir -p "$OUT/data" "$RESULTS"
@@ -51,10 +51,10 @@ grep '"solution"' "$WORDS/word_problems_train.jsonl" | head -n "$N_SOLVED" \
 grep '"SVAMP"' "$test" | head -n "$N_HELD_OUT" > "$OUT/data/svamp.jsonl" || true
 grep -v '"SVAMP"' "$test" | head -n "$N_HELD_OUT" > "$OUT/data/rest.jsonl" || true
 
-flags_of() {  # flags_of METHOD: what it is
+flags_of() {  # flags_of METHOD: config file and flags
   case $1 in
     copy) echo config/tapo.py --prefix_mode=copy ;;        # control: is it imitation of y+?
-    faithful) echo config/tapo.py --keep=faithful ;;       # nothing that was not worked out
+    faithful) echo config/tapo.py --keep=faithful ;;       # no constructions with a false equation
     *) echo "config/$1.py" ;;
   esac
 }
@@ -64,7 +64,7 @@ train() {  # train NAME METHOD RATE SEED
     --problems="$OUT/data/filtered.jsonl" --eval_problems="$OUT/data/val.jsonl" \
     --out_dir="$OUT/runs/$1" --resume=True
 }
-look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation problems, keep
+look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation, copy to RESULTS
   local set
   for set in svamp rest; do
     phase "eval_$1_$set" 1200 python eval.py config/words_eval.py "${all[@]}" "${ev[@]}" \
@@ -79,8 +79,8 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation 
     cp "$OUT/runs/$1"/{metrics.jsonl,config.json} "$RESULTS/svamp/$1/"
   fi
 }
-best_rate() {  # best_rate METHOD: the one that ends best on validation problems, seed 100; or the
-               # first, where none was tried
+best_rate() {  # best_rate METHOD: learning rate with the best final validation Pass@1, seed 100;
+               # the first of RATES if none was tuned
   python - "$OUT/runs" "$1" "${RATES%% *}" <<'PY'
 import json, pathlib, sys
 def final(log):
@@ -104,10 +104,10 @@ at_once; look coldstart_c0 "$OUT/coldstart/final" &
 
 declare -A rate_of
 tuned=()
-for method in $METHODS; do  # variants of TAPO take its rate
+for method in $METHODS; do  # variants of TAPO use TAPO's rate
   case $method in copy | faithful) continue ;; esac
   tuned+=("$method")
-  [[ $RATES == *" "* ]] || continue  # nothing to choose from
+  [[ $RATES == *" "* ]] || continue  # a single rate needs no tuning
   for rate in $RATES; do at_once; train "tune_${method}_$rate" "$method" "$rate" 100 & done
 done
 wait
@@ -127,7 +127,7 @@ wait
 python -m tools.tables "$RESULTS" | tee "$RESULTS/tables.md"
 runs=() evals=()
 for method in $METHODS; do
-  for seed in $SEEDS; do  # those that came to their end
+  for seed in $SEEDS; do  # finished runs only
     [ ! -f "$RESULTS/svamp/${method}_s$seed.json" ] || {
       runs+=("$OUT/runs/${method}_s$seed") evals+=("$RESULTS/svamp/${method}_s$seed.json"); }
   done
@@ -136,5 +136,5 @@ done
 python -m tools.report "${runs[@]}" --out="$OUT/report.html" \
   --evals="$(IFS=,; echo "${evals[*]},$(ls "$RESULTS"/svamp/*_c0.json | paste -sd,)")" \
   --measured="$(ls "$RESULTS"/svamp/measured/*.json | paste -sd,)"
-# log-probs and prompts, judged by transformers
+# check log-probs and prompts against transformers
 python -m tools.rehearsal check "$OUT/runs" "$(basename "${runs[0]}")"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole method at a size two CPU cores can carry: a small model learns to reason from nothing
-# (cold start), then goes on with GRPO, TAPO and OPSD from the same start; tables and
-# out/toy/report.html at the end. Finished parts are skipped, an interrupted one is resumed. SEEDS=5
-# repeats the three methods with five seeds, STEPS=4 only tries them.
+# The whole method on two CPU cores: cold start of a small randomly initialised model, then GRPO,
+# TAPO and OPSD from the cold-start checkpoint; tables and out/toy/report.html at the end. Finished
+# parts are skipped, interrupted ones resumed. SEEDS=5 runs the three methods with five seeds,
+# STEPS=4 is a quick trial.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -11,7 +11,7 @@ last=step_$(printf %06d "$STEPS")
 export OMP_NUM_THREADS=1
 mkdir -p "$OUT/eval" "$OUT/logs"
 
-train() {  # train NAME SEED: one run, its lines on the console marked with its name
+train() {  # train NAME SEED: one run; prefixes console lines with its name
   [ ! -f "$OUT/$1_s$2/$last/meta.json" ] || return 0
   python train.py config/toy.py "config/$1.py" --seed="$2" --out_dir="$OUT/$1_s$2" \
     --init_from="$OUT/coldstart/final" --max_steps="$STEPS" --resume=True 2>&1 |
@@ -26,7 +26,7 @@ evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with to
   echo "== evaluated $1"
 }
 
-# level 1: x*a+b and x*a-b with values below 50, what two cores learn in minutes
+# level 1: x*a+b and x*a-b with values below 50, learnable in minutes on two cores
 [ -f data/findx/model/config.json ] || python toy.py findx --levels=1 --out=data/findx
 
 echo "== cold start: supervised, from a random model (§3.2)"

@@ -1,4 +1,4 @@
-"""Commands beside the core: they import it, it imports none of them. Run as modules from the
+"""Command-line tools. They import the core; the core imports none of them. Run as modules from the
 repository's root.
 
     python -m tools.prepare gsm8k                     problem files from public data sets

@@ -1,16 +1,16 @@
-"""Speed and memory, as ratios against what you would otherwise use, measured in turn (A B A B) in
-one run.
+"""Throughput and peak memory as ratios to baselines (transformers, TRL, naive code), interleaved
+(A B A B) in one run.
 
-    python -m tools.bench                                # all that fits this machine; bench.json
+    python -m tools.bench                                # the default set; writes bench.json
     python -m tools.bench --what=rollout --compile=True      # against transformers' generate
     python -m tools.bench --what=step                        # against TRL, if `pip install trl` ran
     python -m tools.bench --what=tapo --init_from=out/toy/coldstart/final  # a TAPO over a GRPO step
     python -m tools.bench --what=rollout,update --size=qwen3_0p6b --dtype=bfloat16 --rows=256  # GPU
     python -m tools.bench --what=nano,profile --size=qwen3_0p6b --dtype=bfloat16 --rows=256
 
-Medians; the ratio is the median of the ratios of neighbours, since machines are noisy. Only useful
-tokens count: up to a row's stop. `limit` is what the machine's own matrix products and copies,
-measured in the same run, would allow.
+Values are medians; a ratio is the median over rounds of the ratio within a round, since machines
+are noisy. Tokens after a row's stop token do not count. `limit` is a roofline bound from the
+machine's matrix-product and copy throughput, measured in the same run.
 """
 import functools
 import json
@@ -43,19 +43,19 @@ from tools.plan import cache_bytes, memory_plan
 from train import loss_of
 from update import set_advantages, set_loss_scales, update
 
+# comma-separated benchmarks; for a GPU also nano, evaluation, phases, attention, profile
 what = "limits,rollout,step,tapo,update,logprobs,scale,memory,grading"
-# and for a GPU: nano, evaluation, phases, attention, profile
-size = "tiny"                  # of SIZES
+size = "tiny"                  # model shape, a key of SIZES
 dtype: one_of("float32", "bfloat16") = "float32"
 device: one_of("auto", "cpu", "cuda") = "auto"
 threads: at_least(1) = 1       # CPU threads
-rows: at_least(8) = 64         # that decode together: 8 samples of rows / 8 prompts
+rows: at_least(8) = 64         # decoding batch size: 8 samples of each of rows / 8 prompts
 prompt_length: at_least(1) = 32
 max_new_tokens: at_least(1) = 128
-repeats: at_least(1) = 5       # pairs of measurements
+repeats: at_least(1) = 5       # measured rounds, after one warm-up round
 tokens_per_microbatch: at_least(0) = 0  # of updates; 0 = 16384 on a GPU, 4096 on a CPU
-compile = False                # the policy's blocks through torch.compile, too
-init_from = "out/toy/coldstart/final"  # of 'tapo'; runs/toy.sh makes it
+compile = False                # apply torch.compile to the policy's blocks
+init_from = "out/toy/coldstart/final"  # checkpoint for what=tapo; runs/toy.sh creates it
 out = "bench.json"
 
 SIZES = {  # hidden, layers, heads, key-value heads, head size, feed-forward, vocabulary, tied
@@ -65,11 +65,11 @@ SIZES = {  # hidden, layers, heads, key-value heads, head size, feed-forward, vo
     "qwen3_1p7b": (2048, 28, 16, 8, 128, 6144, 151936, True),
     "qwen3_8b": (4096, 36, 32, 8, 128, 12288, 151936, False)}
 RESULTS: list[dict] = []
-RECORD = {"results": RESULTS}  # the JSON file
+RECORD = {"results": RESULTS}  # content of the JSON file
 
 
 def report(name: str, value: float, unit: str, **more) -> None:
-    """One line of the table, and of the JSON file, which is written as it goes."""
+    """Print one result as a table row and add it to the JSON file, rewritten after each result."""
     RESULTS.append({"name": name, "value": value, "unit": unit} | more)
     Path(out).write_text(json.dumps(RECORD, indent=1))
     extra = " ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
@@ -78,7 +78,7 @@ def report(name: str, value: float, unit: str, **more) -> None:
 
 
 def seconds(f) -> float:
-    """Wall time of one call, the device's work included."""
+    """Wall time of one call in seconds, including queued GPU work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -89,8 +89,8 @@ def seconds(f) -> float:
 
 
 def in_turn(**fs) -> dict[str, list[float]]:
-    """What each function returns (a rate or a time), `repeats` times, in turn; a first round warms
-    up and is dropped."""
+    """Call the functions in turn for `repeats` rounds -> the values that each returned (a rate or a
+    time). An extra warm-up round is dropped."""
     rounds = [{name: f() for name, f in fs.items()} for _ in range(repeats + 1)][1:]
     return {name: [r[name] for r in rounds] for name in fs}
 
@@ -100,7 +100,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 def model_of(name: str, **changes) -> CausalLM:
-    """Random weights, fp32, on the device."""
+    """A randomly initialised fp32 model on `device`."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings")
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def model_of(name: str, **changes) -> CausalLM:
 
 
 def grpo_update(model, optimizer, rollouts: list[Rollout], tokens_per_microbatch: int) -> None:
-    """One GRPO update of train.py, without the KL's second forward pass."""
+    """One GRPO update as in train.py, without the reference model's forward pass for the KL."""
     set_loss_scales(rollouts, lam=1.0, loss_agg="sequence", loss_norm="separate")
     loss_fn = functools.partial(
         loss_of, model=model, ref_model=None, method="grpo", temperature=1.0, clip_eps=0.2,
@@ -131,7 +131,7 @@ def autocast_of():
 
 
 def limits() -> dict[str, float]:
-    """Copy bandwidth in bytes/s (read + write) and matrix products in flop/s, of this machine, now.
+    """Measure this machine's copy bandwidth (bytes/s, read + write) and matrix products (flop/s).
     """
     big, n = (2**30, 8192) if device == "cuda" else (2**26, 1024)
     source = torch.ones(big, dtype=torch.uint8, device=device)
@@ -146,9 +146,9 @@ def limits() -> dict[str, float]:
 
 
 def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> float:
-    """Tokens/s at most: at a step every weight is multiplied with each row and read once, and all
-    keys and values are read."""
-    weights = flops_per_token(model.config, 0) / 6  # those that are multiplied
+    """Roofline bound in tokens/s: a decoding step reads every weight and the KV cache once, and
+    multiplies every weight with each row."""
+    weights = flops_per_token(model.config, 0) / 6  # parameters in matrix products
     step_bytes = weights * getattr(torch, dtype).itemsize + cache_bytes(model.config, rows, context,
         dtype)
     return rows / max(flops_per_token(model.config, context) / 3 * rows / limit["flops"],
@@ -156,7 +156,7 @@ def decoding_limit(model, rows: int, context: int, limit: dict[str, float]) -> f
 
 
 class Counting(Decoder):
-    """Keeps the seconds of each captured step; and, of `caps`, one cap for each prompt."""
+    """Decoder that times each graph capture; `caps` sets max_new_tokens per prompt."""
 
     def __init__(self, caps: list[int] | None = None):
         super().__init__()
@@ -181,7 +181,7 @@ class Counting(Decoder):
 
 def rate_of(model, prompts: list[list[int]], n: int, stop_ids, decoder=None, temperature=1.0,
             max_new=None, max_rows=None) -> float:
-    """Useful tokens/s of one call of `generate`."""
+    """Throughput of one `generate` call: tokens/s, up to each row's stop token."""
     start = time.perf_counter()
     groups = generate(model, prompts, n, max_new_tokens=max_new or max_new_tokens, decoder=decoder,
                       stop_ids=stop_ids, keys=[(0, 0, 0, i) for i in range(len(prompts))],
@@ -190,16 +190,16 @@ def rate_of(model, prompts: list[list[int]], n: int, stop_ids, decoder=None, tem
 
 
 def nano_vllm_workload(n: int, longest: int) -> tuple[list[list[int]], list[int]]:
-    """Prompts and numbers of new tokens of nano-vllm's bench.py (GeeeekExplorer/nano-vllm): 100 to
-    `longest` each, uniformly, by its seed; 256 and 1,024 there, 133,966 new tokens in all."""
+    """Workload of nano-vllm's bench.py (GeeeekExplorer/nano-vllm) -> prompts, new tokens of each:
+    uniform in 100..longest, same seed. There n = 256, longest = 1,024: 133,966 new tokens."""
     draw = random.Random(0).randint
     prompts = [[draw(0, 10000) for _ in range(draw(100, longest))] for _ in range(n)]
     return prompts, [draw(100, longest) for _ in range(n)]
 
 
 def bench_nano(_: dict) -> None:
-    """nano-vllm's own workload, random weights, T 0.6: lengths known beforehand, rows that end at
-    different times."""
+    """nano-vllm's workload, random weights, T 0.6: completion lengths are fixed in advance and
+    differ between rows."""
     model = model_of(size).to(getattr(torch, dtype))
     n, longest = (256, 1024) if device == "cuda" else (16, 120)
     prompts, caps = nano_vllm_workload(n, longest)
@@ -212,7 +212,7 @@ def bench_nano(_: dict) -> None:
 
 
 def bench_evaluation(_: dict) -> None:
-    """27,900 samples, 16 a prompt, of which one token in 77 is the last: words_eval.py's load."""
+    """As config/words_eval.py: 27,900 samples, 16 per prompt; one token in 77 is a stop token."""
     model = model_of(size, model_type="llama").to(getattr(torch, dtype))
     V, n = model.config.vocab_size, 27_900 // 16 if device == "cuda" else 4
     prompts = torch.randint(4, V, (n, prompt_length)).tolist()
@@ -224,7 +224,7 @@ def bench_evaluation(_: dict) -> None:
 
 
 def bench_phases(_: dict) -> None:
-    """A GRPO step of rows / 8 prompts by its phases, one token in 64 the last."""
+    """Seconds per phase of a GRPO step on rows / 8 prompts; one token in 64 is a stop token."""
     model, tokenizer = model_of(size), toy.make_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     problems = toy.make_problems("findx", "train", rows // 8)
@@ -241,7 +241,7 @@ def bench_phases(_: dict) -> None:
 
 
 def bench_attention(_: dict) -> None:
-    """One layer's attention of a decoding step, ragged lengths, by each kernel torch has for it."""
+    """Decode-step attention of one layer, ragged lengths, with each attention kernel of torch."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     _, _, nh, nkv, hs, *_ = SIZES[size]
@@ -276,7 +276,7 @@ def bench_attention(_: dict) -> None:
 
 
 def bench_profile(_: dict) -> None:
-    """Kernels of a decoding step and of a micro-batch: how many are launched, and the longest."""
+    """Profile a decoding step and a micro-batch: number of kernel launches, slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     model = model_of(size)
@@ -310,9 +310,9 @@ def bench_profile(_: dict) -> None:
 
 
 def bench_rollout(limit: dict[str, float]) -> None:
-    """Sampling against transformers' generate on the same weights and prompts: fixed lengths, and
-    rows that end by themselves (one token in 64 is a stop token; random weights draw all of them
-    alike)."""
+    """Sampling throughput against transformers' generate on the same weights and prompts: fixed
+    lengths, and ragged lengths (one token in 64 is a stop token; random weights sample all tokens
+    with similar probability)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = model_of(size).to(getattr(torch, dtype))
@@ -364,10 +364,10 @@ def bench_rollout(limit: dict[str, float]) -> None:
 
 def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_microbatch: int,
             unsharded=None, **sampling) -> dict:
-    """One GRPO step through the core's own phases -> seconds of each, and its 'rollouts'.
+    """One GRPO step through the core's functions -> seconds per phase, and its 'rollouts'.
 
-    Rewards are replaced by coin flips: a model of random weights is never right, and without a
-    right answer there would be nothing to update.
+    Rewards are replaced by coin flips: a randomly initialised model is never right, and with only
+    wrong answers all advantages would be 0.
     """
     encode_prompts(tokenizer, problems, "")
     clock = [time.perf_counter()]
@@ -389,9 +389,9 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_
 
 
 def bench_step(limit: dict[str, float]) -> None:
-    """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: at a
-    length that is fixed, and where every token ends a row with probability 1 / vocabulary. limit:
-    about the seconds of its matrix products alone."""
+    """A GRPO step of 8 prompts x 8 completions against TRL's trainer on the same weights: fixed
+    lengths, and ragged lengths (EOS has probability 1 / vocabulary). limit: approximate seconds of
+    the step's matrix products alone."""
     tokenizer = toy.make_tokenizer()
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 18)]
     for lengths, stop_ids in (("fixed", ()), ("ragged", (tokenizer.eos_token_id,))):
@@ -420,14 +420,14 @@ def bench_step(limit: dict[str, float]) -> None:
         peer = {"trl": statistics.median(times["theirs"]),
                 "ratio": ratio(times["theirs"], times["ours"])} if theirs else {}
         sizes = [(len(r.prompt_ids), len(r.completion_ids)) for r in phases[-1]["rollouts"]]
-        # sampling is one forward more
+        # sampling costs one more forward per completion token, 1/3 of forward + backward
         flops = sum(flops_per_token(model.config, p + n) * (p + n * 4 / 3) for p, n in sizes)
         report(f"GRPO step {size} {dtype} 8 x 8 x {max_new_tokens}, {lengths}",
                statistics.median(times["ours"]), "s", **peer, **parts, limit=flops / limit["flops"])
 
 
 def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
-    """A function that runs two steps of TRL's GRPOTrainer and returns the seconds of the second."""
+    """Return a function that runs two steps of TRL's GRPOTrainer -> seconds of the second step."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -464,8 +464,8 @@ def trl_step(folder: str, tokenizer, prompts: list[list[int]], fixed: bool):
 
 
 def bench_tapo(_: dict) -> None:
-    """Steps of config/toy.py, which needs its cold-started checkpoint: median seconds of TAPO over
-    GRPO."""
+    """Seconds per step on config/toy.py, TAPO against GRPO, from the cold-start checkpoint in
+    init_from."""
     if not Path(init_from).is_dir():
         print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes "
               "it")
@@ -493,8 +493,8 @@ def bench_tapo(_: dict) -> None:
 
 
 def bench_update(limit: dict[str, float]) -> None:
-    """Forward and backward of rows x (prompt + completion) tokens of ragged length; the share of
-    the machine's matrix products that real tokens got (6 N + attention: MFU)."""
+    """Throughput and MFU of a forward + backward over `rows` ragged rows of prompt + completion.
+    MFU: flops of real tokens (6 N + attention) over the machine's measured matrix products."""
     model = model_of(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     batch = update_rows(model.config.vocab_size, rows, max_new_tokens)
@@ -525,8 +525,8 @@ def update_rows(vocabulary: int, n: int, longest: int) -> list[Rollout]:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most: on the GPU, else altogether (Linux). Not
-    getrusage's ru_maxrss, which a child inherits: a peak below the parent's would be missed."""
+    """Peak memory of this process in bytes: GPU memory with device = 'cuda', else host RSS (Linux).
+    Not getrusage's ru_maxrss, which a child inherits: a peak below the parent's would be missed."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -556,7 +556,7 @@ def head_in_child(naive: bool) -> tuple[float, float]:
 
 
 def in_child(f, *args):
-    """f(*args) in a process of its own, so that its peak memory is its own."""
+    """Run f(*args) in a fresh process, so that peak memory is that of f alone."""
     with multiprocessing.get_context("spawn").Pool(1, initializer=configure_child,
             initargs=(device, dtype, threads)) as pool:
         return pool.apply(f, args)
@@ -568,8 +568,8 @@ def configure_child(*knobs) -> None:
 
 
 def bench_logprobs(limit: dict[str, float]) -> None:
-    """The output head against log_softmax as one would write it; each in a fresh process, once, in
-    fp32. limit: of the three products that have to be done."""
+    """TokenLogprobs (fused output head) against a naive log_softmax, fp32, one call each in a fresh
+    process. limit: seconds of the three necessary matrix products."""
     ours, peak = in_child(head_in_child, False)
     theirs, naive_peak = in_child(head_in_child, True)
     report("log-probs + entropy, V 151,936, d 1,024, T 2,048", ours, "s", naive=theirs,
@@ -580,7 +580,7 @@ def bench_logprobs(limit: dict[str, float]) -> None:
 
 
 def bench_scale(limit: dict[str, float]) -> None:
-    """How the cost of sampling grows with rows, completion and prompt: tokens/s, once each."""
+    """Sampling throughput over batch size, completion and prompt length: tokens/s, one run each."""
     model = model_of(size).to(getattr(torch, dtype))
 
     def rate(rows: int, prompt: int, new: int) -> float:
@@ -599,8 +599,7 @@ def bench_scale(limit: dict[str, float]) -> None:
 
 
 def step_in_child() -> tuple[float, float]:
-    """(peak GiB above the start, as tools.plan predicts) of two steps of `small`, 16 rows at once.
-    """
+    """Peak GiB above the start of two steps of `small`, 16 rows at once: (measured, planned)."""
     torch.set_num_threads(threads)
     base = peak_memory()
     tokenizer, model = toy.make_tokenizer(), model_of("small")
@@ -617,14 +616,14 @@ def step_in_child() -> tuple[float, float]:
 
 
 def bench_memory(_: dict) -> None:
-    """Peak memory of a small run against what tools.plan says of it, in a fresh process."""
+    """Peak memory of a small run against tools.plan's prediction, in a fresh process."""
     measured, predicted = in_child(step_in_child)
     report(f"memory of two steps, small {dtype}", measured, "GiB", plan=predicted,
            ratio=measured / predicted)
 
 
 def bench_grading(_: dict) -> None:
-    """Answers a second, by kind, all in one call as training makes it."""
+    """Grading throughput in answers/s by kind of answer, in one batched call as in training."""
     kinds = {"integers, right and wrong": [(f"The answer is \\boxed{{{i}}}.", str(i + i % 2))
                                            for i in range(1000)],
              "fractions, as text": [(f"so \\boxed{{\\frac{{{i}}}{{7}}}}", f"\\dfrac{{{i}}}{{7}}")
@@ -639,7 +638,7 @@ def bench_grading(_: dict) -> None:
 
 
 def main() -> None:
-    """Measure what was asked for; print the table, write the JSON."""
+    """Run the benchmarks listed in `what`; print the table, write the JSON."""
     global device
     config = configure(globals())
     device = pick_device(device)

@@ -1,15 +1,15 @@
-"""The driver of runs/chaos.sh: kill training at random moments, resume it, compare it with the run
-that nobody interrupted.
+"""Driver of runs/chaos.sh: kill training at random moments, resume it, and compare it with an
+uninterrupted run.
 
-    python -m tools.chaos OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data are there already
+    python -m tools.chaos OUT [ROUNDS [SEED]]     # OUT/model/final and OUT/data must exist
 
-Every kind of interruption once a round, on one process and on two, saving in the foreground and in
-the background:
+Each round runs every kind of interruption, with one and two processes, with foreground and
+background saving:
     one       kill -9 of one rank             SIGTERM   preemption, sent to torchrun
-    all       kill -9 of torchrun and ranks   full      no file may grow any more, as on a full disk
-A run has passed if it ended within a minute, left no half-written file that counts, and, resumed,
-has the metrics, rollouts and weights of the uninterrupted run, bit for bit. The exit status is the
-number of runs that have not.
+    all       kill -9 of torchrun and ranks   full      file size limit, simulates a full disk
+A run passes if it exits within a minute, leaves no unreadable checkpoint or rollout file, and after
+resuming has the metrics, rollouts and weights of the uninterrupted run, bit for bit. The exit
+status is the number of failed runs.
 """
 import filecmp
 import itertools
@@ -35,7 +35,7 @@ STEPS, PATIENCE = 6, 60  # seconds
 KNOBS = {"max_steps": STEPS, "prompts_per_step": 8, "samples_per_prompt": 8, "n_pos": 1,
 "n_neg": 1, "m_max": 2,
          "learning_rate": 3e-3, "warmup_steps": 2,
-         "kl_coef": 0.1,  # without it every loss is 0, as the ratio is 1
+         "kl_coef": 0.1,  # without a KL term every loss value is 0, as the ratio is 1
          "save_interval": 2, "eval_problems": "", "timeout_minutes": 1.0}
 
 
@@ -53,7 +53,7 @@ class Run:
         self.out, self.processes, self.lines = out, processes, []
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, text=True)
-        # a pipe, not a file: the full disk must not end the run through its console
+        # a pipe, not a file: the file size limit must not apply to console output
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout))
         self.reader.start()
 
@@ -65,7 +65,7 @@ class Run:
         return log.read_text().count("\n") if log.exists() else 0
 
     def end(self, seconds: float) -> float:
-        """Wait for it and return how long that took; TimeoutExpired if it hangs."""
+        """Wait for the process to exit -> seconds waited; TimeoutExpired if it hangs."""
         began = time.time()
         try:
             self.process.wait(seconds)
@@ -86,7 +86,7 @@ def children(pid: int) -> list[int]:
 
 
 def runs_still(pid: int) -> bool:
-    """Not counting what waits to be reaped by whoever has inherited it."""
+    """Is the process running? A zombie that waits to be reaped does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -109,8 +109,8 @@ def interrupt(run: Run, kind: str, rng: random.Random) -> None:
             kill(pid, signal.SIGKILL)
     elif kind == "SIGTERM":
         kill(run.process.pid, signal.SIGTERM)
-    # a limit between nothing and the largest file of a checkpoint: now the log fails, now the
-    # weights
+    # a file size limit from 0 to the largest checkpoint file: the first write to fail may be that
+    # of the log or of the weights
     else:
         limit = rng.randrange(400_000)
         for pid in ranks:
@@ -118,8 +118,8 @@ def interrupt(run: Run, kind: str, rng: random.Random) -> None:
 
 
 def torn_files(out: Path) -> list[str]:
-    """What an interrupted run must not leave: a checkpoint or a file of rollouts that counts and
-    cannot be read."""
+    """Finished checkpoints and rollout files that cannot be read, with the error; an interrupted
+    run must leave none."""
     found = []
     for path in [*checkpoints(out), *(out / "rollouts").glob("step_*.jsonl")]:
         try:
@@ -135,8 +135,8 @@ def torn_files(out: Path) -> list[str]:
 
 
 def differences(whole: Path, out: Path, exact: bool = True) -> list[str]:
-    """What of the resumed run is not as in the uninterrupted one. exact: bit for bit, else losses
-    within 1e-5."""
+    """Names of what differs between the resumed and the uninterrupted run. exact: bit for bit, else
+    losses within 1e-5."""
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             for run in (whole, out)]
     if not exact:
@@ -154,10 +154,10 @@ def differences(whole: Path, out: Path, exact: bool = True) -> list[str]:
 
 def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rng: random.Random,
           pace: tuple) -> dict:
-    """One interrupted and resumed run. pace: seconds until the first step is done, and of a step.
+    """One interrupted and resumed run. pace: (seconds to the end of step 1, seconds per later step)
     """
     run = Run(out, base, processes, async_save=background)
-    after = rng.randrange(STEPS - 1)  # so many steps are done, and the next is under way
+    after = rng.randrange(STEPS - 1)  # finished steps at the interruption
     while run.rows() < after and run.process.poll() is None:
         time.sleep(0.01)
     time.sleep(rng.random() * (pace[1] if after else pace[0]))
@@ -184,7 +184,7 @@ def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rn
 
 
 def two_nodes(base: Path, out: Path) -> list[str]:
-    """Two agents of torchrun, one rank each, that meet on this machine."""
+    """Simulate two nodes: two torchrun agents on this machine, one rank each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -215,7 +215,7 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
               *(f"{loss:+.5f}" for loss in losses), "; reflections:", *map(int, kept), flush=True)
 
     every = itertools.product((1, 2), ("one", "all", "SIGTERM", "full"), (False, True))
-    kinds = [way for way in every if way[:2] != (1, "one")]  # with one process that is "all"
+    kinds = [way for way in every if way[:2] != (1, "one")]  # with one process the same as "all"
     for number, (processes, kind, background) in enumerate(kinds * rounds):
         out = base / "killed"
         shutil.rmtree(out, ignore_errors=True)

@@ -16,15 +16,14 @@ from eval import bootstrap_interval, percent, table
 
 
 def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
-    """Two-sided p that paired differences (P,) have mean 0: how often random signs give a sum as
-    large in size.
+    """Two-sided p-value of the sign-flip permutation test that paired differences (P,) have mean 0.
 
-    All 2^P sign patterns for up to 16 differences (those of 0 have no sign), else `draws` random
-    ones and the observed.
+    Exact over all sign patterns for up to 16 non-zero differences, else over `draws` random sign
+    patterns and the observed one.
     """
     d = np.asarray(differences, float)
     d = d[d != 0]
-    # equal sums must count as equal in whatever order they were added
+    # tolerance: equal sums may differ in rounding, by order of addition
     observed = abs(d.sum()) * (1 - 1e-9)
     if len(d) <= 16:
         signs = 1 - 2 * ((np.arange(2 ** len(d))[:, None] >> np.arange(len(d))) & 1)
@@ -35,19 +34,19 @@ def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
 
 
 def t_interval(values) -> tuple[float, float]:
-    """95 % interval of the mean of a few seeds, two at least, under Student's t."""
+    """95 % confidence interval of the mean over seeds (at least two), by Student's t."""
     values = np.asarray(values, float)
     df = len(values) - 1
     table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
              2.160, 2.145, 2.131)
-    # the 97.5 % quantile; its expansion
+    # 97.5 % quantile; beyond the table its asymptotic expansion
     t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2
     half = t * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
 
 def read_result(path: Path) -> dict[tuple, dict]:
-    """The settings of an OUT.json, by what makes two of them comparable."""
+    """Settings of an OUT.json, keyed by (set, temperature, top_p, max_new_tokens)."""
     if not path.is_file():
         raise FileNotFoundError(f"no result at {path}")
     try:
@@ -58,13 +57,13 @@ def read_result(path: Path) -> dict[tuple, dict]:
 
 
 def compare_runs(groups: list[list[Path]]) -> list[dict]:
-    """Every group of results against the first, per problem set and setting. A group holds one file
-    per training seed.
+    """Compare every group of results with the first, per problem set and sampling setting. A group
+    holds one file per training seed.
 
-    difference: the paired difference of pass@1, a mean over problems and seeds. Its interval is
-    over problems (bootstrap) for one seed and over seeds (Student's t) for more: only the latter
-    holds the luck of training. p: sign flips of the differences by problem for one seed and by seed
-    for more, in line with the interval.
+    difference: paired difference of pass@1, mean over problems and seeds. Its 95 % confidence
+    interval is over problems (bootstrap) for one seed and over seeds (Student's t) for more: only
+    the latter includes the variance between training runs. p: sign-flip test over the same units
+    as the interval, problems for one seed and seeds for more.
     """
     if len(groups) < 2 or len({len(group) for group in groups}) > 1:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""The parts of runs/gpu.sh that no script of the project does: a random model of Qwen3-0.6B's
-shape, and a report after a run.
+"""Helpers of runs/gpu.sh: make a randomly initialised model of Qwen3-0.6B's shape, and report on a
+training run.
 
-    python -m tools.gpu make TOKENIZER FOLDER          # random weights, the tokenizer's own words
+    python -m tools.gpu make TOKENIZER FOLDER          # random weights, saved with the tokenizer
     python -m tools.gpu NAME [config.py] --key=value   # train.py, then parity and peak memory
 """
 import re
@@ -23,7 +23,7 @@ from tools.plan import train_table
 def make(tokenizer_name: str, folder: str) -> None:
     tokenizer = load_tokenizer(tokenizer_name)
     torch.manual_seed(0)
-    # the defaults are Qwen3-0.6B's
+    # ModelConfig's defaults are Qwen3-0.6B's
     model = CausalLM(ModelConfig(eos_token_id=tokenizer.eos_token_id))
     save_hf(model, tokenizer, folder)
     print(f"{folder}: {num_params(model):,} random parameters, {len(tokenizer):,} tokens")

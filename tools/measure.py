@@ -1,28 +1,28 @@
-"""What the paper's reviewers asked for, measured on one checkpoint: how far constructed
-trajectories are from the policy, role by role; what each group does to the gradient; whether the
-policy finds its own errors, and recovers from them.
+"""Measurements of one checkpoint that the paper's reviewers asked for: distribution shift of the
+constructed trajectories by token role, each group's part of the gradient, and whether the policy
+finds its own errors and recovers from them.
 
     python -m tools.measure config/measure_toy.py --init_from=out/toy/tapo_s0/step_000060
 
-No training: one step's rollouts and constructions are drawn as train.py draws them, then looked at.
+No training: one step's rollouts and constructions are sampled as in train.py, then analysed.
 
-shift      of ordinary rollouts, micro-reflective and full trajectories, per role, under the plain
-           question: mean log-prob, entropy, OTS weight (Eq. 7), and kl, the mean of
-           log q(y_t) - log p(y_t) over sampled tokens: an unbiased estimate of KL(q || p), q what
-           wrote the token (the policy shown y- and y+), p the policy shown the question alone.
-gradient   norm of the part of the loss's gradient that right rollouts, wrong rollouts and
-           constructions have, for constructions in a group of their own (Eq. 4, 5), with A = r, and
-           mixed into the rollouts' group ('w/o DAE').
-DSR, ERR   §4.3, by rule as eval.py has them, on this step's rollouts.
-decides    what a reflection is for: how often a response stops where it is right so far, and how
-           often it goes on where it is wrong. In a toy world exactly, elsewhere by the last number.
+shift      mean log-prob, entropy, OTS weight (Eq. 7) and kl per role, given the plain question, for
+           ordinary rollouts, micro-reflective and full trajectories. kl: mean of
+           log q(y_t) - log p(y_t) over sampled tokens, an unbiased estimate of KL(q || p); q is the
+           policy given y- and y+, which sampled the token, p the policy given the question alone.
+gradient   norms of the gradient's parts from right rollouts, wrong rollouts and constructions, with
+           the constructions as a separate group (Eq. 4, 5), with A = r, and mixed into the
+           rollouts' group ('w/o DAE').
+DSR, ERR   §4.3, by the rules of eval.py, on this step's rollouts.
+decides    how often a response stops after a right attempt, and how often it continues after a
+           wrong one. Exact in a toy world, elsewhere judged by an attempt's last number.
 
-In a toy world alone, where the truth is known:
-ERR_true   of the responses that reflect, the share that says something true about a real mistake of
+Only in a toy world, where the ground truth is known:
+ERR_true   of the responses that reflect, the share that states something true about a real error of
            its own and ends correct.
-localised  constructions that keep exactly what stands before the end of the first error.
-recovery   how often a response looks again after its own first error, and how often it then ends
-           right, unasked and forced to.
+localised  constructions whose preserved prefix ends exactly at the end of the first error.
+recovery   how often a response reflects after its own first error, and how often it then ends
+           right: by itself ('unasked') and with a forced reflection.
 """
 import functools
 import json
@@ -66,9 +66,9 @@ from train import loss_of
 from update import collate, microbatches_of, set_advantages, set_loss_scales
 
 init_from = ""                                  # the checkpoint
-problems = ""                                   # jsonl; a toy world's for what is exact
+problems = ""                                   # jsonl; exact measurements need a toy world's
 out = "measured.json"
-n_problems: at_least(0) = 0                     # the first so many; 0 = all
+n_problems: at_least(0) = 0                     # use only the first n problems; 0 = all
 instruction = BOXED_INSTRUCTION
 template: one_of(*reflect.TEMPLATES) = "short"
 seed: at_least(0) = 0
@@ -79,7 +79,7 @@ max_synthesis_tokens: at_least(0) = 120
 n_pos: at_least(1) = 2                          # Eq. 3
 n_neg: at_least(1) = 4
 m_max: at_least(1) = 4
-diagnosis: one_of("mask", "ots", "train") = "mask"  # of the gradient, with ...
+diagnosis: one_of("mask", "ots", "train") = "mask"  # 'gradient': how diagnosis tokens are trained
 train_prefix = True
 w_min: at_least(0) = 0.01
 w_max: above(0) = 10.0
@@ -87,30 +87,30 @@ lam: at_least(0) = 1.0
 loss_agg: one_of("sequence", "token") = "sequence"
 loss_norm: one_of("separate", "merged") = "merged"
 clip_eps: above(0) = 0.2
-continuations: at_least(1) = 4                  # of every erroneous beginning
-marker = "Wait, "                               # how a forced reflection begins
+continuations: at_least(1) = 4                  # 'recovery': samples per erroneous prefix
+marker = "Wait, "                               # 'recovery': text that starts a forced reflection
 max_rows: at_least(0) = 256
 tokens_per_microbatch: at_least(1) = 2048
 device: one_of("auto", "cpu", "cuda") = "auto"
 threads: at_least(0) = 1
 
-CONTINUATION = 11  # a noise stream of its own, beside those of rollout.py
+CONTINUATION = 11  # noise stream, distinct from those of rollout.py
 ROLES = {"prefix": PREFIX, "diagnosis": DIAGNOSIS, "correction": CORRECTION}
-ESTIMATORS = {  # name: (constructions have a group of their own, ref_advantage)
+ESTIMATORS = {  # name: (decoupled: constructions form a separate group, ref_advantage)
     "decoupled, Eq. 5": (True, "group"), "decoupled, A = r": (True, "reward"),
     "one mixed group": (False, "group")}
 
 
 def built_of(constructions: list[Construction]) -> list[Construction]:
-    """Those that were not dropped."""
+    """Constructions that were not dropped."""
     return [c for c in constructions if isinstance(c.outcome, Rollout)]
 
 
 @torch.no_grad()
 def look(model, rollouts: list[Rollout], *, temperature: float, tokens_per_microbatch: int,
          w_min: float, w_max: float) -> list[np.ndarray]:
-    """Per rollout (3, C): log-prob, entropy and OTS weight of its completion's tokens, under the
-    plain question."""
+    """Per rollout an array (3, C): log-prob, entropy and OTS weight of each completion token, given
+    the plain question."""
     found = [None] * len(rollouts)
     for index in microbatches([len(r) for r in rollouts], tokens_per_microbatch):
         batch = collate([rollouts[i] for i in index]).to(model.output_weight.device)
@@ -123,10 +123,10 @@ def look(model, rollouts: list[Rollout], *, temperature: float, tokens_per_micro
 
 
 def written_logprobs(y_ref: Rollout, synthesis: Completion, role: int) -> list[float] | None:
-    """Log-probs with which the synthesis wrote the tokens of one role; None if as other ids."""
+    """Synthesis log-probs of one role's tokens; None if the synthesis lacks that id sequence."""
     pairs = zip(y_ref.completion_ids[:-1], y_ref.roles, strict=False)  # without the stop token
     ids = [i for i, of in pairs if of == role]
-    # the last: the analysis may quote it
+    # take the last match: the analysis may quote the same ids
     for start in range(len(synthesis.ids) - len(ids), -1, -1):
         if ids and synthesis.ids[start:start + len(ids)] == ids:
             return synthesis.logprobs[start:start + len(ids)]
@@ -149,32 +149,32 @@ def shift(model, ordinary: list[Rollout], built: dict[str, list[Construction]],
         for c, values in zip(constructions, looked, strict=True):
             for name, role in ROLES.items():
                 at = np.flatnonzero(np.array(c.outcome.roles) == role)
-                at = at[at < len(values[0]) - 1]  # the stop token was appended, nobody wrote it
+                at = at[at < len(values[0]) - 1]  # the stop token was appended, not sampled
                 if not len(at):
                     continue
                 q = None if role == PREFIX else written_logprobs(c.outcome, c.synthesis, role)
                 gap = None if q is None else np.array(q) - values[0, at]
                 rows.setdefault(f"{mode}, {name}", []).append((values[:, at], gap))
-                if role == DIAGNOSIS:  # where it leaves y-, and all the surprise is
+                if role == DIAGNOSIS:  # departs from y-: nearly all the surprisal is here
                     first = values[:, at[:1]], None if gap is None else gap[:1]
                     rows.setdefault(f"{mode}, its first token", []).append(first)
     return {name: token_means(name, pieces) for name, pieces in rows.items()}
 
 
 def token_means(name: str, pieces: list[tuple]) -> dict:
-    """One row of `shift` from [(values (3, n), gaps (n,) to the writer's log-probs or None)]."""
+    """One row of `shift` from [(values (3, n), gaps log q - log p (n,) or None)]."""
     logprob, entropy, weight = np.concatenate([values for values, _ in pieces], axis=1).mean(1)
     gaps = [gap for _, gap in pieces if gap is not None]
     kl = float(np.concatenate(gaps).mean()) if gaps else None
     if name.startswith("ordinary") or name.endswith("prefix"):
-        kl = 0.0  # the policy itself wrote them, under this very prompt
+        kl = 0.0  # sampled from the policy under this same prompt: q = p
     return {"tokens": sum(values.shape[1] for values, _ in pieces), "logprob": float(logprob),
             "entropy": float(entropy), "ots": float(weight), "kl": kl,
             "kl_tokens": sum(map(len, gaps))}
 
 
 def gradient(model, rollouts: list[Rollout], loss_fn, tokens_per_microbatch: int) -> torch.Tensor:
-    """Gradient (P,) of the step's loss, as far as it comes from these rollouts."""
+    """Part of the loss gradient (P,) that comes from these rollouts."""
     model.zero_grad(set_to_none=True)
     for rows in microbatches_of(rollouts, tokens_per_microbatch):
         loss_fn(collate(rows).to(model.output_weight.device))[0].backward()
@@ -185,8 +185,8 @@ def gradients(model, ordinary: list[Rollout], constructed: list[Rollout], *, tem
               tokens_per_microbatch: int, w_min: float, w_max: float, clip_eps: float,
               diagnosis: str, train_prefix: bool, lam: float, loss_agg: str, loss_norm: str,
               ) -> dict[str, dict]:
-    """Per estimator: norms of the gradient and of its parts, the cosine of constructions and
-    rollouts, mean advantages. The loss is train.loss_of's."""
+    """Per estimator: norms of the gradient and of its parts, cosine between the gradients of
+    constructions and rollouts, mean advantages. The loss is train.loss_of's."""
     everything = ordinary + constructed
     for r in constructed:
         r.mask, r.ots = reflect.token_masks(r.roles, diagnosis=diagnosis,
@@ -219,9 +219,9 @@ def mean(values: list) -> float | None:
 
 
 def reflection_rates(ordinary: list[Rollout], samples_per_prompt: int, exact: bool) -> dict:
-    """DSR and ERR of §4.3 by rule; with `exact` also ERR_true, where what is said must be true."""
+    """DSR and ERR of §4.3 by rule; with `exact` also ERR_true, where reflections must be true."""
     reflects = np.array([reflect.reflects(r.text) for r in ordinary])
-    shape = -1, samples_per_prompt  # the rollouts of a query stand together
+    shape = -1, samples_per_prompt  # rollouts of a query are adjacent
     correct = np.array([r.reward > 0 for r in ordinary]).reshape(shape)
     reflects = reflects.reshape(shape)
     rates = {key: value for key, value in dsr_err(correct, reflects).items()
@@ -238,16 +238,16 @@ NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def attempts(r: Rollout) -> list[str]:
-    """What stands before each doubt that a response voices, and behind the last; not what its cap
-    cut off."""
+    """Split a response at its reflection markers into attempts that contain a number; a truncated
+    response loses its last attempt."""
     parts = [part for part in reflect.MARKERS.split(r.text) if NUMBER.search(part)]
     return parts if r.finished else parts[:-1]
 
 
 def decisions(ordinary: list[Rollout], exact: bool) -> dict[str, float | None]:
-    """Of attempts that are right so far the share that the response stops at, of wrong ones the
-    share that it does not; with their numbers. Right is an attempt whose last number is the answer;
-    with `exact`, where it tries, one whose last try is without error."""
+    """Share of right attempts after which the response stops, share of wrong attempts after which
+    it continues, and both counts. An attempt is right if its last number is the answer; with
+    `exact`, an attempt that contains "Try " is right if its last try has no error."""
     found = [(r, text, r.finished and i == len(parts) - 1) for r in ordinary
              for parts in [attempts(r)] for i, text in enumerate(parts)]
     grades = grade_many([f"\\boxed{{{NUMBER.findall(text)[-1]}}}" for _, text, _ in found],
@@ -265,8 +265,8 @@ def decisions(ordinary: list[Rollout], exact: bool) -> dict[str, float | None]:
 
 def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, marker: str,
              seed: int, **sampling) -> dict[str, float]:
-    """From the end of the first error of every response that has one: shares that look again and
-    that end right, left alone and with `marker` forced upon them. sampling: see rollout.generate.
+    """Continue every response that has an error from the end of its first error: shares that
+    reflect and that end right, 'unasked' and with `marker` forced. sampling: see rollout.generate.
     """
     beginnings = []
     for r in ordinary:
@@ -294,8 +294,8 @@ def recovery(model, tokenizer, ordinary: list[Rollout], *, continuations: int, m
 
 
 def counts(constructions: list[Construction], tokenizer, exact: bool) -> dict[str, float]:
-    """What came of the candidates: kept, right, groups with both rewards; those that state
-    equations, and whose equations all hold; with `exact` localised."""
+    """Counts of candidates: kept, right, groups, groups with both rewards ('mixed_groups'), stating
+    equations ('state'), only true equations ('faithful'); with `exact` also localised."""
     built = [c.outcome for c in built_of(constructions)]
     groups: dict[str, set] = {}
     for r in built:
@@ -314,7 +314,7 @@ def counts(constructions: list[Construction], tokenizer, exact: bool) -> dict[st
 
 
 def main() -> None:
-    """Draw one step from the checkpoint, look at it, print and write what was found."""
+    """Sample one step from the checkpoint, measure it, print and write the results."""
     config = configure(globals())
     c = SimpleNamespace(**config)
     for key in ("init_from", "problems"):

@@ -1,12 +1,12 @@
-"""One phase of a longer script: skipped once it is done, stopped at its limit, its seconds and
-memory kept.
+"""Run one phase of a longer script: skip it if done, stop it at its time limit, record its time and
+peak memory.
 
     python -m tools.phase OUT NAME SECONDS command ...
 
-OUT/phases.jsonl gets a line a try (phase, status, seconds, peak memory of the host),
-OUT/logs/NAME.log the output; lines that a person waits for are shown at once. At the limit the
-command is asked to stop (SIGTERM: a training run saves) and killed 30 s later; the status is then
-124. A phase whose last line has status 0 is not run again: delete OUT to start anew.
+OUT/phases.jsonl gets one line per attempt (phase, status, seconds, peak host memory),
+OUT/logs/NAME.log the output; progress lines are also printed. At the time limit the command
+receives SIGTERM (a training run saves) and 30 s later SIGKILL; the status is then 124. A phase
+whose last attempt has status 0 is not run again: delete OUT to start over.
 """
 import json
 import os
@@ -33,7 +33,7 @@ def main(out: Path, name: str, limit: float, command: list[str]) -> int:
         return 0
     start = time.perf_counter()
     with open(log, "w") as kept:
-        # a group of its own, to be stopped as one
+        # own process group, so that signals reach all of its processes
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True, start_new_session=True)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,17 +1,17 @@
-"""What a run will cost, from config.json and the knobs alone, before anything is loaded.
+"""Memory and flops of a run, from config.json and the knobs alone, before any weights are loaded.
 
     python -m tools.plan train.py config/aime.py --gpus=8 --gpu_gb=80
     python -m tools.plan train.py config/aime.py --gpus=2 --gpu_gb=24 --init_from=FOLDER
     python -m tools.plan coldstart.py config/coldstart_aime.py --gpus=8 --gpu_gb=80
     python -m tools.plan eval.py config/eval_aime.py --gpu_gb=80 --init_from=FOLDER
 
-The script comes first; all else but --gpus and --gpu_gb are its own arguments. Without these two
-the plan is for the machine it runs on. Of the model, config.json alone is read.
+The script comes first; all arguments except --gpus and --gpu_gb are the script's. Without these two
+the plan is for the local machine. Only config.json of the model is read.
 
-Every number follows from model.py: parameters are counted on the meta device, activations are what
-a block leaves for its backward pass, sampling is its cache. tests/tools/test_plan.py holds the
-formulas against measured bytes. Responses are taken at their cap, so this is an upper bound; it
-counts tensors, and USABLE leaves the rest of a GPU to the CUDA context, NCCL and fragmentation.
+The formulas follow model.py: parameters counted on the meta device, activations saved for the
+backward pass, the sampler's KV cache. tests/tools/test_plan.py checks them against measured bytes.
+Responses are assumed to reach max_new_tokens, so the plan is an upper bound. It counts tensors
+only; USABLE leaves the rest of a GPU to the CUDA context, NCCL and fragmentation.
 Deliberately missing: time, which depends on the machine; RoPE's tables, some kilobytes; fp32
 attention on a GPU where no fused kernel exists.
 """
@@ -43,14 +43,14 @@ from model import ModelConfig, count_parameters, flops_per_token
 from rollout import BLOCK
 
 GIB = 2**30
-USABLE = 0.92             # of a GPU's memory
-SYNTHESIS_WORDS = 600     # of a synthesis prompt, beside question and responses (TEMPLATES: 530)
-ASSUMED_PROMPT = 1024  # longest prompt where there is no problem file; DeepScaleR's is about that
+USABLE = 0.92             # share of a GPU's memory that a plan may fill
+SYNTHESIS_WORDS = 600     # tokens of a synthesis prompt's fixed text (TEMPLATES: 530)
+ASSUMED_PROMPT = 1024     # longest prompt in tokens if there is no problem file; about DeepScaleR's
 
 
 def read_model_config(init_from: str) -> ModelConfig:
-    """ModelConfig of a Hugging Face folder, or of a hub id, of which config.json alone is fetched.
-    One-line errors."""
+    """ModelConfig of a Hugging Face folder or hub id; only config.json is downloaded. One-line
+    errors."""
     path = Path(init_from) / "config.json"
     if path.parent.is_dir():
         check_folder(path.parent)
@@ -62,7 +62,7 @@ def read_model_config(init_from: str) -> ModelConfig:
         from huggingface_hub import hf_hub_download
         try:
             path = Path(hf_hub_download(init_from, "config.json"))
-        # no network, no such repository: the hub's own text runs over many lines
+        # no network, no such repository: the hub's own message has many lines
         except Exception as e:
             raise FileNotFoundError(
                 f"{init_from!r} is no folder here and the hub did not serve its config.json "
@@ -76,24 +76,24 @@ def read_model_config(init_from: str) -> ModelConfig:
 
 
 def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int:
-    """Keys and values of `rows` rows of so many columns."""
+    """Bytes of the KV cache of `rows` rows of `columns` tokens."""
     per_column = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return rows * columns * per_column * (2 if dtype == "bfloat16" else 4)
 
 
 def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prompt: int,
                    new: int, *, dtype: str, autocast: bool, device: str) -> dict[str, int]:
-    """{'KV cache', 'prefill', 'peak'}: bytes of `rows` rows that decode together, beside the
-    weights. Lengths in tokens."""
+    """{'KV cache', 'prefill', 'peak'}: bytes of `rows` rows that decode together, weights not
+    included. Lengths in tokens."""
     c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
     _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
     columns = bucket(prompt + new + 1, COLUMNS)
     cache = cache_bytes(config, rows, columns, dtype)
-    # beside it: tokens, log-probs, uniforms; the head that decoding_head casts
+    # state: tokens, log-probs, uniforms of each column; head: the copy cast by decoding_head
     state = rows * columns * 20
     head = V * config.hidden_size * (4 if device == "cpu" and c == 2 else 2 * autocast)
     casting = 2 * config.vocab_size * config.hidden_size * autocast * (device == "cpu")
-    # another bucket copies one layer's keys; sampling holds logits, p and its sums in fp64
+    # a bucket change copies one layer's keys; sampling holds logits, p and its fp64 cumsum
     of_logit = 24 if V <= 16 * BLOCK else 12
     decode = max(cache // (2 * config.num_hidden_layers), rows * V * of_logit, casting)
     prompts = min(-(-rows // samples_per_prompt), max(1, PREFILL_TOKENS // prompt))
@@ -109,22 +109,21 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
                 longest_row: int = 0, limit: float = 0, world_size: int = 1, replicas: int = 1,
                 offload: bool = False, reference_model: bool = True, full_divergence: bool = False,
                 checkpoint_activations: bool = False, device: str = "cuda") -> dict[str, int]:
-    """Bytes on one GPU by part, with their sums 'persistent', 'update', 'sampling' and 'peak'; the
-    rows that decode at once, and the tokens of a micro-batch.
+    """Bytes on one GPU by part, with the sums 'persistent', 'update', 'sampling' and 'peak'; also
+    the rows that decode at once, and the tokens of a micro-batch.
 
-    peak = persistent + max(update, sampling): gradients and activations are gone when sampling
-    begins. Lengths in tokens. dtype: of products; masters, gradients and AdamW's moments are fp32.
-    world_size / replicas processes share one copy of the model (FSDP2). reflections: the most that
-    a process writes in a step. max_rows 0: each phase takes the rows that `limit` bytes hold, of
-    the step's `rollouts` and reflections; tokens_per_microbatch 0: as many as they hold.
-    full_divergence: OPSD over the whole vocabulary. longest_row: of the update, if it is more than
-    a prompt and a response.
+    peak = persistent + max(update, sampling): gradients and activations are freed before sampling
+    begins. Lengths in tokens. dtype: of matrix products; master weights, gradients and AdamW's
+    moments are fp32. world_size / replicas ranks share one copy of the model (FSDP2). rollouts,
+    reflections: the most that one rank samples per step. max_rows 0: as many of them at once as fit
+    into `limit` bytes; tokens_per_microbatch 0: as many as fit. full_divergence: OPSD over the
+    whole vocabulary. longest_row: longest row of the update, if longer than prompt + response.
     """
     total, block, matrices, tensors = count_parameters(config)
     root = total - config.num_hidden_layers * block
     c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
     autocast = c == 2 and not sharded
-    share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 numbers
+    share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 values
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
              "reference": share * reference_model,
              "sampler": 2 * matrices * autocast}  # parallel.Unsharded
@@ -143,19 +142,19 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     shown = ("gradients", "compute copies", "activations")
     parts["temporaries"] = update - sum(parts[name] for name in shown)
 
-    # Sampling: rollouts, then reflections, whose prompts hold two whole responses. A prompt is
-    # prefilled once.
+    # Sampling: rollouts, then reflections, whose prompts hold two full responses. Each distinct
+    # prompt is prefilled once.
     gathered = c * (total + root * reference_model)
     parts["unsharded"] = gathered if sharded else 0
-    # Held-out problems may be more than a step's rollouts: up to max_rows of them decode at once,
-    # too.
+    # With max_rows set, plan for max_rows rows even if a step has fewer rollouts: the evaluation
+    # may have more.
     jobs = {"rollouts": (max_rows or rollouts or MOST_ROWS, samples_per_prompt, longest_prompt,
                          max_new_tokens)}
     if reflections:
         new = max_synthesis_tokens or 2 * max_new_tokens
         prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS,
                      config.max_position_embeddings - new)
-        # what does not fit the context is dropped
+        # reflections that do not fit the context are dropped
         jobs["reflections"] = reflections, 1, prompt, new
 
     def need(rows: int, *shape: int) -> dict[str, int]:
@@ -168,7 +167,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"],
                   f"{name}: prefill": needed["prefill"], name: needed["peak"]}
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
-    # a small cache is kept, with the steps captured on it
+    # a small KV cache stays allocated during the update, with its captured graphs
     kept = max(parts[f"{name}: KV cache"] for name in jobs)
     update += kept if kept <= KEEP_SHARE * limit else 0
     return parts | {"persistent": persistent, "update": update, "sampling": sampling,
@@ -176,8 +175,8 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
 
 def what_fits(limit: float, sizes: dict) -> dict | None:
-    """Knobs to turn until memory_plan(**sizes) needs at most `limit` bytes, cheapest first; None if
-    no knob is enough."""
+    """Knob changes, cheapest first, until memory_plan(**sizes) needs at most `limit` bytes; None if
+    no change is enough."""
     turned: dict = {}
     while (plan := memory_plan(**sizes | turned))["peak"] > limit:
         now, room = sizes | turned, limit - plan["persistent"]
@@ -197,8 +196,8 @@ def what_fits(limit: float, sizes: dict) -> dict | None:
 
 
 def longest_question(path: str, instruction: str) -> int:
-    """Tokens of a problem file's longest prompt, from above: mathematics has two characters a token
-    or more. 0: no file."""
+    """Upper bound on the tokens of a problem file's longest prompt, at two characters per token
+    (mathematics has two or more). 0: no file."""
     if not Path(path).is_file():
         return 0
     problems = load_problems(path, check_answers=False)
@@ -206,7 +205,7 @@ def longest_question(path: str, instruction: str) -> int:
 
 
 def machine(device: str, gpus: int, gpu_gb: float) -> tuple[str, int, float]:
-    """(device, processes, bytes of memory of each): what is asked for, 0 = what is here."""
+    """(device, processes, bytes of memory per process); gpus or gpu_gb 0: the local machine's."""
     cuda = torch.cuda.is_available() and device != "cpu"
     processes = gpus or (torch.cuda.device_count() if cuda else 1)
     if gpu_gb:
@@ -219,14 +218,14 @@ def machine(device: str, gpus: int, gpu_gb: float) -> tuple[str, int, float]:
     return "cpu", processes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
 
 
-# knobs of train.py and coldstart.py that memory_plan knows by the same name
+# knobs of train.py and coldstart.py that memory_plan takes under the same name
 SHARED_KNOBS = ("max_rows", "max_new_tokens", "tokens_per_microbatch", "dtype",
                 "max_synthesis_tokens", "checkpoint_activations", "offload")
 
 
 def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
-    """The plan of train.py, from its resolved knobs. Its last lines warn where memory is exceeded,
-    with the knobs to turn."""
+    """The plan of train.py, from its resolved knobs. If memory is exceeded, the last lines warn and
+    name the knobs to change."""
     c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, processes, memory = machine(c.device, gpus, gpu_gb)
     prompt, head = headline(c, model, processes, memory, device)
@@ -239,7 +238,7 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         "samples_per_prompt": c.samples_per_prompt, "rollouts": -(-rollouts // processes),
         "reflections": -(-reflections // processes),
         "reference_model": bool(c.log_kl or c.kl_coef or opsd),
-        # OPSD's teacher reads a response below a right one
+        # OPSD's teacher prompt also holds a right response
         "longest_row": row + opsd * (c.max_new_tokens + SYNTHESIS_WORDS),
         "full_divergence": opsd and c.opsd_loss == "jsd", "world_size": processes,
         "replicas": c.replicas}
@@ -248,7 +247,7 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
     batches = -(-rows // (max(1, memory_plan(**sizes)["tokens"] // row) * processes))
     synthesis = c.max_synthesis_tokens or 2 * c.max_new_tokens
     sampled = rollouts * c.max_new_tokens + reflections * synthesis
-    passes = 3 + c.checkpoint_activations + sizes["reference_model"]  # forward passes' worth
+    passes = 3 + c.checkpoint_activations + sizes["reference_model"]  # in forward passes
     passes = c.updates_per_step * passes + (c.updates_per_step > 1)
     forward = flops_per_token(model, row) / 3
     flops = forward * (rows * row * passes + sampled) / processes
@@ -264,8 +263,8 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
 def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
     """The plan of coldstart.py, from its knobs.
 
-    On `problems` it samples first (§3.2), before AdamW's moments exist. On `examples` the rows that
-    decode are the evaluation's.
+    With `problems` it samples first (§3.2), before AdamW's moments exist. With `examples` only the
+    evaluation decodes.
     """
     c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, processes, memory = machine(c.device, gpus, gpu_gb)
@@ -286,8 +285,8 @@ def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
 
 
 def eval_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
-    """The plan of eval.py, from its knobs: weights in `dtype` and the rows that decode at once, on
-    one device."""
+    """The plan of eval.py, from its knobs: weights in `dtype` and rows decoding at once, on one
+    device."""
     c, model = SimpleNamespace(**config), read_model_config(config["init_from"])
     device, _, memory = machine(c.device, gpus, gpu_gb)
     prompt, head = headline(c, model, 1, memory, device)
@@ -312,7 +311,7 @@ def eval_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
 
 def eval_bytes(config: ModelConfig, dtype: str, device: str, *, max_rows: int,
                samples_per_prompt: int, longest_prompt: int, max_new_tokens: int) -> int:
-    """Bytes of the weights in `dtype` and of the rows that decode at once."""
+    """Bytes of the weights in `dtype` and of max_rows rows decoding at once."""
     rows = sampling_bytes(config, max_rows, samples_per_prompt, longest_prompt, max_new_tokens,
                           dtype=dtype, autocast=False, device=device)
     return count_parameters(config)[0] * getattr(torch, dtype).itemsize + rows["peak"]
@@ -320,7 +319,7 @@ def eval_bytes(config: ModelConfig, dtype: str, device: str, *, max_rows: int,
 
 def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: float,
              device: str) -> tuple[int, list[str]]:
-    """Tokens of the longest prompt, and the lines that every plan begins with."""
+    """Tokens of the longest prompt, and the header lines common to all plans."""
     files = c.problems.split(",") + [getattr(c, "eval_problems", "")]
     found = max(longest_question(path, c.instruction) for path in files)
     prompt = found or ASSUMED_PROMPT
@@ -332,8 +331,8 @@ def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: flo
 
 
 def memory_lines(sizes: dict, memory: float) -> list[str]:
-    """What a process keeps and what each phase needs beside it; where that is too much, the knobs
-    to turn."""
+    """Lines of persistent memory and of what each phase adds; if the peak exceeds memory, a warning
+    with the knobs to change."""
     p = memory_plan(**sizes)
 
     def line(total: str, **shown: str) -> str:

@@ -23,7 +23,7 @@ from tools import word_problems
 @dataclass
 class Source:
     repo: str  # data set id on the Hugging Face hub
-    file: str  # the one file of it that is read
+    file: str  # the only file read
     licence: str  # as the data set's card states it
     train: bool = False  # training sets are tested for overlap with the evaluation sets
 
@@ -48,7 +48,7 @@ def download(source: Source) -> Path:
     try:
         from huggingface_hub import hf_hub_download
         return Path(hf_hub_download(source.repo, source.file, repo_type="dataset"))
-    # its errors come from several HTTP libraries; the way out is the same for all
+    # hub errors come from several HTTP libraries; the remedy is the same
     except Exception as e:
         raise ValueError(f"cannot download {source.file} of {source.repo} from the hub "
                          f"({type(e).__name__}); fetch it "
@@ -86,12 +86,12 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str, int]]:
-    """Rows of any of the known layouts -> problems without duplicates, and what was dropped,
-    counted by reason.
+    """Rows of any known layout -> problems without duplicates, and the number of dropped rows by
+    reason.
 
-    A row without a text id of its own is called after its place in the source, so that uids survive
-    another filter. Copies of a question that agree on the answer become one problem; if they
-    disagree nobody knows which is right and all of them go (DeepScaleR holds such pairs).
+    A row without a unique text id gets its index in the source as uid, so that uids do not depend
+    on filtering. Copies of a question with the same answer become one problem; if their answers
+    differ all copies are dropped (DeepScaleR holds such pairs).
     """
     dropped = dict.fromkeys(("no question", "no answer", "unparsable answer", "duplicate",
                              "copies disagree"), 0)
@@ -127,8 +127,8 @@ def normalise_rows(rows: list[dict], name: str) -> tuple[list[Problem], dict[str
 
 
 def worked_solutions(rows: list[dict]) -> dict[str, str]:
-    """GSM8K: question -> its solution without the calculator's marks <<2*3=6>>, and the answer in a
-    box behind it."""
+    """GSM8K: question -> worked solution without calculator annotations <<2*3=6>>, ending with the
+    boxed answer."""
     solutions = {}
     for row in rows:
         steps, marked, answer = _first(row, "answer").rpartition("####")
@@ -142,7 +142,7 @@ def worked_solutions(rows: list[dict]) -> dict[str, str]:
 
 
 def _first(row: dict, *names: str) -> str:
-    """The first of these keys that holds something, as text; "" if none does."""
+    """First non-empty value among these keys, as text; "" if there is none."""
     return next((str(row[n]).strip() for n in names if row.get(n) is not None
                  and str(row[n]).strip()), "")
 
@@ -153,7 +153,7 @@ def overlapping(train: list[Problem], evaluation: list[Problem], n: int = 8, sha
 
     Two problems match when at least `share` of the shorter one's word n-grams occur in the other. A
     single common n-gram is not enough: "m and n are relatively prime positive integers. Find m + n"
-    is in a thousand problems.
+    occurs in a thousand problems.
     """
     evaluation_grams = [_ngrams(p.question, n) for p in evaluation]
     holders: dict[tuple, list[int]] = {}  # n-gram -> the evaluation problems that contain it

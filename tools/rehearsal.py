@@ -1,12 +1,12 @@
-"""The parts of runs/rehearsal.sh that no script of the project does: a tiny Qwen3 with lessons for
-it, and checks at the end.
+"""Helpers of runs/rehearsal.sh: make a tiny Qwen3 with training examples ("lessons"), and check the
+finished runs.
 
     python -m tools.rehearsal make TOKENIZER PROBLEMS OUT  # OUT/{tiny,lessons.jsonl,problems.jsonl}
-    python -m tools.rehearsal check OUT RUN [RUN ...]      # what OUT/RUN left, by transformers
+    python -m tools.rehearsal check OUT RUN [RUN ...]      # verify OUT/RUN against transformers
 
-TOKENIZER is a folder with Qwen3's tokenizer files. The lessons' wording is made up here around the
-known answer; what is real is the text of the questions, the answers' LaTeX, the tokenizer and the
-chat template. They teach form, no mathematics.
+TOKENIZER is a folder with Qwen3's tokenizer files. The lessons are templates around the known
+answer; the questions, the answers' LaTeX, the tokenizer and the chat template are real. The lessons
+teach the format, not mathematics.
 """
 import json
 import re
@@ -35,7 +35,7 @@ def response(answer: str) -> str:
 
 
 def synthesis(slip: str, answer: str) -> str:
-    """What the perfect policy would write about the response with `slip`."""
+    """The ideal synthesis for the wrong response whose answer is `slip`."""
     copied = response(slip).partition("\n\n")[0]
     return (f"<analysis>Location: \"comes to ${slip}$\". Type: arithmetic slip, the value is "
             f"${answer}$.</analysis>\n<reconstruction>{copied}\n<reflection>Wait, ${slip}$ is "
@@ -45,7 +45,7 @@ def synthesis(slip: str, answer: str) -> str:
 
 
 def synthesis_request(question: str, wrong: str, right: str) -> str:
-    """The user's turn of the synthesis prompt, as reflect.synthesis_prompt renders it."""
+    """User turn of the synthesis prompt, as reflect.synthesis_prompt renders it."""
     text = reflect.TEMPLATES["long"]["micro"]
     for field, value in (("question", question), ("wrong", wrong), ("right", right)):
         text = text.replace("{" + field + "}", value)
@@ -53,10 +53,10 @@ def synthesis_request(question: str, wrong: str, right: str) -> str:
 
 
 def lessons_for(p: Problem) -> list[dict] | None:
-    """A right and a wrong solution, so that the model comes to answer either way about equally
-    often, and the synthesis of the two: examples of coldstart.py. None if the answer has no number
-    in which to slip."""
-    # its last digit
+    """Examples for coldstart.py: a right and a wrong solution, so that the model learns to give
+    both about equally often, and their synthesis. None if changing the answer's last digit does
+    not give a wrong answer, e.g. without a digit."""
+    # change the last digit
     slip = re.sub(r"\d(?=\D*$)", lambda m: str((int(m[0]) + 3) % 10), p.answer, count=1)
     right, wrong = response(p.answer), response(slip)
     if [g.status for g in reward.grade_many([right, wrong], [p.answer] * 2)] != ["correct",
@@ -72,7 +72,7 @@ def make(tokenizer_folder: str, problems: str, out: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     torch.manual_seed(0)
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
-    model = CausalLM(ModelConfig(  # Qwen3's shape in small, with its whole vocabulary
+    model = CausalLM(ModelConfig(  # a scaled-down Qwen3 with the full vocabulary
         hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32,
         eos_token_id=tokenizer.eos_token_id))
@@ -109,7 +109,7 @@ def check(out: Path, names: list[str]) -> None:
             assert tokenizer.decode(r["prompt_ids"]) == r["prompt"] and max(ids) < len(tokenizer)
             settled = answers.normalise(r["answer"] or "") == answers.normalise(r["gold"])
             assert settled <= (r["reward"] == 1.0) or not r["finished"], r["uid"]
-            # its preserved prefix is that of one of the group's own wrong responses, id by id
+            # the preserved prefix equals, id by id, that of a wrong response of the same group
             if r["is_reflection"]:
                 n = r["roles"].count(0)
                 assert any(s["completion_ids"][:n - 1] == ids[:n - 1] for s in sampled

@@ -1,16 +1,16 @@
-"""Run folders in, one self-contained HTML page out: what a run did, in the order a researcher asks.
+"""Training report: run folders in, one self-contained HTML page out.
 
     python -m tools.report out/toy/tapo out/toy/grpo --evals=tapo.json,grpo.json --out=report.html
 
-Scores first, then the six curves of Fig. 3, the life of the constructed trajectories (how many, how
-right, how far from the policy, role by role), what tools.measure found (--measured), where the time
-went, and twenty trajectories token by token. Folders and files whose names differ only in a
-trailing `_s<digits>` (`_c<digits>`: cold starts) are seeds of one method: a mean and one standard
-deviation. Methods that are rows of the sweep (tools.tables) go by their words.
+Sections: scores, the six curves of Fig. 3, constructed trajectories (number, accuracy, log-prob and
+OTS weight by role), tools.measure's results (--measured), time per phase, and twenty trajectories
+token by token. Folders and files whose names differ only in a trailing `_s<digits>` (`_c<digits>`:
+cold starts) are seeds of one method, shown as mean and one standard deviation. Rows of tools.tables
+are shown under their description there.
 
-Deliberately missing: scripts and requests of any kind (the page forbids them to itself), and
-statistics of its own: every number was logged by train.py, eval.py or tools.measure, and
-differences are tools.compare's.
+Deliberately missing: scripts and network requests (forbidden by the page's
+Content-Security-Policy), and statistics of its own: every number was logged by train.py, eval.py or
+tools.measure, and differences are tools.compare's.
 """
 import argparse
 import json
@@ -36,7 +36,7 @@ FIGURE_3 = {  # metric key: title, in the order of the paper's panels
 HELD_OUT = {
     "eval/pass1": "Held-out accuracy, %", "eval/length": "Held-out length, tokens",
     "eval/truncated": "Held-out truncated"}
-MEASURED = {  # what makes the table: what it says
+MEASURED = {  # function that makes the table: caption
     tables.shift_table:
         "How far from the policy: means over tokens as the policy sees them after the plain "
         "question. KL: of what wrote a token (the policy shown a wrong and a right solution) from "
@@ -55,14 +55,14 @@ REFLECTION = {
     "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share that is right",
     "reflect/mixed_groups": "Groups with both rewards",
     "reflect/length": "Construction length, tokens"}
-# evaluations that agree in these can be compared
+# evaluations that agree in these fields are comparable
 SETTING = ("set", "temperature", "top_p", "max_new_tokens")
 PHASES = ("generate", "reflect", "grade", "update")
 ROLES = ("prefix", "diagnosis", "correction")  # indexed by the role ids of a rollout file
 N_TRAJECTORIES = 20
-# of a stretch in one role longer than three times this, so many tokens stay visible at either end
+# a span of one role with more than 3 * FOLD tokens is folded; FOLD stay visible at either end
 FOLD = 40
-ROLLOUT = dict(  # what a line of a rollout file may leave out
+ROLLOUT = dict(  # defaults of the keys that a line of a rollout file may lack
     step=0, uid="", query=0, question="", gold="", completion_ids=[], roles=[], text="",
     is_reflection=False, answer=None, reward=math.nan, advantage=math.nan, logprobs=None,
     sample_logprobs=None, ots_weights=None)
@@ -85,7 +85,7 @@ COLOURS = {
 class Run(NamedTuple):
     folder: Path
     config: dict
-    rows: list[dict]  # metrics, one row a step, ascending
+    rows: list[dict]  # metrics, one row per step, ascending
 
 
 def read_json(text: str, where: str) -> dict:
@@ -99,8 +99,8 @@ def read_json(text: str, where: str) -> dict:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a jsonl file. A last line that a kill has torn is dropped; all others must
-    parse."""
+    """The objects of a jsonl file. An incomplete last line, left by a kill, is dropped; all others
+    must parse."""
     *lines, last = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
     rows = [read_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     try:
@@ -110,8 +110,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def label_runs(paths: list[Path]) -> dict[str, list[Path]]:
-    """{method: its seeds}: 'out/tapo_s0', 'out/tapo_s1' -> {'tapo': [both]}. Equal names get their
-    parent's."""
+    """Group paths by method: 'out/tapo_s0', 'out/tapo_s1' -> {'tapo': [both]}. Duplicate names are
+    prefixed with their parent folder's."""
     names = [p.stem if p.suffix == ".json" else p.resolve().name for p in paths]
     methods = {}
     for path, name in zip(paths, names, strict=True):
@@ -125,7 +125,7 @@ def load_run(folder: Path) -> Run:
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a run folder: no {' and no '.join(missing)} in it")
-    rows = {}  # after a resume a step may be there twice: the later row counts
+    rows = {}  # a step may occur twice after a resume: the later row wins
     for row in read_jsonl(folder / "metrics.jsonl"):
         if not isinstance(row.get("step"), int):
             raise ValueError(
@@ -143,8 +143,8 @@ def number(value) -> float:
 
 
 def model_size(run: Run) -> int:
-    """Parameters, from the safetensors headers of the newest checkpoint or else of `init_from`; 0:
-    neither is there."""
+    """Number of parameters, from the safetensors headers of the newest checkpoint, else of
+    `init_from`; 0 if neither exists."""
     start = Path(str(run.config.get("init_from") or "-"))
     for folder in [*sorted(run.folder.glob("step_*"), reverse=True), start]:
         tensors = {}
@@ -166,12 +166,12 @@ class Line(NamedTuple):
     steps: np.ndarray   # (N,) where at least one seed logged the key
     raw: np.ndarray     # (N,) mean over seeds
     mean: np.ndarray    # (N,) the same, smoothed
-    spread: np.ndarray  # (N,) standard deviation of the smoothed seeds; 0 for a single one
+    spread: np.ndarray  # (N,) standard deviation of the smoothed seeds; 0 for a single seed
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average of (N,) over the finite values in reach (window odd): neither lag nor
-    invented edges."""
+    """Centred moving average of (N,) over the finite values in the window (odd): no lag, no padding
+    values at the edges."""
     def total(x):
         return np.convolve(np.pad(x, window // 2), np.ones(window), "valid")
 
@@ -191,7 +191,7 @@ def make_line(runs: list[Run], key: str, label: str = "", colour: str = "m0") ->
     window = 1 if len(steps) < 20 else min(len(steps) // 15, 30) // 2 * 2 + 1
     smoothed = np.array([smooth(seed, window) for seed in values])
     n = np.isfinite(smoothed).sum(0)
-    # unbiased: seeds are few
+    # sample standard deviation (n - 1), as there are few seeds
     spread = np.where(n > 1, np.nanstd(smoothed, 0) * np.sqrt(n / np.maximum(n - 1, 1)), 0.0)
     return Line(label, colour, np.array(steps), np.nanmean(values, 0), np.nanmean(smoothed, 0),
                 spread)
@@ -229,12 +229,12 @@ def panel(title: str, lines: list[Line], key: str) -> str:
     everything = np.r_[raw, drawn]
     low, high = np.quantile(everything, (0.02, 0.98))
     if np.ptp(everything) < 2 * (high - low):
-        # otherwise a rare spike leaves the panel, and is named there
+        # without outliers show the full range; else spikes are clipped and labelled with the peak
         low, high = everything.min(), everything.max()
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = low - margin, high + margin
     if low < 0 <= raw.min():
-        low = 0.0  # no axis below 0 for what is never negative
+        low = 0.0  # a non-negative metric's axis starts at 0
 
     def X(step):
         return 48 + 324 * (step - x0) / max(x1 - x0, 1)
@@ -282,7 +282,7 @@ def panel(title: str, lines: list[Line], key: str) -> str:
 
 
 def colour_of(label: str, methods: dict) -> str:
-    """The one that a method has in every chart."""
+    """Name of a method's colour, the same in every chart."""
     return f"m{list(methods).index(label) % 7}" if label in methods else "soft"
 
 
@@ -298,8 +298,8 @@ def role_lines(runs: list[Run], what: str) -> list[Line]:
 
 
 def reflects(run: Run) -> bool:
-    """Does the run construct trajectories, or try to? Where all are dropped, the reasons are what
-    to look at."""
+    """Does the run construct trajectories? Also True if all are dropped, so that the page shows the
+    reasons."""
     return any(key.startswith("reflect/") for row in run.rows for key in row)
 
 
@@ -319,7 +319,7 @@ def table(head: list[str], rows: list[list[str]], caption: str) -> str:
 
 
 def name_of(label: str, methods: dict, names: dict = WORDS) -> str:
-    """What the method is, behind a chip of its colour."""
+    """A method's name as HTML, with a chip of its colour."""
     colour = colour_of(label, methods)
     return f'<span class="key" style="--c:var(--{colour})">{escape(names.get(label, label))}</span>'
 
@@ -358,8 +358,8 @@ def runs_section(methods: dict[str, list[Run]]) -> str:
 
 
 def pass_at(group: list[dict], k: int) -> tuple[float, float, float]:
-    """Pass@k in %, low, high: one evaluation's own interval, or mean -+ standard deviation over
-    several."""
+    """(Pass@k, low, high) in %: low and high are the confidence interval of a single evaluation, or
+    mean -+ standard deviation over several."""
     found = [s.get("pass@k", {}).get(str(k), {}) for s in group]
     values = [100 * number(p) for p in found]
     if len(group) > 1:
@@ -370,15 +370,15 @@ def pass_at(group: list[dict], k: int) -> tuple[float, float, float]:
 
 
 def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
-    """{label: {setting: the paired comparison with the first label over the seeds that both have}};
-    "why" there is none."""
+    """{label: {setting: paired comparison with the first label over the seeds in common}}, or
+    {label: {"why": reason}} if there is none."""
     seeds = [{re.search(r"(_[sc]\d+)?$", path.stem)[0]: path for path in paths}
              for paths in evals.values()]
     compared = {}
     for label, theirs in list(zip(evals, seeds, strict=True))[1:]:
-        # one without a number stands for every seed
+        # a baseline without a seed number is paired with every seed
         base = {seed: seeds[0].get(seed, seeds[0].get("")) for seed in theirs}
-        # never the _c0 of a cold start and the _s0 of training
+        # a cold start's _c0 is never paired with a training run's _s0
         common = [seed for seed in theirs if base[seed]]
         try:
             found = compare_runs([[group[seed] for seed in common]
@@ -391,8 +391,8 @@ def differences(evals: dict[str, list[Path]]) -> dict[str, dict]:
 
 
 def forests(compared: dict[str, dict], first: str) -> list[tuple[str, list[tuple[str, dict]]]]:
-    """[(title, [(label, comparison)])], one for each problem set: at temperature 1, or at all if
-    there is none."""
+    """[(title, [(label, comparison)])], one per setting at temperature 1, or per setting if none is
+    at temperature 1."""
     settings = dict.fromkeys(setting for found in compared.values() for setting in found
                              if setting != "why")
     return [(f"Δ Pass@1 to {SHORT.get(first, first)}, points ({setting[0]}, T {setting[1]:g})",
@@ -401,8 +401,8 @@ def forests(compared: dict[str, dict], first: str) -> list[tuple[str, list[tuple
 
 
 def forest_reach(rows: list[tuple[str, dict]]) -> tuple[float, float]:
-    """The axis, in points: 0, all seeds, all intervals but those of two seeds, which are too wide
-    to be of use."""
+    """Axis range (low, high) in points: covers 0, all seeds, and all intervals except those over
+    two seeds, which are too wide."""
     values = [0.0]
     for _, d in rows:
         values += d["by_seed"] + [d["low"], d["high"]] * (len(d["by_seed"]) != 2)
@@ -423,8 +423,8 @@ def delta(d: dict) -> str:
 
 
 def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
-    """A line for each method: its seeds as dots, their mean, its interval. Positions are in %: it
-    fits every width."""
+    """Forest plot, one row per method: seeds as dots, mean, confidence interval. Positions are in
+    %, so that the plot scales to any width."""
     low, high = forest_reach(rows)
 
     def X(points):
@@ -452,7 +452,7 @@ def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
 
 
 def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], methods: dict) -> str:
-    """Who beats the first; then one table per problem set and sampling setting, one row per method.
+    """Forest plots against the first method; then one table per problem set and sampling setting.
     """
     by_setting, first = {}, next(iter(evals), "")
     for label, paths in evals.items():
@@ -521,7 +521,7 @@ def reflection_section(methods: dict[str, list[Run]]) -> str:
 
 
 def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
-    """The tables of tools.tables, every method's name on its first line only."""
+    """The tables of tools.tables, each method's name on its first row only."""
     out, found = "", {}
     for label, paths in measured.items():
         found[label] = [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths]
@@ -531,7 +531,7 @@ def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
     for make, caption in MEASURED.items():
         rows = []
         for label, seeds in found.items():
-            # none outside a toy world
+            # tools.measure writes 'recovery' only in a toy world
             if make is not tables.errors_table or all("recovery" in m for m in seeds):
                 head, lines = make({label: seeds})
                 rows += [
@@ -573,8 +573,8 @@ def time_section(methods: dict[str, list[Run]]) -> str:
 
 
 def pick_trajectories(folder: Path, n: int, reflections: bool) -> list[tuple[dict, list[dict]]]:
-    """n x (rollout, the ordinary rollouts of its query): training is cut into n stretches and the
-    first rollout of each is taken, then the second of each, ..: spread evenly, never chosen by
+    """Up to n pairs (rollout, ordinary rollouts of its query): training is split into n segments;
+    the first rollout of each is taken, then the second of each, ..: evenly spread, not selected by
     quality."""
     files, stretches = sorted((folder / "rollouts").glob("step_*.jsonl")), []
     for part in np.array_split(np.arange(len(files)), max(1, min(n, len(files)))):
@@ -592,9 +592,9 @@ def pick_trajectories(folder: Path, n: int, reflections: bool) -> list[tuple[dic
 
 
 def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
-    """[(start, end, text)], one token each; tokens that hold only a part of a UTF-8 character
-    (alone they decode to U+FFFD) are joined with the next ones, four at most: a character has no
-    more bytes."""
+    """[(start, end, text)], one per token; tokens that hold only part of a UTF-8 character (decoded
+    alone they give U+FFFD) are merged with the next ones, up to four tokens: a character has at
+    most four bytes."""
     out, start = [], 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], skip_special_tokens=False,
@@ -607,10 +607,10 @@ def pieces(tokenizer, ids: list[int]) -> list[tuple[int, int, str]]:
 
 def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", detailed: bool
                 = True) -> str:
-    """A <span class=role> per stretch of a role, in it a <span> per token; hover: id, log-prob, OTS
-    weight.
+    """A <span class=role> per span of one role, inside it a <span> per token; hover: id, log-prob,
+    OTS weight.
 
-    roles (C,) are class names, `masked` the one without gradient. What is folded away is plain text
+    roles (C,) are class names, `masked` is the role without gradient. Folded tokens are plain text
     unless `detailed`.
     """
     if tokenizer is None:
@@ -657,8 +657,8 @@ def column(title: str, rollout: dict, tokens: str, count: str) -> str:
 
 
 def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
-    """The wrong rollout that was continued, the construction, a right rollout; or an ordinary
-    rollout alone."""
+    """HTML of a construction between its source, a wrong rollout, and a right rollout of the group;
+    or of an ordinary rollout alone."""
     ids, columns = rollout["completion_ids"], []
 
     def ordinary(title, r, kept=0):
@@ -696,8 +696,8 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
 
 
 def trajectories_section(runs: list[Run]) -> str:
-    """From the first run that constructs trajectories; if none does, ordinary rollouts of the first
-    run that kept any."""
+    """Trajectories of the first run that constructs some; if none does, ordinary rollouts of the
+    first run that saved any."""
     picked = []
     for reflections in (True, False):
         for run in runs:
@@ -707,7 +707,7 @@ def trajectories_section(runs: list[Run]) -> str:
         return '<p class="missing">not logged: no rollouts/step_*.jsonl</p>'
     tokenizer = None
     if (source.folder / "tokenizer").is_dir():
-        # takes seconds to import, so only where there are tokens to show
+        # takes seconds to import, so only if there are tokens to show
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source.folder / "tokenizer",
@@ -894,9 +894,9 @@ def draw_forest(axes, rows: list[tuple[str, dict]], methods: dict) -> None:
 
 def save_pngs(methods: dict[str, list[Run]], trees: list[tuple[str, list[tuple[str, dict]]]],
               folder: Path) -> None:
-    """The main figures, for a README: dynamics.png; reflection.png where trajectories are
-    constructed; where evaluations can be compared, forest.png with all of them and headline.png
-    with the methods that there are run folders of."""
+    """Save the main figures for a README: dynamics.png; reflection.png if trajectories are
+    constructed; if evaluations are comparable, forest.png with all methods and headline.png with
+    the methods that have run folders."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

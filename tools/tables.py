@@ -1,14 +1,13 @@
-"""The sweep's numbers as tables in Markdown: runs/ablations.sh in, docs/tables.md out.
+"""Markdown tables of a sweep: results of runs/ablations.sh in, docs/tables.md out.
 
-    python -m tools.tables out/ablations                          # all tables, printed
-    python -m tools.tables out/ablations --update=docs/tables.md  # between <!-- table NAME -->
-    marks
+    python -m tools.tables out/ablations                          # print all tables
+    python -m tools.tables out/ablations --update=docs/tables.md  # fill in <!-- table NAME -->
 
 A row is a group of runs OUT/WORLD/ROW_s<seed>, with an evaluation ROW_s<seed>.json beside each.
 Pass@1 is in % on test problems; +- is the standard deviation over seeds. Differences are
 tools.compare's paired comparison, seed by seed with the same seeds of the baseline: in points, with
-the 95 % interval (Student's t) and p (all sign flips) over seeds. What is not there is left out: a
-sweep that is still running has tables, too.
+the 95 % interval (Student's t) and p (all sign flips) over seeds. Missing results are left out, so
+an unfinished sweep can be tabulated.
 """
 import argparse
 import json
@@ -22,12 +21,12 @@ import jsonl
 from configurator import run_script
 from tools.compare import compare_runs
 
-# of tokens, in tools.measure
+# kinds of tokens in tools.measure's 'shift'
 KINDS = ["ordinary, right", "ordinary, wrong", *(f"{mode}, {part}" for mode in ("micro", "full")
     for part in ("prefix", "diagnosis", "its first token", "correction"))]
 T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO, METRICS = "tapo", "grpo", "metrics.jsonl"
-ROWS = {  # row: what it is
+ROWS = {  # row: description
     "solutions": "SFT on worked solutions", "coldstart": "cold start", "grpo": "GRPO",
     "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
     "copy": "control: y_ref is a copy of y+",
@@ -52,7 +51,7 @@ ROWS = {  # row: what it is
     "base_opsd": "OPSD without cold start"}
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
 SHORT = {row: words.split(" (")[0] for row, words in WORDS.items()}  # for charts and headings
-TABLES = {  # name: (rows, what the differences refer to)
+TABLES = {  # name: (rows, baseline of the differences)
     "1": (["solutions", "coldstart", "grpo", "opsd", "tapo", "copy", "published"], GRPO),
     "control": (["copy", "tapo"], "copy"),
     "equal time": (["grpo_long", "tapo"], "grpo_long"),
@@ -64,10 +63,10 @@ TABLES = {  # name: (rows, what the differences refer to)
              "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "relatives": (["grpo", "copy", "luffy", "replace", "faithful", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
-# rows whose seeds are numbers of cold starts: paired with nothing
+# rows whose seeds number cold starts, not training runs: excluded from paired differences
 STARTS = ("solutions", "coldstart", "base")
-# Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5): a row, and
-# TAPO beside it. Table 3 ends at step 200. Single runs of an 8B model.
+# Published Pass@1 in % on AIME 2024, AIME 2025 and HMMT Feb 2025 (Tables 1, 3, 4, 5) as
+# {row: (its scores, TAPO's)}. Table 3 ends at step 200. Single runs of an 8B model.
 TAPO_200, TAPO_500 = (46.67, 36.46, 20.62), (62.50, 46.88, 31.46)
 PAPER = {
     "grpo": ((52.92, 46.88, 28.75), TAPO_500), "opsd": ((57.71, 43.33, 24.17), TAPO_500),
@@ -79,7 +78,7 @@ PAPER = {
 
 
 def find_rows(folder: Path) -> dict[str, dict[int, Path]]:
-    """{row: {seed: its evaluation}}; the cold starts are a row whose seeds are their numbers."""
+    """{row: {seed: path of its evaluation}}; in cold-start rows the seed is the start's number."""
     rows: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         named = re.fullmatch(r"(.+)_[sc](\d+)", path.stem)
@@ -94,8 +93,7 @@ def setting_of(path: Path, setting: tuple) -> dict:
 
 
 def show(values, digits: int = 1) -> str:
-    """Mean +- standard deviation over seeds; without the latter for one, without anything for none.
-    """
+    """Mean +- standard deviation over seeds; the mean alone for one seed, '-' for none."""
     values = [v for v in values if v is not None and math.isfinite(v)]
     if not values:
         return "-"
@@ -108,8 +106,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def differences(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, dict]:
-    """{setting: the paired comparison} over the seeds that both have; {} if there are none, or both
-    are the same."""
+    """{setting: paired comparison} over the seeds in common; {} if there are none, or if `row` is
+    `base`."""
     seeds = sorted(row.keys() & base.keys())
     if row is base or not seeds:
         return {}
@@ -118,7 +116,7 @@ def differences(row: dict[int, Path], base: dict[int, Path]) -> dict[tuple, dict
 
 
 def points(d: dict | None) -> str:
-    """'+2.5 [+0.9, +4.2], p 0.008' of a comparison; of a single pair the difference alone."""
+    """Format a comparison: '+2.5 [+0.9, +4.2], p 0.008'; for one seed the difference alone."""
     if d is None:
         return ""
     value, low, high = (f"{100 * d[key]:+.1f}" for key in ("difference", "low", "high"))
@@ -126,7 +124,7 @@ def points(d: dict | None) -> str:
 
 
 def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: str | None) -> str:
-    """Pass@1 at both settings, Pass@8 and what a baseline makes of it."""
+    """Pass@1 at both settings, Pass@8, and the differences to the baseline, if any."""
     body = []
     for name in (name for name in names if name in rows):
         paths = list(rows[name].values())
@@ -141,9 +139,9 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
 
 
 def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
-    """Each row that the paper has, too, against TAPO: the paper's difference (mean of its three
-    contests) beside ours, resolved where the 95 % interval over seeds leaves 0 out. "" where there
-    is none."""
+    """Rows that the paper also has, against TAPO: the paper's difference (mean of its three
+    contests) beside ours, "unresolved" if the 95 % interval over seeds contains 0. "" without such
+    rows."""
     body = []
     for name in (name for name in PAPER
                  if len(rows.get(name, {}).keys() & rows.get(TAPO, {}).keys()) > 1):
@@ -161,7 +159,7 @@ def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
 
 
 def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Table 2: DSR and ERR (§4.3), and how often responses reflect and are cut off."""
+    """Table 2: DSR and ERR (§4.3), reflection rate, truncation rate, response length."""
     body = []
     for name in (name for name in names if name in rows):
         found = [setting_of(p, T1) for p in rows[name].values()]
@@ -173,7 +171,7 @@ def habits_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 
 def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Pass@1 at T 1 by difficulty, where a world has several levels; "" where it has not."""
+    """Pass@1 at T 1 by difficulty level; "" if the evaluations have no levels."""
     found = {name: [setting_of(p, T1)["levels"] for p in rows[name].values()] for name in names
              if name in rows}
     levels = sorted({level for seeds in found.values() for of_seed in seeds for level in of_seed})
@@ -183,19 +181,19 @@ def levels_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """metrics.jsonl beside an evaluation."""
+    """metrics.jsonl of the run that an evaluation belongs to."""
     return jsonl.read(path.with_suffix("") / METRICS)
 
 
 def logs_kl(path: Path) -> bool:
-    """Of the run beside an evaluation."""
+    """log_kl of the run that an evaluation belongs to."""
     config = path.with_suffix("") / "config.json"
     return config.is_file() and json.loads(config.read_text())["log_kl"]
 
 
 def rates_table(rows: dict[str, dict[int, Path]]) -> str:
-    """Which learning rate was best on validation problems: held-out Pass@1 at the end, seeds that
-    count nowhere else."""
+    """Learning-rate sweep: final Pass@1 on validation problems, over seeds used for nothing else.
+    """
     found: dict[str, dict[str, str]] = {}
     for name, paths in rows.items():
         if named := re.fullmatch(r"tune_(\w+)_([\d.e-]+)", name):
@@ -208,15 +206,15 @@ def rates_table(rows: dict[str, dict[int, Path]]) -> str:
 
 
 def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
-    """Seconds of a step, by phase, two processes side by side, medians over training of the seeds
-    that log no KL where there are any; and what came of the constructions, means over training."""
+    """Seconds per step by phase, two processes in parallel: medians over training, of the seeds
+    without KL logging if there are any. Statistics of the constructions: means over training."""
     body = []
     for name in (name for name in names if name in rows and name not in STARTS):
         paths = [p for p in rows[name].values() if p.with_suffix("").joinpath(METRICS).is_file()]
-        if not paths:  # they lie with another set of problems
+        if not paths:  # metrics are kept with another problem set
             continue
         logs = [read_metrics(p) for p in paths]
-        # those that log the KL are slower, by a pass of the reference model
+        # runs that log the KL are slower, by a forward pass of the reference model
         quiet = [log for p, log in zip(paths, logs, strict=True) if not logs_kl(p)] or logs
 
         def mean(key, logs=logs, average=np.mean):
@@ -238,7 +236,7 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
 
 
 def measured(folder: Path) -> dict[str, list[dict]]:
-    """{row: what tools.measure wrote of each of its seeds}."""
+    """{row: [output of tools.measure, one per seed]}."""
     found: dict[str, list[dict]] = {}
     for path in sorted((folder / "measured").glob("*.json")):
         found.setdefault(re.sub(r"_[sc]\d+$", "", path.stem),
@@ -247,14 +245,13 @@ def measured(folder: Path) -> dict[str, list[dict]]:
 
 
 def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: per method and kind of token, how far it is from the policy; log-probs and KL
-    in nats."""
+    """Head and rows: distribution shift per method and kind of token; log-probs and KL in nats."""
     body = []
     for name, seeds in found.items():
         for kind in sorted({kind for m in seeds for kind in m["shift"]},
                            key=lambda kind: [*KINDS, kind].index(kind)):
             some = [m["shift"][kind] for m in seeds if kind in m["shift"]]
-            # the rare tagged reflection of a full reconstruction: says nothing
+            # too few tokens for a mean: rare tagged reflections of full reconstructions
             if sum(s["tokens"] for s in some) < 100:
                 continue
             body.append(
@@ -282,15 +279,15 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 
 
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: per method, in %, what becomes of a response after its own error, and of
-    constructions. What some of them did not measure is left out."""
+    """Head and rows: per method, in %, outcomes of responses after their own error, and of
+    constructions. A column that any measurement lacks is left out."""
     def share(counts: dict, part: str, whole: str) -> float | None:
         return counts[part] / counts[whole] if counts[whole] else None
 
     def of_constructions(part: str, whole: str):
         return lambda m: share(m["constructions"]["micro"], part, whole)
 
-    columns = {  # of a measurement -> a share, or None
+    columns = {  # head: function of a measurement -> share, or None
         "responses with an error": lambda m: share(m["recovery"], "with_an_error", "responses"),
         "stops if right": lambda m: m["decides"]["stop_if_right"],
         "goes on if wrong": lambda m: m["decides"]["retry_if_wrong"],
@@ -320,11 +317,11 @@ def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str
 
 
 def all_tables(out: Path) -> dict[str, str]:
-    """{'findx 1': Markdown, ..}: every table of every world for which there is anything."""
+    """{'findx 1': Markdown, ..}: every table of every world that has results for it."""
     tables = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
         rows, found = find_rows(folder), measured(folder)
-        # a fork's own
+        # rows not listed in ROWS, e.g. added by a fork
         new = [name for name in rows if name not in ROWS and not name.startswith("tune_")]
         for name, (names, baseline) in (TABLES |
                                         ({"new": ([GRPO, TAPO, *new], TAPO)} if new
@@ -347,8 +344,8 @@ def all_tables(out: Path) -> dict[str, str]:
 
 
 def update(document: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between <!-- table NAME --> and <!-- end -->; an unknown name is an
-    error."""
+    """Replace the text between <!-- table NAME --> and <!-- end -->; ValueError for an unknown
+    name."""
     def new(match: re.Match) -> str:
         if match[1] not in tables:
             raise ValueError(

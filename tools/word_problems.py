@@ -4,9 +4,9 @@ Arithmetic word problems of five public sets, as three problem files: train, val
     prepare(Path("data"))                     # downloads the five files
     prepare(Path("data"), Path("~/sources"))  # offline: any folder that holds copies of them
 
-Small enough for a tiny model to learn. Where a source writes an equation that gives its answer, a
-row carries a worked "solution". Uid and split are functions of question and source alone, so they
-survive another filter. Deliberately missing: solving for an unknown, units, rounding.
+Easy enough for a tiny model to learn. A row has a worked "solution" if the source's equation gives
+the answer. Uid and split are functions of question and source alone, so they do not depend on
+filtering. Deliberately missing: solving for an unknown, units, rounding.
 """
 import ast
 import hashlib
@@ -24,7 +24,7 @@ from typing import NamedTuple
 from data import Problem, save_problems
 
 SPLITS = "train", "val", "test"
-DECIMALS = 4  # a number that needs more is a third cut short: no answer, no line of a solution
+DECIMALS = 4  # numbers with more decimals are truncated fractions: no answer, no solution line
 SIGNS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub),
          ast.Mult: ("*", operator.mul), ast.Div: ("/", operator.truediv)}
 
@@ -32,14 +32,14 @@ SIGNS = {ast.Add: ("+", operator.add), ast.Sub: ("-", operator.sub),
 class Row(NamedTuple):
     question: str
     answer: str
-    expression: str  # what should give the answer; often not arithmetic at all
+    expression: str  # formula that should give the answer; often not plain arithmetic
 
 
 # ------------------------------------------------------------------------------------------------
 # Readers, one per layout: text of a file -> rows with a number for an answer
 
 def read_mawps(text: str) -> list[Row]:
-    """AddSub, MultiArith, SingleEq: lEquations, lSolutions and sQuestion, with blanks around marks.
+    """AddSub, MultiArith, SingleEq: lEquations, lSolutions, sQuestion with spaced punctuation.
 
     Only "X = 3 + 4" becomes a solution: "3 + x = 7" and, likewise, SingleEq's "3 + 4 = x" do not.
     """
@@ -57,8 +57,8 @@ def read_svamp(text: str) -> list[Row]:
 def read_asdiv(text: str) -> list[Row]:
     """ASDiv's XML: Body, Question, Answer such as "9 (apples)", Formula such as "7+2=9".
 
-    Of several answers with units the first is what the question names first. Of a formula the left
-    side is read: remainders, "31/12=2 r7", and steps joined by ";" do not have the answer there.
+    Of several answers with units the first is used, which the question asks for first. Of a formula
+    only the left side is read; remainders ("31/12=2 r7") and steps joined by ";" give no solution.
     """
     problems = ([p.find(tag).text or "" for tag in ("Body", "Question", "Answer", "Formula")]
                 for p in ElementTree.fromstring(text).iter("Problem"))
@@ -67,7 +67,7 @@ def read_asdiv(text: str) -> list[Row]:
 
 
 def _with_answers(triples) -> list[Row]:
-    """Those with a number for an answer, alone or before a unit in brackets: no name, 9:30, 3/7."""
+    """Rows whose answer is a number, alone or before a unit in brackets; not a name, 9:30, 3/7."""
     rows = []
     for question, answer, expression in triples:
         number = re.fullmatch(r"(-?[\d,]*\.?\d+)\s*(\(.*)?", str(answer).strip(), re.DOTALL)
@@ -93,7 +93,7 @@ class Source:
 
 
 COPIES = ("kojima-takeshi188/zero_shot_cot", "5ef330fcdeec0cd26aee27943504f91f8ec1c33c")
-SOURCES = {  # of duplicates the copy of the first source stays
+SOURCES = {  # of duplicate questions the first source's copy is kept
     "AddSub": Source(*COPIES, "dataset/AddSub/AddSub.json", "none", read_mawps),
     "MultiArith": Source(*COPIES, "dataset/MultiArith/MultiArith.json", "none", read_mawps),
     "SingleEq": Source(*COPIES, "dataset/SingleEq/questions.json", "none", read_mawps),
@@ -114,13 +114,13 @@ def decimal(x: Fraction) -> str:
     return text if scaled.denominator == 1 else ""
 
 
-def solution(equation: str, answer: str) -> str:  # of the equation its one side, "(3 + 4) * 2"
-    """A line "a op b = c" per operation, then the boxed answer; "" unless it gives that exactly."""
+def solution(equation: str, answer: str) -> str:  # equation: one side only, "(3 + 4) * 2"
+    """A line "a op b = c" per operation, then the boxed answer; "" unless the last c equals it."""
     lines = []
 
     def value(node: ast.expr) -> Fraction:
         if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return Fraction(repr(node.value))  # repr gives back the digits written: 0.1 is a tenth
+            return Fraction(repr(node.value))  # repr keeps the digits as written: 0.1 is 1/10
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
         if not isinstance(node, ast.BinOp) or type(node.op) not in SIGNS:
@@ -146,14 +146,14 @@ def _sha1(text: str) -> str:
 
 
 def split_of(question: str, source: str) -> str:
-    """By the question's sha1: odd ones of SVAMP to test; of the rest a tenth each to test, val."""
+    """Split by the question's sha1: odd SVAMP hashes to test; of others 1/10 each to test, val."""
     number = int(_sha1(question), 16)
-    odd_svamp = source == "SVAMP" and number % 2  # 1 is odd: SVAMP has no val
+    odd_svamp = source == "SVAMP" and number % 2  # 1 is odd: no SVAMP problem is in val
     return "test" if odd_svamp else {0: "test", 1: "val"}.get(number % 10, "train")
 
 
 def without_duplicates(problems: list[Problem]) -> list[Problem]:
-    """The first of all problems whose questions have the same letters and digits."""
+    """Keep the first of the problems whose questions have the same letters and digits."""
     first: dict[str, Problem] = {}
     for p in problems:
         first.setdefault("".join(c for c in p.question.lower() if c.isalnum()), p)
@@ -183,9 +183,9 @@ def prepare(out: Path, local: Path | None = None) -> dict[str, tuple[int, int]]:
 
 
 def _text(name: str, local: Path | None) -> str:
-    """The file of a source: found by name below `local`, otherwise downloaded."""
+    """Text of a source's file: searched by name below `local` if given, otherwise downloaded."""
     source, path = SOURCES[name], Path(SOURCES[name].path)
-    if local is not None:  # others have a questions.json too: one in a folder SingleEq goes first
+    if local is not None:  # questions.json is a common name: prefer the copy in a folder SingleEq
         copies = sorted(Path(local).expanduser().rglob(path.name),
                         key=lambda copy: (copy.parent.name != path.parent.name, copy))
         if not copies:
