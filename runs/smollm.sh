@@ -28,7 +28,7 @@ case $PRESET in
        N_SOLVED=${N_SOLVED:-240} N_TRAIN=${N_TRAIN:-64} N_HELD_OUT=${N_HELD_OUT:-24}
        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two processes in parallel
        all=(--dtype="${DTYPE:-float32}")
-       sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2)
+       sft=(--batch_size=8 --tokens_per_microbatch=1024 --threads=2 --save_interval=20)
        cold=("${sft[@]}" --queries_per_round=16 --n_sft=8 --epochs=4)
        filter=(--threads=2 --max_rows=128) ev=(--samples=8 --max_rows=128)
        looked=(--n_problems=8 --max_rows=128 --tokens_per_microbatch=1024)
