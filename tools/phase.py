@@ -5,8 +5,8 @@ peak memory.
 
 OUT/phases.jsonl gets one line per attempt (phase, status, seconds, peak host memory),
 OUT/logs/NAME.log the output; progress lines are also printed. At the time limit the command
-receives SIGTERM (a training run saves) and 30 s later SIGKILL; the status is then 124. A phase
-whose last attempt has status 0 is not run again: delete OUT to start over.
+receives SIGTERM (a training run saves) and GRACE seconds later SIGKILL; the status is then 124. A
+phase whose last attempt has status 0 is not run again: delete OUT to start over.
 """
 import json
 import os
@@ -21,7 +21,7 @@ from pathlib import Path
 
 SHOWN = re.compile(r"^(step .*(held-out|/\d+ \|)|WARNING|error|Traceback|saved|filter:|\d[\d,]* "
                    r"(problems|examples))")
-GRACE = 30  # seconds between SIGTERM and SIGKILL
+GRACE = 120  # seconds between SIGTERM and SIGKILL: time to finish a step and save
 
 
 def main(out: Path, name: str, limit: float, command: list[str]) -> int:
