@@ -38,17 +38,17 @@ contests() {
   evaluate "$1" "$2" config/eval_aime.py data/aime24.jsonl,data/aime25.jsonl,data/hmmt_feb25.jsonl
 }
 
-echo "== what the cold start and TAPO will cost"
+echo "== memory and compute plans of the cold start and TAPO"
 plan() { run python -m tools.plan "$@" --init_from="$MODEL" --gpus="$GPUS" --gpu_gb="$GPU_GB"; }
 plan coldstart.py config/coldstart_aime.py
 plan train.py config/aime.py
 
-echo "== data: the contests first, so that training problems which repeat one are removed"
+echo "== data: evaluation sets first, so that overlapping training problems are removed"
 for name in aime24 aime25 hmmt_feb25 deepscaler; do
   [ -f "data/$name.jsonl" ] || run python -m tools.prepare "$name" --out="data/$name.jsonl"
 done
 
-echo "== the base model (§4.1)"
+echo "== evaluation of the base model (§4.1)"
 contests base "$MODEL"
 
 echo "== cold start (§3.2): sampling and construction, then three epochs"
@@ -57,7 +57,7 @@ echo "== cold start (§3.2): sampling and construction, then three epochs"
     --resume=True
 contests coldstart "$OUT/coldstart/final"
 
-echo "== training queries: those that the cold-started policy solves sometimes (§4.1)"
+echo "== difficulty filter: training queries that the cold-start policy sometimes solves (§4.1)"
 [ -f "$OUT/filtered.jsonl" ] || {
   run rm -f "$OUT/eval/filter.json"  # killed between the two writes; the samples are reused
   evaluate filter "$OUT/coldstart/final" config/filter_deepscaler.py data/deepscaler.jsonl \
@@ -65,7 +65,7 @@ echo "== training queries: those that the cold-started policy solves sometimes (
 }
 
 for method in grpo opsd tapo; do
-  echo "== $method: one epoch, then the contests"
+  echo "== $method: one epoch, then evaluation"
   last=$OUT/$method/step_000500
   [ -f "$last/meta.json" ] ||
     on_all train.py config/aime.py --method=$method --init_from="$OUT/coldstart/final" \

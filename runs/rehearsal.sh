@@ -22,7 +22,7 @@ run() {  # run LOG COMMAND: all output to OUT/LOG.log, summary lines to the scre
     "$log" | cut -c1-200 || true
 }
 
-say "real problems"
+say "data: real problems"
 for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # deepscaler last: overlap check
   var=${name^^}
   [ -f "$OUT/data/$name.jsonl" ] || run "data_$name" -m tools.prepare $name \
@@ -30,15 +30,15 @@ for name in aime24 aime25 hmmt_feb25 gsm8k deepscaler; do  # deepscaler last: ov
 done
 python -m tools.rehearsal make "$TOKENIZER" "$OUT/data/deepscaler.jsonl" "$OUT"
 
-say "an untrained model on GSM8K: two steps that say loudly that they cannot learn"
+say "untrained model on GSM8K: two steps that must warn that they cannot learn"
 run untrained train.py config/rehearsal.py --init_from="$OUT/tiny" --out_dir="$OUT/untrained" \
   --problems="$OUT/data/gsm8k.jsonl" --prompts_per_step=2 --max_new_tokens=32
 grep -q "WARNING: this run cannot learn" "$OUT/untrained.log"
 
-say "lessons: both formats of the cold start, from worked examples"
+say "cold start from worked examples, SFT and IFT format"
 run taught coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/tiny" \
   --out_dir="$OUT/taught" --examples="$OUT/lessons.jsonl" --eval_problems="$OUT/problems.jsonl"
-say "the paper's cold start: from its own rollouts (§3.2)"
+say "cold start from the policy's own rollouts (§3.2)"
 run coldstart coldstart.py config/coldstart_rehearsal.py --init_from="$OUT/taught/final" \
   --out_dir="$OUT/coldstart" --examples= --problems="$OUT/problems.jsonl" --queries_per_round=4 \
   --epochs=1 --learning_rate=1e-5 --eval_problems=
@@ -62,6 +62,6 @@ run eval eval.py config/eval_aime.py --init_from="$OUT/tapo/step_000002" --out="
 grep -A5 "pass@1" "$OUT/eval.log"
 python -m tools.report "$OUT"/{tapo,grpo,opsd} --evals="$OUT/eval.json" --out="$OUT/report.html"
 
-say "what is on disk, judged by transformers"
+say "check of the saved files against transformers"
 python -m tools.rehearsal check "$OUT" tapo grpo opsd untrained
 say "done"

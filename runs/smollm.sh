@@ -132,7 +132,7 @@ for method in $METHODS; do
       runs+=("$OUT/runs/${method}_s$seed") evals+=("$RESULTS/svamp/${method}_s$seed.json"); }
   done
 done
-((${#runs[@]})) || { echo "no run came to its end; see $OUT/logs"; exit 1; }
+((${#runs[@]})) || { echo "no run finished; see $OUT/logs"; exit 1; }
 python -m tools.report "${runs[@]}" --out="$OUT/report.html" \
   --evals="$(IFS=,; echo "${evals[*]},$(ls "$RESULTS"/svamp/*_c0.json | paste -sd,)")" \
   --measured="$(ls "$RESULTS"/svamp/measured/*.json | paste -sd,)"

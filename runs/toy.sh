@@ -29,12 +29,12 @@ evaluate() {  # evaluate NAME FOLDER: test problems, at T 1 and at T 0.6 with to
 # level 1: x*a+b and x*a-b with values below 50, learnable in minutes on two cores
 [ -f data/findx/model/config.json ] || python toy.py findx --levels=1 --out=data/findx
 
-echo "== cold start: supervised, from a random model (§3.2)"
+echo "== cold start: SFT of a randomly initialised model (§3.2)"
 python coldstart.py config/coldstart_toy.py --out_dir="$OUT/coldstart" --resume=True
 evaluate coldstart "$OUT/coldstart/final" & waiting=$!
 
 for ((seed = 0; seed < SEEDS; seed++)); do
-  echo "== GRPO, TAPO and OPSD, seed $seed, two processes at a time"
+  echo "== GRPO, TAPO and OPSD, seed $seed, two processes in parallel"
   wait $waiting
   train tapo $seed & tapo=$!
   train grpo $seed

@@ -140,8 +140,8 @@ def limits() -> dict[str, float]:
     times = in_turn(copy=lambda: seconds(lambda: target.copy_(source)),
                     gemm=lambda: seconds(lambda: a @ a))
     found = {"bytes": 2 * big / min(times["copy"]), "flops": 2 * n**3 / min(times["gemm"])}
-    report("limit: copies", found["bytes"] / 1e9, "GB/s")
-    report(f"limit: matrix products, {dtype}", found["flops"] / 1e9, "Gflop/s")
+    report("limit: copy bandwidth", found["bytes"] / 1e9, "GB/s")
+    report(f"limit: matmul, {dtype}", found["flops"] / 1e9, "Gflop/s")
     return found
 
 
@@ -219,7 +219,7 @@ def bench_evaluation(_: dict) -> None:
     stop_ids, decoder = tuple(range(2, 2 + V // 77)), Counting()
     rate = rate_of(model, prompts, 16, stop_ids, decoder)
     elapsed = seconds(lambda: rate_of(model, prompts, 16, stop_ids, decoder))
-    report(f"{16 * n:,} samples, {size} {dtype}", elapsed, "s", tokens_per_second=rate,
+    report(f"evaluation, {16 * n:,} samples, {size} {dtype}", elapsed, "s", tokens_per_second=rate,
            **decoder.counts())
 
 
@@ -467,8 +467,8 @@ def bench_tapo(_: dict) -> None:
     """Seconds per step on config/toy.py, TAPO against GRPO, from the cold-start checkpoint in
     init_from."""
     if not Path(init_from).is_dir():
-        print(f"tapo is not measured: init_from = {init_from} is no folder; bash runs/toy.sh makes "
-              "it")
+        print(f"tapo is not measured: init_from = {init_from} is not a folder; bash runs/toy.sh "
+              "creates it")
         return
 
     def run(*configs: str) -> float:
@@ -576,7 +576,7 @@ def bench_logprobs(limit: dict[str, float]) -> None:
            ratio=theirs / ours,
            **({"limit": 3 * 2 * 151936 * 1024 * 2048 / limit["flops"]} if dtype == "float32"
               else {}))
-    report("... peak memory", peak, "GiB", naive=naive_peak)
+    report("log-probs + entropy: peak memory", peak, "GiB", naive=naive_peak)
 
 
 def bench_scale(limit: dict[str, float]) -> None:
@@ -618,7 +618,7 @@ def step_in_child() -> tuple[float, float]:
 def bench_memory(_: dict) -> None:
     """Peak memory of a small run against tools.plan's prediction, in a fresh process."""
     measured, predicted = in_child(step_in_child)
-    report(f"memory of two steps, small {dtype}", measured, "GiB", plan=predicted,
+    report(f"peak memory of two steps, small {dtype}", measured, "GiB", plan=predicted,
            ratio=measured / predicted)
 
 

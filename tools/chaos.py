@@ -167,7 +167,7 @@ def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rn
     interrupt(run, kind, rng)
     seconds, problems = run.end(PATIENCE), torn_files(out)
     time.sleep(1)
-    problems += [f"process {pid} is still there" for pid in ranks if runs_still(pid)]
+    problems += [f"process {pid} is still running" for pid in ranks if runs_still(pid)]
     done, found = run.rows(), checkpoints(out)
     report = {"processes": processes, "saving": "background" if background else "foreground",
               "kind": kind, "done": done, "seconds": seconds, "status": run.process.returncode,
@@ -177,7 +177,7 @@ def trial(base: Path, out: Path, processes: int, background: bool, kind: str, rn
     resumed = Run(out, base, processes, async_save=background, resume=True)
     resumed.end(5 * PATIENCE)
     if resumed.process.returncode:
-        problems += [f"resume ended with {resumed.process.returncode}", *resumed.lines[-3:]]
+        problems += [f"resume exited with status {resumed.process.returncode}", *resumed.lines[-3:]]
     else:
         problems += differences(base / f"whole_{processes}", out)
     return report | {"problems": problems, "said": "".join(run.lines[-40:])}
@@ -211,8 +211,9 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
         pace[processes] = first, (time.time() - started - first) / (STEPS - 1)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses, kept = ([row[name] for row in rows] for name in ("train/loss", "reflect/kept"))
-        print(f"not interrupted, processes: {processes}; losses:",
-              *(f"{loss:+.5f}" for loss in losses), "; reflections:", *map(int, kept), flush=True)
+        print(f"uninterrupted run, processes: {processes}; losses:",
+              *(f"{loss:+.5f}" for loss in losses), "; constructions kept:", *map(int, kept),
+              flush=True)
 
     every = itertools.product((1, 2), ("one", "all", "SIGTERM", "full"), (False, True))
     kinds = [way for way in every if way[:2] != (1, "one")]  # with one process the same as "all"
@@ -222,17 +223,17 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
         report = trial(base, out, processes, background, kind, rng, pace[processes])
         reports.append(report)
         print(f"{number + 1:2d}/{len(kinds) * rounds}  processes {processes}  {report['saving']}  "
-              f"{kind:7s}  steps done {report['done']}  ended in {report['seconds']:4.1f} s "
-              f"with {report['status']:4d}  "
-              f"resumed from {report['from']}  {'; '.join(report['problems']) or 'the same'}",
+              f"{kind:7s}  steps done {report['done']}  exited after {report['seconds']:4.1f} s "
+              f"with status {report['status']:4d}  "
+              f"resumed from {report['from']}  {'; '.join(report['problems']) or 'identical'}",
               flush=True)
         if report["problems"]:
             print(report["said"])
     shutil.rmtree(base / "nodes", ignore_errors=True)
     nodes = two_nodes(base, base / "nodes")
 
-    print("\n| processes | saving | interruption | steps done | ended after, s | resumed from step "
-          "| as uninterrupted |")
+    print("\n| processes | saving | interruption | steps done | exit after, s | resumed from step "
+          "| bit-identical |")
     print("|---|---|---|---|---|---|---|")
     for processes, kind, background in kinds:
         saving = "background" if background else "foreground"
@@ -245,9 +246,9 @@ def main(base: Path, rounds: int = 2, seed: int = 0) -> int:
               f"{', '.join(str(r['from']) for r in of)} | "
               f"{sum(not r['problems'] for r in of)} of {len(of)} |")
     failed = sum(bool(r["problems"]) for r in reports)
-    print(f"\n{len(reports) - failed} of {len(reports)} interrupted runs end as the uninterrupted "
-          "one, bit for bit; two nodes: "
-          f"{'; '.join(nodes) or 'the same losses'}; {(time.time() - began) / 60:.0f} min")
+    print(f"\n{len(reports) - failed} of {len(reports)} interrupted runs are bit-identical to the "
+          "uninterrupted run; two nodes: "
+          f"{'; '.join(nodes) or 'same losses'}; {(time.time() - began) / 60:.0f} min")
     return failed + bool(nodes)
 
 

@@ -104,8 +104,8 @@ def compare_runs(groups: list[list[Path]]) -> list[dict]:
 
 def comparison_table(found: list[dict]) -> str:
     """One line per comparison; pass@1 in %, differences in points."""
-    rows = [["against the baseline", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1",
-             "difference", "95 %", "p"]]
+    rows = [["result", "set", "T", "top-p", "problems", "seeds", "baseline", "pass@1",
+             "difference", "95 % CI", "p"]]
     for d in found:
         points = [100 * d[key] for key in ("difference", "low", "high")]
         rows.append([d["other"], d["set"], f"{d['temperature']:g}", f"{d['top_p']:g}",
@@ -117,7 +117,7 @@ def comparison_table(found: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compare",
-                                     description="paired differences of results",
+                                     description="paired comparison of evaluation results",
                                      allow_abbrev=False)
     parser.add_argument("results", nargs="+", help="OUT.json files of eval.py, the baseline first; "
                         "+ joins the seeds of one method")

@@ -256,7 +256,7 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         f"one step    {c.prompts_per_step} prompts x {c.samples_per_prompt} = {rollouts} rollouts, "
         f"<= {reflections} reflections",
         f"            {sampled:,} tokens sampled, {rows * row:,} trained on",
-        f"            on each process {batches} micro-batches, {flops / 1e15:.3g} PFLOP",
+        f"            per process {batches} micro-batches, {flops / 1e15:.3g} PFLOP",
         *memory_lines(sizes, memory)])
 
 
@@ -280,7 +280,7 @@ def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
                   "rollouts": queries * c.samples_per_prompt,
                   "longest_row": prompt + 2 * c.max_new_tokens + SYNTHESIS_WORDS + synthesis}
         text += (f"; one round {c.queries_per_round} prompts x {c.samples_per_prompt} rollouts, "
-                 "a construction each at most")
+                 "at most one construction each")
     return "\n".join([*head, text, *memory_lines(sizes, memory)])
 
 
@@ -299,7 +299,7 @@ def eval_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
     size = getattr(torch, c.dtype).itemsize
     rows = c.max_rows or most_rows(model, limit - peak(0), prompt, c.max_new_tokens, size)
     text = [*head, f"memory      {rows} rows at once, peak {peak(rows) / GIB:.2f} GiB of "
-                   f"{limit / GIB:.2f} ({USABLE:.0%} of {memory / GIB:.0f}); without rows "
+                   f"{limit / GIB:.2f} ({USABLE:.0%} of {memory / GIB:.0f}); at 0 rows "
                    f"{peak(0) / GIB:.2f}"]
     if peak(rows) > limit:
         while rows > 1 and peak(rows) > limit:
@@ -325,9 +325,9 @@ def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: flo
     prompt = found or ASSUMED_PROMPT
     parameters, assumed = count_parameters(model)[0], "" if found else " (prompt length assumed)"
     return prompt, [
-        f"model       {c.init_from}, {parameters:,} parameters, products in {c.dtype}",
+        f"model       {c.init_from}, {parameters:,} parameters, matmuls in {c.dtype}",
         f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
-        f"at most     {prompt:,} + {c.max_new_tokens:,} tokens a row{assumed}"]
+        f"at most     {prompt:,} + {c.max_new_tokens:,} tokens per row{assumed}"]
 
 
 def memory_lines(sizes: dict, memory: float) -> list[str]:
@@ -343,7 +343,7 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
     jobs = [name for name in ("rollouts", "reflections") if name in p]
     largest, limit = max(jobs, key=p.get), USABLE * memory
     text = [
-        "memory of a process, GiB",
+        "memory per process, GiB",
         line("persistent", weights="weights", AdamW="moments", reference="reference",
              sampler="sampler"),
         line("update", gradients="gradients", copies="compute copies", activations="activations",

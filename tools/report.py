@@ -38,21 +38,21 @@ HELD_OUT = {
     "eval/truncated": "Held-out truncated"}
 MEASURED = {  # function that makes the table: caption
     tables.shift_table:
-        "How far from the policy: means over tokens as the policy sees them after the plain "
-        "question. KL: of what wrote a token (the policy shown a wrong and a right solution) from "
-        "the policy shown the question alone.",
+        "Distribution shift: means over tokens, under the policy given the question alone. "
+        "KL(synthesis, policy): divergence of the policy given a wrong and a correct response, "
+        "which sampled the tokens, from the policy given the question alone.",
     tables.gradient_table:
-        "What moves the policy: norms of the gradient that right rollouts, wrong rollouts and "
-        "constructions have in one step, for three ways to compare the constructions. A: mean "
+        "Gradient norms: contributions of correct rollouts, wrong rollouts and constructions to "
+        "the gradient of one step, for three advantage estimators of the constructions. A: mean "
         "advantage.",
     tables.errors_table:
-        "Does it find its own errors? How often a response looks again after its first error, and "
-        "how often it ends right, left alone or forced to look; then what came of the "
-        "constructions. Exact, as a toy world can tell."}
+        "Error recovery: how often a response reflects after its first error, and how often it "
+        "ends correct, unprompted or with a forced reflection; then the quality of the "
+        "constructions. Judged by the toy world's ground truth."}
 REFLECTION = {
     "reflect/eligible": "Eligible queries (Eq. 3)", "reflect/candidates": "Candidate pairs",
-    "reflect/kept": "Constructions kept", "reflect/parsed": "Share that parses",
-    "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share that is right",
+    "reflect/kept": "Constructions kept", "reflect/parsed": "Share parsed",
+    "reflect/verbatim": "Share with verbatim prefix", "reflect/correct": "Share correct",
     "reflect/mixed_groups": "Groups with both rewards",
     "reflect/length": "Construction length, tokens"}
 # evaluations that agree in these fields are comparable
@@ -339,8 +339,8 @@ def runs_section(methods: dict[str, list[Run]]) -> str:
             f"{accuracy[:tenth].mean():.1f} → <b>{accuracy[-tenth:].mean():.1f}</b>"
             if len(accuracy) else "–", show(seconds.mean()) if len(seconds) else "–",
             f"{datetime.fromtimestamp(date, timezone.utc):%Y-%m-%d}"])
-    out = table(["Method", "Runs", "Steps", "Parameters", "Training accuracy, %", "Seconds a step",
-                 "Date"], rows,
+    out = table(["Method", "Runs", "Steps", "Parameters", "Training accuracy, %",
+                 "Seconds per step", "Date"], rows,
                 "Training accuracy: mean of the first and of the last tenth of the steps.")
     settings = []
     for key in dict.fromkeys(key for runs in methods.values() for run in runs
@@ -395,7 +395,7 @@ def forests(compared: dict[str, dict], first: str) -> list[tuple[str, list[tuple
     at temperature 1."""
     settings = dict.fromkeys(setting for found in compared.values() for setting in found
                              if setting != "why")
-    return [(f"Δ Pass@1 to {SHORT.get(first, first)}, points ({setting[0]}, T {setting[1]:g})",
+    return [(f"Δ Pass@1 vs {SHORT.get(first, first)}, points ({setting[0]}, T {setting[1]:g})",
              [(label, found[setting]) for label, found in compared.items() if setting in found])
             for setting in [setting for setting in settings if setting[1] == 1] or settings]
 
@@ -447,7 +447,7 @@ def forest(title: str, rows: list[tuple[str, dict]], methods: dict) -> str:
             f'y1="18" y2="18"/>'
             f'<circle class="mean" cx="{mean}" cy="18" r="5.5"/></svg>{delta(d)}</li>')
     return (f'<figure class="panel forest"><h3>{escape(title)}</h3><p class="note">Dots: training '
-            f'seeds. Below them: their mean and its 95 % interval.</p><ul>{lines}'
+            f'seeds. Below them: mean over seeds and its 95 % interval.</p><ul>{lines}'
             f'<li><i></i><svg aria-hidden="true">{axis}</svg></li></ul></figure>')
 
 
@@ -482,7 +482,7 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
                 [name_of(label, methods) + f" <small>{len(group)} runs</small>" * (len(group) > 1),
                  *cells])
         head = ["Model", *(f"Pass@{k}" for k in ks),
-                f"Δ Pass@1 <small>to {escape(SHORT.get(first, first))}</small>", "Truncated",
+                f"Δ Pass@1 <small>vs {escape(SHORT.get(first, first))}</small>", "Truncated",
                 "No answer", "Reflects", "DSR", "ERR"]
         samples, problems = ("–".join(dict.fromkeys(f"{f(n):,}" for f in (min, max))) for n in (
             [s.get("samples", 0) for s in every], [len(s.get("per_problem", [])) for s in every]))
@@ -491,11 +491,12 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
                    f"most {cap} tokens")
         out += table(head, rows, f"{caption} for each of {problems} problems. All in %.")
     return out + (
-        '<p class="note">Small print: the 95 % interval of one evaluation, or the standard '
-        'deviation over several. Δ: paired by ' "problem and training seed, over the seeds that "
-        "both have, with its 95 % interval over these, or over problems if there "
-        "is one. DSR: share of right answers reached without reflecting. ERR: share of reflecting "
-        "answers that end " "right. Both over problems solved sometimes but not always.</p>" if out
+        '<p class="note">In small type: the 95 % interval of a single evaluation, or the standard '
+        'deviation over several. Δ: paired by ' "problem and training seed, over the shared seeds, "
+        "with its 95 % interval over seeds, or over problems if only one seed is "
+        "shared. DSR: share of correct answers reached without reflection. ERR: share of "
+        "responses that reflect and " "end correct. Both over problems with a pass rate strictly "
+        "between 0 and 1.</p>" if out
         else '<p class="missing">no evaluation files were given (<code>--evals</code>)</p>')
 
 
@@ -566,7 +567,7 @@ def time_section(methods: dict[str, list[Run]]) -> str:
         body.append([name_of(label, methods), bar + "</svg>", *cells])
     head = [f'<span class="key p{i}">{name}</span>' for i, name in enumerate((*PHASES, "other"))]
     return table(["Method", "", *head, "step", "sampled tokens / s"], body,
-                 "Seconds a step, mean over the run.")
+                 "Seconds per step, mean over the run.")
 
 
 # --- trajectories ---------------------------------------------------------------------------------
@@ -646,7 +647,7 @@ def tokens_html(rollout: dict, roles: list[str], tokenizer, masked: str = "", de
 
 def column(title: str, rollout: dict, tokens: str, count: str) -> str:
     reward, advantage = number(rollout["reward"]), number(rollout["advantage"])
-    verdict = ('<span class="right">✓ right</span>' if reward > 0 else
+    verdict = ('<span class="right">✓ correct</span>' if reward > 0 else
                '<span class="wrong">✗ wrong</span>')
     answer = f"answer <b>{escape(str(rollout['answer']))}</b>" if rollout[
         "answer"] is not None else "no answer"
@@ -685,7 +686,7 @@ def card(rollout: dict, siblings: list[dict], tokenizer, masked: str) -> str:
         tokens = tokens_html(rollout, roles, tokenizer, masked)
         columns.append(column("Constructed trajectory", rollout, tokens, counts))
         if right:
-            ordinary("A right rollout of the group", right[0])
+            ordinary("A correct rollout of the group", right[0])
     else:
         ordinary("Ordinary rollout", rollout)
     step, uid, question, gold = (escape(str(rollout[key]))
@@ -720,7 +721,7 @@ def trajectories_section(runs: list[Run]) -> str:
     what = "constructed trajectories"
     if not picked[0][0]["is_reflection"]:
         what, legend = "ordinary rollouts (none are constructed)", ""
-    how = "No tokenizer there: plain text."
+    how = "No tokenizer in the run folder: plain text."
     if tokenizer:
         how = "Hover over a token for its id, log-prob and OTS weight."
     cards = "".join(card(rollout, siblings, tokenizer, masked) for rollout, siblings in picked)

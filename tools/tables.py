@@ -28,9 +28,9 @@ T1, T06 = (1.0, 1.0), (0.6, 0.9)  # (temperature, top-p)
 TAPO, GRPO, METRICS = "tapo", "grpo", "metrics.jsonl"
 ROWS = {  # row: description
     "solutions": "SFT on worked solutions", "coldstart": "cold start", "grpo": "GRPO",
-    "opsd": "OPSD", "tapo": "**TAPO** (A = r, one mean)",
+    "opsd": "OPSD", "tapo": "**TAPO** (A = r, merged loss mean)",
     "copy": "control: y_ref is a copy of y+",
-    "grpo_long": "GRPO, as much time as TAPO",
+    "grpo_long": "GRPO at TAPO's wall time",
     "published": "TAPO as published (Eq. 5, Eq. 6, diagnosis under OTS)",
     "full": "full reconstruction", "sft": "SFT on y_ref",
     "wo_dae_ots_neg": "w/o DAE, OTS, negatives", "wo_ots_neg": "w/o OTS, negatives",
@@ -41,12 +41,12 @@ ROWS = {  # row: description
     "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",
     "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
-    "ref_group": "constructions against each other (Eq. 5)",
-    "ref_orig": "constructions against the rollouts",
-    "luffy": "LUFFY's weights", "replace": "the error repaired, nothing inserted (as InT)",
-    "faithful": "constructions without a false equation",
-    "prefix_masked": "prefix masked", "separate": "separate means (Eq. 6)",
-    "base": "start that never reflects", "base_grpo": "GRPO without cold start",
+    "ref_group": "constructions normalised in their own group (Eq. 5)",
+    "ref_orig": "constructions normalised by rollout statistics",
+    "luffy": "LUFFY's weights", "replace": "error replaced, no diagnosis (as InT)",
+    "faithful": "only faithful constructions (no false equation)",
+    "prefix_masked": "prefix masked", "separate": "separate loss means (Eq. 6)",
+    "base": "initial policy without reflection", "base_grpo": "GRPO without cold start",
     "base_tapo": "TAPO without cold start",
     "base_opsd": "OPSD without cold start"}
 WORDS = {row: words.replace("**", "") for row, words in ROWS.items()}
@@ -134,8 +134,9 @@ def scores_table(rows: dict[str, dict[int, Path]], names: list[str], baseline: s
         compared = [points(difference.get(s)) for s in (T1, T06)] if baseline else []
         body.append([ROWS.get(name, name), str(len(paths)), *scores, *compared])
     return markdown(["", "seeds", "Pass@1, T 1", "Pass@1, T 0.6",
-                     "Pass@8, T 1", *([f"to {SHORT[baseline]}, T 1", f"to {SHORT[baseline]}, T 0.6"]
-                                      if baseline else [])], body)
+                     "Pass@8, T 1", *([f"Δ vs {SHORT[baseline]}, T 1",
+                                       f"Δ vs {SHORT[baseline]}, T 0.6"] if baseline else [])],
+                    body)
 
 
 def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
@@ -154,7 +155,7 @@ def verdicts_table(rows: dict[str, dict[int, Path]]) -> str:
         body.append(
             [ROWS[name], f"{np.mean(published):+.1f} ({', '.join(f'{p:+.1f}' for p in published)})",
              *cells])
-    head = ["to TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""]
+    head = ["Δ vs TAPO", "paper: mean (AIME24, AIME25, HMMT25)", "here, T 1", "", "here, T 0.6", ""]
     return markdown(head, body) if body else ""
 
 
@@ -228,8 +229,8 @@ def time_table(rows: dict[str, dict[int, Path]], names: list[str]) -> str:
         body.append([ROWS.get(name, name), *phases, show(mean("reflect/candidates")),
                      show(mean("reflect/kept")), *life,
                      show(mean("reflect/ots_first_diagnosis"), 2)])
-    return markdown(["", "seconds a step", "generate", "reflect", "update", "candidates", "kept",
-                     "right, %", "mixed groups, %", "OTS, first diagnosis token"], body)
+    return markdown(["", "seconds per step", "generate", "reflect", "update", "candidates", "kept",
+                     "correct, %", "mixed groups, %", "OTS, first diagnosis token"], body)
 
 
 # --- tools.measure --------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ def shift_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]
                 [ROWS.get(name, name),
                  kind, *(show([s[key] for s in some], 2)
                          for key in ("logprob", "entropy", "kl", "ots"))])
-    return ["", "tokens", "log-prob", "entropy", "KL(writer, policy)", "OTS weight"], body
+    return ["", "tokens", "log-prob", "entropy", "KL(synthesis, policy)", "OTS weight"], body
 
 
 def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
@@ -274,8 +275,9 @@ def gradient_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[s
                               for key in ("right", "wrong", "constructed")),
                  *(show([s[key] for s in some], 2)
                    for key in ("cosine", "wrong_advantage", "constructed_advantage"))])
-    return ["", "constructions", "right, 1e-3", "wrong, 1e-3", "constructed, 1e-3",
-            "cosine to rollouts", "A of wrong", "A of constructed"], body
+    return ["", "advantage estimator", "norm of correct, 1e-3", "norm of wrong, 1e-3",
+            "norm of constructed, 1e-3", "cosine to rollouts", "A of wrong",
+            "A of constructed"], body
 
 
 def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
@@ -289,18 +291,18 @@ def errors_table(found: dict[str, list[dict]]) -> tuple[list[str], list[list[str
 
     columns = {  # head: function of a measurement -> share, or None
         "responses with an error": lambda m: share(m["recovery"], "with_an_error", "responses"),
-        "stops if right": lambda m: m["decides"]["stop_if_right"],
-        "goes on if wrong": lambda m: m["decides"]["retry_if_wrong"],
-        "looks again": lambda m: m["recovery"]["unasked_reflects"],
-        "right if so": lambda m: m["recovery"]["unasked_right_if_reflects"],
-        "right, unasked": lambda m: m["recovery"]["unasked_right"],
-        "right, forced": lambda m: m["recovery"]["forced_right"],
+        "stops if correct": lambda m: m["decides"]["stop_if_right"],
+        "retries if wrong": lambda m: m["decides"]["retry_if_wrong"],
+        "reflects after error": lambda m: m["recovery"]["unasked_reflects"],
+        "correct after reflecting": lambda m: m["recovery"]["unasked_right_if_reflects"],
+        "correct, unprompted": lambda m: m["recovery"]["unasked_right"],
+        "correct, forced reflection": lambda m: m["recovery"]["forced_right"],
         "constructions kept": of_constructions("kept", "candidates"),
-        "right": of_constructions("right", "kept"),
+        "constructions correct": of_constructions("right", "kept"),
         "faithful": of_constructions("faithful", "state"),
-        "localised": of_constructions("localised", "kept"),
+        "error localised": of_constructions("localised", "kept"),
         "mixed groups": of_constructions("mixed_groups", "groups"), "DSR": lambda m: m["DSR"],
-        "ERR, by rule": lambda m: m["ERR"], "ERR, by truth": lambda m: m["ERR_true"]}
+        "ERR, rule-based": lambda m: m["ERR"], "ERR, ground truth": lambda m: m["ERR_true"]}
     cells = {}
     for head, of in columns.items():
         try:

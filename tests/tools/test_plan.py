@@ -343,7 +343,7 @@ def test_the_longest_question_bounds_the_prompt(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     table = table_of("config/aime.py", folder(tmp_path, QWEN_8B), f"--problems={tmp_path}/p.jsonl",
                      "--instruction=" + "z" * 100)
-    assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens a row" in table and "assumed" not in table
+    assert f"{(1000 + 100) // 2 + 32} + 8,192 tokens per row" in table and "assumed" not in table
 
 
 def test_an_opsd_teacher_reads_two_responses(tmp_path):

@@ -276,7 +276,8 @@ def test_twenty_trajectories_in_every_role_spread_over_training(page):
     for card in cards:
         assert all(f'<span class="{role}">' in card
                    for role in ("prefix", "diagnosis", "correction", "ordinary"))
-        assert "The wrong rollout it starts from" in card and "A right rollout of the group" in card
+        assert "The wrong rollout it starts from" in card
+        assert "A correct rollout of the group" in card
         assert re.search(r"id \d+ · log-prob -?\d\.\d+ · OTS 0\.060 · no gradient", card)
         assert "reward 1 · advantage +1" in card and "reward 0 · advantage −0.58" in card
         assert "gold answer" in card
@@ -329,7 +330,7 @@ def test_evaluations_show_seeds_as_mean_and_sd_with_a_paired_difference(page):
     tables = re.findall(r"<table>.*?</table>", section(page, "evaluation"), re.S)
     assert ("findx, temperature 0.6, top-p 0.9: 16 samples of at most 54 tokens for each of "
             "120 problems") in page
-    assert len(tables) == 2 and "Δ Pass@1 <small>to GRPO</small>" in tables[0]
+    assert len(tables) == 2 and "Δ Pass@1 <small>vs GRPO</small>" in tables[0]
     grpo, tapo, start = re.findall(r'<tr><th scope="row">.*?</tr>', tables[0])
     assert "<small>2 runs</small>" in tapo
     assert re.search(r"<b>\d\d\.\d</b> <small>± \d\.\d</small>", tapo)
@@ -415,12 +416,12 @@ def test_measurements_are_three_tables_a_name_for_each_method(page):
                                 for row in re.findall("<tr>(.*?)</tr>", table)[1:]]
                                for table in tables)
     assert [re.sub("<.*?>", "", row[0]) for row in shift] == [
-        "TAPO (A = r, one mean)", "", "a&lt;b", ""]
+        "TAPO (A = r, merged loss mean)", "", "a&lt;b", ""]
     # mean and sd over seeds
     assert [row[2] for row in shift] == ["0.00 ± 0.18", "−1.88 ± 0.18", "0.38", "−1.50"]
     assert [row[4] for row in shift] == ["−", "1.50 ± 0.00", "−", "1.50"]
     assert gradient[0][1:4] == ["decoupled, Eq. 5", "70.0 ± 0.0",
-                                "50.0 ± 0.0"] and "right, 10⁻³" in tables[1]
+                                "50.0 ± 0.0"] and "norm of correct, 10⁻³" in tables[1]
     assert errors[1][1:] == ["1", "25.0", "30.0", "40.0", "20.0", "35.0", "50.0", "90.0", "80.0",
                              "25.0"]
 

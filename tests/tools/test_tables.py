@@ -173,13 +173,14 @@ def test_measurements_are_means_over_seeds(tmp_path):
     assert dict(zip(head, body[0], strict=True))["log-prob"] == "-0.15 ± 0.07" and body[1][
         0] == "new_row"
     head, body = tables.gradient_table(found)
-    assert dict(zip(head, body[0], strict=True))["constructed, 1e-3"] == "15.0 ± 7.1"
+    assert dict(zip(head, body[0], strict=True))["norm of constructed, 1e-3"] == "15.0 ± 7.1"
     head, body = tables.errors_table(found)
     row = dict(zip(head, body[0], strict=True))
-    assert row["constructions kept"] == "75.0 ± 35.4" and row["right"] == "75.0 ± 35.4" and row[
-        "mixed groups"] == "25.0 ± 0.0"
-    assert row["ERR, by rule"] == "50.0 ± 0.0" and row["ERR, by truth"] == "37.5 ± 17.7"
-    assert row["right, forced"] == "75.0 ± 0.0" and row["right if so"] == "-"
+    assert row["constructions kept"] == row["constructions correct"] == "75.0 ± 35.4"
+    assert row["mixed groups"] == "25.0 ± 0.0"
+    assert row["ERR, rule-based"] == "50.0 ± 0.0" and row["ERR, ground truth"] == "37.5 ± 17.7"
+    assert row["correct, forced reflection"] == "75.0 ± 0.0"
+    assert row["correct after reflecting"] == "-"
 
 
 def test_a_document_is_updated_between_its_marks_and_nowhere_else(sweep, tmp_path):
