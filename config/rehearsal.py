@@ -1,4 +1,4 @@
-# train.py with a tiny model on real problems with Qwen3's tokenizer. See runs/rehearsal.sh.
+# Real problems with Qwen3's tokenizer for a tiny model: all of train.py. See runs/rehearsal.sh.
 #   python train.py config/rehearsal.py --method=grpo --max_steps=1 --out_dir=out/rehearsal/grpo
 init_from = "out/rehearsal/taught/final"
 problems = "out/rehearsal/problems.jsonl"

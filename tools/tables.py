@@ -38,7 +38,6 @@ ROWS = {  # row: description
     "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "n_pos, n_neg, m_max = 2, 2, 4",
     "zpd_153": "n_pos, n_neg, m_max = 1, 5, 3",
     "diagnosis_ots": "diagnosis trained under OTS",
-    "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",
     "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions normalised in their own group (Eq. 5)",
@@ -59,7 +58,7 @@ TABLES = {  # name: (rows, baseline of the differences)
     "3": (["grpo", "sft", "full", "tapo"], TAPO),
     "4": (["wo_dae_ots_neg", "wo_ots_neg", "wo_ots", "wo_dae", "tapo"], TAPO),
     "5": (["zpd_222", "zpd_224", "tapo", "zpd_153"], TAPO),
-    "own": (["diagnosis_ots", "diagnosis_ots_alone", "diagnosis_train", "diagnosis_train_wo_ots",
+    "own": (["diagnosis_ots", "diagnosis_train", "diagnosis_train_wo_ots",
              "wo_ots", "prefix_masked", "ref_group", "ref_orig", "separate", "tapo"], TAPO),
     "relatives": (["grpo", "copy", "luffy", "replace", "faithful", "tapo"], TAPO),
     "no cold start": (["base", "base_grpo", "base_opsd", "base_tapo"], "base_grpo")}
