@@ -38,6 +38,7 @@ ROWS = {  # row: description
     "zpd_222": "n_pos, n_neg, m_max = 2, 2, 2", "zpd_224": "n_pos, n_neg, m_max = 2, 2, 4",
     "zpd_153": "n_pos, n_neg, m_max = 1, 5, 3",
     "diagnosis_ots": "diagnosis trained under OTS",
+    "diagnosis_ots_alone": "diagnosis trained under OTS, no OTS on the rest",  # first sweep alone
     "diagnosis_train": "diagnosis trained, weight 1 (OTS on the rest)",
     "diagnosis_train_wo_ots": "diagnosis trained, no OTS at all",
     "ref_group": "constructions normalised in their own group (Eq. 5)",
