@@ -211,7 +211,12 @@ def find_start(config: dict) -> tuple[int, str]:
     ValueError if out_dir holds a run and resume is False, or if a knob outside MAY_CHANGE differs
     from the checkpoint's.
     """
-    out, found = Path(config["out_dir"]), checkpoints(Path(config["out_dir"]))
+    out = Path(config["out_dir"])
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"out_dir = {out}: {there} is no folder that can be written to; choose "
+                         "another")
+    found = checkpoints(out)
     if not config["resume"]:
         # a run that died in its first step has logged nothing and may be overwritten
         if jsonl.read(out / "metrics.jsonl"):

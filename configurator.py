@@ -84,7 +84,8 @@ def configure(knobs: dict, argv: list[str] | None = None) -> Config:
             key, equals, text = argument.lstrip("-").partition("=")
             _check_key(key, config, argument.partition("=")[0])
             if not equals or not argument.startswith("--"):
-                raise ValueError(f"{argument}: not understood; write --{key}=value")
+                example = "True" if allowed[key] == {bool} else "value"
+                raise ValueError(f"{argument}: not understood; write --{key}={example}")
             resolved[key] = _parse(text, allowed[key], config[key], f"--{key}")
     resolved = Config({key: _expand_home(value) for key, value in resolved.items()})
     resolved.defaults = config
@@ -167,8 +168,8 @@ def _public(name: str) -> bool:
 
 def _check_key(key: str, config: dict, where: str) -> None:
     if key not in config:
-        nearest = difflib.get_close_matches(key.lower(), config, n=1, cutoff=0.0)
-        hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        nearest = difflib.get_close_matches(key.lower(), config, n=1, cutoff=0.6)
+        hint = f"; did you mean '{nearest[0]}'?" if nearest else "; --help lists them"
         raise ValueError(f"{where}: no such knob{hint}")
 
 
@@ -212,12 +213,12 @@ def _fit(value, allowed: set, default, where: str):
 
 
 def _parse(text: str, allowed: set, default, where: str):
-    """Parse a command-line value: a Python literal, or the text itself if the knob allows strings.
-    """
+    """Parse a command-line value: a Python literal (also `true`), or the text itself if the knob
+    allows strings."""
     if allowed == {str}:
         return text  # verbatim: --out_dir=12 is '12'
     try:
-        value = ast.literal_eval(text.strip())
+        value = ast.literal_eval(text.strip().title() if allowed == {bool} else text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     try:

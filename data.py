@@ -48,8 +48,8 @@ def load_problems(path: str | Path, limit: int = 0, check_answers: bool = True) 
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no problem file at {path}; prepare one with `python -m "
-                                f"tools.prepare <name> --out={path}`")
+        raise FileNotFoundError(f"no problem file at {path}; `python toy.py findx --levels=1` "
+                                "writes data/findx, `python -m tools.prepare` public data sets")
     problems, seen = [], {}  # seen: uid -> line number
     for number, line in jsonl.lines(path):
         if limit and len(problems) == limit:
@@ -135,10 +135,14 @@ def load_tokenizer(folder: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
-        why = (f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it"
-               if Path(folder).is_dir() else
-               "no folder here, and the hub did not serve it; check the name and the network, or "
-               "download the model elsewhere and pass its folder")
+        checkpoints = sorted(Path(folder).glob("step_*"))
+        if checkpoints:
+            why = f"a run's folder; pass a checkpoint of it, such as {checkpoints[-1]}"
+        elif Path(folder).is_dir():
+            why = f"{str(e).splitlines()[0]}; copy the checkpoint's tokenizer files into it"
+        else:
+            why = ("no folder here, and the hub did not serve it; check the name and the network, "
+                   "or make it first (the config file says how) and pass its folder")
         raise ValueError(f"no tokenizer at {folder}: {why}") from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer at {folder} has no chat template; use an "

@@ -29,7 +29,7 @@ def lines(path: str | Path) -> Iterator[tuple[int, str]]:
 def parse(line: str, where: str) -> dict:
     """Parse one line as a JSON object. where: path:line, for the ValueError."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())  # else an error in a cut line is at the next line's start
     except json.JSONDecodeError as e:
         raise ValueError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from None
     if not isinstance(row, dict):

@@ -73,11 +73,13 @@ def rollout_sums(rollouts: list[Rollout]) -> dict[str, float]:
     return sums_of("rollout/", values) | {"rollout/tokens": float(sum(lengths))}
 
 
-def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dict[str, float]:
+def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str],
+                 kept: int) -> dict[str, float]:
     """reflect/* of one step, always with the same keys.
 
     selected: the counts of select_pairs. outcomes: for each candidate its drop reason, or its
-    scored y_ref, after the update with logprobs and ots_weights.
+    scored y_ref, after the update with logprobs and ots_weights. kept: how many y_ref are trained
+    on, see reflect.is_kept.
     """
     built = [r for r in outcomes if not isinstance(r, str)]
     lost = [reason for reason in outcomes if isinstance(reason, str)]
@@ -107,7 +109,7 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str]) -> dic
         values[f"logprob_{name}"] = [logprob for of, logprob, _ in tokens if of == role]
         values[f"ots_{name}"] = [weight for of, _, weight in tokens if of == role]
     dropped = {f"dropped_{reason}": lost.count(reason) for reason in reflect.DROP_REASONS}
-    counts = selected | dropped | {"kept": len(built)}
+    counts = selected | dropped | {"kept": kept}
     counts = {f"reflect/{name}": float(count) for name, count in counts.items()}
     return counts | sums_of("reflect/", values)
 
@@ -175,8 +177,9 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
                      f"{m['train/grad_norm']}")
     if lost_steps >= 3:
         reason = max(reflect.DROP_REASONS, key=lambda name: m.get(f"reflect/dropped_{name}", 0))
-        found.append(f"no construction came of any candidate in {lost_steps} steps, so this is "
-                     f"GRPO: most are {reason}; {reflect.DROP_REASONS[reason]}")
+        why = (f"most are {reason}; {reflect.DROP_REASONS[reason]}"
+               if m.get(f"reflect/dropped_{reason}") else "`keep` leaves all of them out")
+        found.append(f"no construction was kept in {lost_steps} steps, so this is GRPO: {why}")
     if method in ("tapo", "sft") and dry_steps >= 20:
         found.append(f"no query was eligible for {dry_steps} steps (Eq. 3): {method} has nothing "
                      "to reflect upon; lower n_pos or n_neg, or sample more")

@@ -42,7 +42,11 @@ def check_world(replicas: int, prompts_per_step: int = 0) -> None:
 
 def pick_device(device: str) -> str:
     """'auto' is the GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ValueError("device = 'cuda', but torch finds no GPU; use --device=cpu, or install a "
+                         "CUDA build of torch")
+    return ("cuda" if found else "cpu") if device == "auto" else device
 
 
 def start(device: str, timeout_minutes: float) -> str:

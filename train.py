@@ -274,6 +274,8 @@ def main() -> None:
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
     dry_steps = lost_steps = bad_steps = 0  # in a row: none eligible, no construction, no update
     done = first_step
+    if done == c.max_steps:
+        say(f"{load_from} is the last step; nothing to resume")
     for step in range(first_step, c.max_steps):
         clock = Clock()
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
@@ -348,7 +350,7 @@ def main() -> None:
         done = step + 1
         sums |= rollout_sums(rollouts)
         if counts:
-            sums |= reflect_sums(counts, outcomes)
+            sums |= reflect_sums(counts, outcomes, len(reflections))
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):

@@ -48,7 +48,9 @@ done
 wait $waiting
 
 list() { for ((s = 0; s < SEEDS; s++)); do echo "$OUT/eval/$1_s$s.json"; done | paste -sd+; }
-for log in "$OUT"/logs/eval_*.log; do grep -A 3 "95 % intervals over problems" "$log"; done
 python -m tools.compare "$(list grpo)" "$(list tapo)" "$(list opsd)"
 python -m tools.report "$OUT"/{tapo,grpo,opsd}_s* --out="$OUT/report.html" \
   --evals="$(ls "$OUT"/eval/*.json | grep -v samples | paste -sd,)"
+echo "== 95 % intervals over problems"
+python -m tools.compare --scores "$OUT"/eval/{coldstart,grpo_s*,opsd_s*,tapo_s*}.json
+echo "== open $OUT/report.html"

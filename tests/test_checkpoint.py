@@ -306,5 +306,16 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(
                p in third.items())
 
 
-def test_a_resumed_run_that_is_already_finished_ends_at_once(start, done, monkeypatch):
+def test_a_resumed_run_that_is_already_finished_ends_at_once_and_says_so(
+        start, done, monkeypatch, capsys):
     assert len(run(start, done, monkeypatch, resume=True, max_steps=4, **GRPO)) == 4
+    assert "step_000004 is the last step; nothing to resume" in capsys.readouterr().out
+
+
+def test_an_out_dir_that_cannot_be_made_is_one_line(start, tmp_path, monkeypatch):
+    """Bug: FileExistsError with a traceback where out_dir is a file."""
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/under"):
+        said = f"out_dir = {out}: {tmp_path}/file is no folder .*another"
+        with pytest.raises(ValueError, match=said):
+            run(start, out, monkeypatch, **GRPO)

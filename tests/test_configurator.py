@@ -117,6 +117,16 @@ def test_an_unknown_key_in_a_file_names_the_file_and_the_nearest(tmp_path):
     assert str(error.value) == f"{path}: max_step: no such knob; did you mean 'max_steps'?"
 
 
+def test_a_key_that_resembles_none_gets_no_wrong_hint():
+    with pytest.raises(ValueError, match="^--batch_size: no such knob; --help lists them$"):
+        configure(knobs(), ["--batch_size=3"])
+
+
+@pytest.mark.parametrize("text, value", [("true", True), ("False", False), ("FALSE", False)])
+def test_a_bool_may_be_written_as_elsewhere(text, value):
+    assert configure(knobs(), [f"--resume={text}"])["resume"] is value
+
+
 def test_a_knob_in_capitals_in_a_file_is_refused_and_not_ignored(tmp_path):
     with pytest.raises(ValueError, match="LAM: no such knob; did you mean 'lam'"):
         configure(knobs(), [file(tmp_path, "LAM = 0.1\n")])
@@ -169,7 +179,7 @@ def test_bools_take_true_and_false(text, value):
     assert configure(knobs(), [f"--resume={text}"])["resume"] is value
 
 
-@pytest.mark.parametrize("text", ["1", "0", "true", "yes", "", "None"])
+@pytest.mark.parametrize("text", ["1", "0", "yes", "", "None", "[True]"])
 def test_bools_take_nothing_else(text):
     with pytest.raises(ValueError, match=r"--resume: expected bool \(default False\)"):
         configure(knobs(), [f"--resume={text}"])
@@ -281,7 +291,7 @@ def test_a_file_that_raises_is_reported_with_its_line(tmp_path, text, expected):
 
 @pytest.mark.parametrize("argument", ["--resume", "-lam=1", "--lam"])
 def test_an_argument_without_a_value_says_how_to_write_it(argument):
-    with pytest.raises(ValueError, match="write --(resume|lam)=value"):
+    with pytest.raises(ValueError, match="write --(resume=True|lam=value)"):
         configure(knobs(), [argument])
 
 

@@ -183,6 +183,9 @@ def test_a_tokenizer_without_chat_template_or_folder_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"no tokenizer at .*{name}: .*; .*{words}") as e:
             data.load_tokenizer(tmp_path / name)
         assert "\n" not in str(e.value)
+    (tmp_path / "run/step_000006").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a run's folder; pass a checkpoint .*run/step_000006"):
+        data.load_tokenizer(tmp_path / "run")
 
 
 @pytest.mark.parametrize("template, refused", [

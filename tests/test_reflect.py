@@ -786,7 +786,7 @@ def test_metrics_match_a_count_by_hand():
         "unparsable", "unfinished", "prefix_not_verbatim", "too_long", "prompt_too_long",
     ]
     selected = {"eligible": 2, "candidates": 8, "skipped_truncated": 1}
-    m = means(reflect_sums(selected, outcomes))
+    m = means(reflect_sums(selected, outcomes, kept=3))
     expected = selected | {
         "kept": 3, "parsed": 5 / 8, "verbatim": 3 / 4, "correct": 2 / 3, "mixed_groups": 1 / 2,
         "length": 14 / 3,
@@ -803,8 +803,8 @@ def test_sums_of_two_ranks_add_up_to_those_of_one():
                ots_weights=[1.0] * 3), "unparsable"]
     b = [y_ref("b", 0.0, [CORRECTION] * 2, logprobs=[-2.0] * 2, ots_weights=[0.5] * 2),
          y_ref("b", 1.0, [CORRECTION])]
-    one = reflect_sums({k: 2 * v for k, v in selected.items()}, a + b)
-    first, second = reflect_sums(selected, a), reflect_sums(selected, b)
+    one = reflect_sums({k: 2 * v for k, v in selected.items()}, a + b, kept=3)
+    first, second = reflect_sums(selected, a, kept=1), reflect_sums(selected, b, kept=2)
     assert set(first) == set(second) == set(one)
     assert {k: first[k] + second[k] for k in first} == one
     assert means(first)["reflect/verbatim"] == 1
@@ -812,7 +812,7 @@ def test_sums_of_two_ranks_add_up_to_those_of_one():
 
 
 def test_a_step_without_candidates_has_counts_and_no_means():
-    m = means(reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, []))
+    m = means(reflect_sums({"eligible": 0, "candidates": 0, "skipped_truncated": 0}, [], 0))
     assert m["reflect/kept"] == m["reflect/eligible"] == m["reflect/dropped_unparsable"] == 0
     assert not m.keys() & {
         f"reflect/{mean}" for mean in ("correct", "parsed", "mixed_groups", "ots_prefix", "length")}

@@ -414,6 +414,7 @@ def test_dropping_negatives_drops_wrong_constructions_only(start, tmp_path, monk
         kept[keep] = [r["reward"] for r in rollouts if r["is_reflection"]]
         assert sum(r["reward"] == 0 for r in rollouts if not r["is_reflection"]) == 12
         assert row["reflect/correct"] == 0.5  # the log still tells how many were right
+        assert row["reflect/kept"] == len(kept[keep])
     assert sorted(kept["all"]) == [0.0] * 4 + [1.0] * 4 and kept["right"] == [1.0] * 4
 
 

@@ -3,6 +3,7 @@
     python -m tools.compare base.json tapo.json                                # the baseline first
     python -m tools.compare grpo_s0.json+grpo_s1.json tapo_s0.json+tapo_s1.json  # seed by seed
     python -m tools.compare base.json tapo.json --out=comparison.json
+    python -m tools.compare --scores base.json tapo.json            # each result by itself
 """
 import argparse
 import json
@@ -37,10 +38,10 @@ def t_interval(values) -> tuple[float, float]:
     """95 % confidence interval of the mean over seeds (at least two), by Student's t."""
     values = np.asarray(values, float)
     df = len(values) - 1
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
-             2.160, 2.145, 2.131)
-    # 97.5 % quantile; beyond the table its asymptotic expansion
-    t = table[df - 1] if df <= len(table) else 1.96 + 2.372 / df + 2.82 / df ** 2
+    quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+                 2.179, 2.160, 2.145, 2.131)
+    # 97.5 % quantile; beyond the list its asymptotic expansion
+    t = quantiles[df - 1] if df <= len(quantiles) else 1.96 + 2.372 / df + 2.82 / df ** 2
     half = t * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
@@ -115,6 +116,22 @@ def comparison_table(found: list[dict]) -> str:
     return f"baseline: {found[0]['baseline']}\n{table(rows)}"
 
 
+def score_table(paths: list[Path]) -> str:
+    """One line per result: pass@1 in % and its 95 % interval over problems in every setting."""
+    rows: list[list[str]] = []
+    for path in paths:
+        settings = read_result(path)
+        heads = [f"{name} T {t:g} top-p {p:g}" for name, t, p, _ in settings]
+        if not rows:
+            rows.append(["pass@1, %", *heads])
+        if heads != rows[0][1:]:
+            raise ValueError(f"{path} has other problem sets or settings than {paths[0]}")
+        scores = [s["pass@k"]["1"] for s in settings.values()]
+        rows.append([path.stem, *(f"{percent(s['value'])} [{percent(s['low'])}, "
+                                  f"{percent(s['high'])}]" for s in scores)])
+    return table(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compare",
                                      description="paired comparison of evaluation results",
@@ -122,7 +139,11 @@ def main() -> None:
     parser.add_argument("results", nargs="+", help="OUT.json files of eval.py, the baseline first; "
                         "+ joins the seeds of one method")
     parser.add_argument("--out", default="", help="also write the comparison as json")
+    parser.add_argument("--scores", action="store_true", help="only each result's own pass@1")
     args = parser.parse_args()
+    if args.scores:
+        print(score_table(list(map(Path, args.results))))
+        return
     groups = [[Path(path) for path in group.split("+")] for group in args.results]
     found = compare_runs(groups)
     if args.out:

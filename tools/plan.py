@@ -186,10 +186,14 @@ def what_fits(limit: float, sizes: dict) -> dict | None:
             turned["checkpoint_activations"] = True
         elif plan["update"] > room and budget > row:
             turned["tokens_per_microbatch"] = max(budget // 2, row)
-        elif plan["update"] <= room and now["max_rows"] > 1:
-            turned["max_rows"] = now["max_rows"] // 2
+        elif plan["update"] <= room and now["max_rows"]:
+            turned["max_rows"] = 0  # each phase: as many as fit
+        elif now["world_size"] > 1 and not now["offload"]:
+            turned["offload"] = True
         elif now["max_new_tokens"] > 256:
-            turned["max_new_tokens"] = now["max_new_tokens"] // 2
+            for knob in ("max_new_tokens", "max_synthesis_tokens"):
+                if now[knob]:
+                    turned[knob] = now[knob] // 2
         else:
             return None
     return turned

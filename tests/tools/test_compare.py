@@ -111,3 +111,18 @@ def test_the_command_prints_and_saves(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert "+12.5" in printed[-1] and len({len(line) for line in printed[1:]}) == 1  # aligned
     assert json.loads((tmp_path / "c.json").read_text())[0]["difference"] == 0.125
+
+
+def test_scores_are_those_of_each_result_by_itself(tmp_path, monkeypatch, capsys):
+    for name, value in (("a", 0.25), ("b", 0.5)):
+        score = {"pass@k": {"1": {"value": value, "low": value - 0.1, "high": value + 0.1}}}
+        result(tmp_path / f"{name}.json", [1, 2], **score)
+    results = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    monkeypatch.setattr("sys.argv", ["compare", "--scores", *results])
+    compare.main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "s T 1 top-p 1" in head
+    assert sorted(rows) == ["a          25.0 [15.0, 35.0]", "b          50.0 [40.0, 60.0]"]
+    other = result(tmp_path / "c.json", [1], temperature=0.6, **score)
+    with pytest.raises(ValueError, match="c.json has other problem sets or settings than .*a.json"):
+        compare.score_table([tmp_path / "a.json", other])

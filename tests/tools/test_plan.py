@@ -428,11 +428,13 @@ def test_micro_batches_that_fit_fill_what_is_free(shape, device, dtype, world_si
 @pytest.mark.parametrize("argv,machine", [
     (("--checkpoint_activations=False", "--max_rows=64"), {}),
     (("--max_rows=16",), {"gpus": 4}),
-    (("--method=grpo", "--max_rows=256"), {}), (("--max_rows=8",), {"gpu_gb": 48})])
+    (("--method=grpo", "--max_rows=256"), {}), (("--max_rows=8",), {"gpu_gb": 48}),
+    ((), {"gpus": 8, "gpu_gb": 24}), (("--max_rows=256",), {"gpus": 8, "gpu_gb": 40})])
 def test_following_the_warning_makes_it_fit(argv, machine, tmp_path):
     argv = ["config/aime.py", folder(tmp_path, QWEN_8B), *argv]
     warning = re.search("WARNING: .* do not fit.*; set (.*)", table_of(*argv, **machine))
     assert "WARNING" not in table_of(*argv, *warning[1].split(), **machine)
+    assert "max_new_tokens" not in warning[1] or "--offload=True" in warning[1]  # the last resort
 
 
 def test_a_machine_that_is_too_small_is_told_so(tmp_path):
