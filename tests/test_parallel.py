@@ -299,6 +299,23 @@ def sample_under_fsdp(folder: str, dtype: str) -> None:
     dist.destroy_process_group()
 
 
+@torch.no_grad()
+def test_the_bf16_copies_of_one_process_follow_the_weights_in_the_same_memory(start):
+    """Guards trap 10: a sampler that keeps the first step's weights; a captured step that reads
+    memory which is no longer written."""
+    model = load_hf(start / "model")
+    unsharded, addresses = parallel.Unsharded(model, "bfloat16"), []
+    for _ in range(2):
+        with unsharded as sampler:
+            linear = {name: p for name, p in sampler.named_parameters() if "proj" in name}
+            assert linear and all(torch.equal(p, model.get_parameter(name).bfloat16())
+                                  for name, p in linear.items())
+            addresses.append([p.data_ptr() for p in sampler.parameters()])
+        for p in model.parameters():
+            p.add_(1)
+    assert addresses[0] == addresses[1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_sampler_under_fsdp_is_a_plain_model_of_the_gathered_weights(start, dtype):
     """Guards: a second copy of the model, FSDP's hooks at every token, weights of the step before

@@ -5,6 +5,7 @@ import functools
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -755,6 +756,24 @@ def test_unknown_templates_are_refused_with_the_way_out():
 
 # --------------------------------------------------------------------------------------------------
 # metrics and markers
+
+
+def test_a_pairs_synthesis_does_not_depend_on_the_other_queries_of_its_rank(monkeypatch):
+    """Guards trap 7: noise keyed by a pair's number among all pairs."""
+    tokenizer, asked = tokenizer_of("bpe"), []
+
+    def generate(model, prompts, n, *, keys, **_):
+        asked.append(keys)
+        return [[Completion([tokenizer.eos_token_id], [0.0], True)] for _ in prompts]
+
+    monkeypatch.setattr(reflect, "generate", generate)
+    pairs = [(rollout(tokenizer, "wrong", query=query), rollout(tokenizer, "right", query=query))
+             for query in (1, 1, 2, 2)]
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    for some in (pairs, pairs[2:]):
+        reflect.construct(model, tokenizer, some, prefix_mode="micro", template="short",
+                          decoupled=True, key=(0, 1, 5), max_new_tokens=54)
+    assert asked[0][2:] == asked[1] and len(set(asked[0])) == 4
 
 
 @pytest.mark.parametrize("diagnosis, train_prefix, mask, weighed", [

@@ -465,6 +465,25 @@ def test_whatever_moves_memory_ends_a_recorded_step():
     assert same(draw(model, decoder=decoder), draw(model))
 
 
+def test_a_querys_samples_do_not_depend_on_the_other_queries_of_its_rank():
+    """Guards trap 7: noise keyed by a query's place in the batch."""
+    model, tokenizer = tiny_model(), toy.make_tokenizer()
+    queries = [(number, Problem(str(number), "Q", "8", prompt_ids=RAGGED[i]))
+               for i, number in enumerate((3, 7))]
+
+    def ids(some):
+        return [r.completion_ids for r in rollout.sample_rollouts(
+            model, tokenizer, some, 4, key=(0, 0, 0), max_new_tokens=12, stop_ids=(3,))]
+
+    assert ids(queries[1:]) == ids(queries)[4:]
+
+
+def test_a_decoder_that_is_used_again_ends_rows_at_the_new_stop_ids():
+    model, decoder = tiny_model(), Decoder()
+    draw(model, n=8, stop_ids=(3, 7), decoder=decoder)
+    assert same(draw(model, n=8, stop_ids=(5,), decoder=decoder), draw(model, n=8, stop_ids=(5,)))
+
+
 def test_a_decoder_gives_large_memory_back(monkeypatch):
     """Guards: a cache of most of the GPU that stays while the update needs it."""
     decoder = Decoder()

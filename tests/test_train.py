@@ -418,6 +418,24 @@ def test_dropping_negatives_drops_wrong_constructions_only(start, tmp_path, monk
     assert sorted(kept["all"]) == [0.0] * 4 + [1.0] * 4 and kept["right"] == [1.0] * 4
 
 
+def test_only_constructions_that_state_something_false_are_left_out_as_unfaithful(
+        start, tmp_path, monkeypatch):
+    """Bug: keep = 'faithful' that goes by the reward."""
+    author(monkeypatch)
+    score, judged = train.score, (True, False, None)
+
+    def judge(rollouts):
+        score(rollouts)
+        for i, r in enumerate(r for r in rollouts if r.is_reflection):
+            r.faithful, r.reward = judged[i % 3], float(i % 2)
+
+    monkeypatch.setattr(train, "score", judge)
+    run(start, tmp_path / "out", monkeypatch, max_steps=1, keep="faithful")
+    kept = [(r["faithful"], r["reward"]) for r in rollouts_of(tmp_path / "out")
+            if r["is_reflection"]]
+    assert set(kept) == {(True, 0.0), (True, 1.0), (None, 0.0), (None, 1.0)}
+
+
 def test_a_prompt_belongs_to_its_problem_whatever_uids_other_files_use(
         start, tmp_path, monkeypatch):
     """Bug: prompts kept by uid, so that held-out problems numbered alike replace the questions

@@ -7,6 +7,8 @@ import torch
 from test_rollout import RAGGED, as_rollout, draw, rollout_of, tiny_model, trainer_logprobs
 
 import memory
+import metrics
+import opsd
 import train
 import update
 from parallel import microbatches
@@ -111,6 +113,14 @@ def a_step(model) -> list[Rollout]:
     return rollouts
 
 
+def loss_on(model, batch, **knobs):
+    """train.loss_of of one micro-batch, TAPO's by default."""
+    knobs = dict(ref_model=None, method="tapo", temperature=1.0, clip_eps=0.2, weighting="ots",
+                 w_min=0.01, w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd", opsd_beta=0.5,
+                 opsd_clip=0.0, on_policy=True) | knobs
+    return train.loss_of(batch, model=model, **knobs)
+
+
 class Gradients:
     """Stands in for the optimiser: keeps what a step would have used."""
 
@@ -126,11 +136,7 @@ class Gradients:
 
 def gradient_of_a_step(model, rollouts, budget) -> tuple[float, dict[str, torch.Tensor]]:
     """The real update of TAPO, up to its optimiser."""
-    loss_fn = functools.partial(
-        train.loss_of, model=model, ref_model=None, method="tapo", temperature=1.0, clip_eps=0.2,
-        weighting="ots", w_min=0.01, w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd",
-        opsd_beta=0.5, opsd_clip=0.0,
-        on_policy=True)
+    loss_fn = functools.partial(loss_on, model)
     optimizer = Gradients(model)
     sums = update.update(model, optimizer, rollouts, loss_fn, tokens_per_microbatch=budget,
                          grad_clip=1e9, device="cpu",
@@ -155,6 +161,76 @@ def test_the_whole_gradient_does_not_depend_on_micro_batches_order_or_padding(lo
             for name, g in gradients.items():
                 torch.testing.assert_close(others[name], g, atol=2e-6 * g.abs().max().item() + 1e-7,
                                            rtol=1e-4)
+
+
+def test_every_logprob_of_a_step_is_at_the_temperature_that_was_sampled_at():
+    """Guards trap 2 (trl PR 3029): old, reference or teacher log-probs at temperature 1."""
+    model, (completions,) = tiny_model(), draw(tiny_model(), RAGGED[:1], n=2, temperature=0.7)
+    rollouts = [as_rollout(RAGGED[0], c, teacher_prompt_ids=RAGGED[0]) for c in completions]
+    update.set_old_logprobs(model, rollouts, temperature=0.7, tokens_per_microbatch=100,
+                            device="cpu", autocast=contextlib.nullcontext())
+    for r in rollouts:
+        expected = trainer_logprobs(model, r.prompt_ids, r.completion_ids, 0.7)
+        torch.testing.assert_close(torch.tensor(r.old_logprobs), expected, atol=1e-5, rtol=1e-5)
+    batch = collate(rollouts)
+    _, sums = loss_on(model, batch, ref_model=model, log_kl=True, temperature=0.7)
+    assert sums["train/kl_ref"] == 0 < sums["train/kl_ref#"]
+    logprobs, _, teacher = opsd.student_and_teacher(model, model, batch, temperature=0.7,
+                                                    loss="sampled", beta=0.5, clip=0.0)
+    own = batch.completion_mask > 0
+    torch.testing.assert_close(teacher[own], logprobs.detach()[own], atol=1e-6, rtol=0)
+
+
+def test_a_kl_term_is_added_to_the_loss():
+    """Guards trap 18: a penalty of the wrong sign in the loss, which rewards drifting away."""
+    model, reference = tiny_model(), tiny_model(std=0.5)
+    rollouts = [as_rollout(p, c, advantage=1.0) for p, group in zip(RAGGED, draw(model))
+                for c in group]
+    update.set_loss_scales(rollouts, lam=1.0, loss_agg="token", loss_norm="merged")
+    batch = collate(rollouts)
+    plain, penalised = (loss_on(model, batch, ref_model=reference, log_kl=True, kl_coef=kl_coef)
+                        for kl_coef in (0.0, 2.0))
+    kl = penalised[1]["train/kl_ref"] / penalised[1]["train/kl_ref#"]
+    assert (penalised[0] - plain[0]).item() == pytest.approx(2 * kl.item(), rel=1e-5) and kl > 0.01
+
+
+def test_weights_act_only_where_ots_is_1():
+    """Guards: ordinary rollouts, or a masked diagnosis, weighted too."""
+    model = tiny_model()
+    rollouts = a_step(model)
+    update.set_loss_scales(rollouts, lam=1.0, loss_agg="sequence", loss_norm="merged")
+    batch = collate([r for r in rollouts if not r.is_reflection])
+    losses = {name: loss_on(model, batch, weighting=name)[0].item() for name in train.WEIGHTINGS}
+    assert len(set(losses.values())) == 1
+    batch = collate(rollouts)
+    assert loss_on(model, batch)[0] != loss_on(model, batch, weighting="none")[0]
+    batch.ots.zero_()
+    assert loss_on(model, batch)[0] == loss_on(model, batch, weighting="none")[0]
+
+
+def test_loss_scales_count_trained_tokens_alone():
+    """Guards traps 12, 13: a denominator that counts masked tokens, as a diagnosis has."""
+    rollouts = [rollout_of([1], [4, 5, 6], mask=[1.0, 0.0, 0.0]),
+                rollout_of([1], [4, 5], mask=[1.0, 1.0]), rollout_of([1], [4], mask=[0.0])]
+    for loss_agg, expected in (("token", [1 / 3, 1 / 3, 0]), ("sequence", [1 / 2, 1 / 4, 0])):
+        update.set_loss_scales(rollouts, lam=1.0, loss_agg=loss_agg, loss_norm="separate")
+        assert [r.loss_scale for r in rollouts] == pytest.approx(expected)
+
+
+def test_gaps_of_both_signs_do_not_cancel():
+    """Guards trap 8: an alarm that stays silent because sampler and trainer differ both ways."""
+    batch = collate([rollout_of([1], [4, 5], sample_logprobs=[-1.0, -1.0])])
+    zeros = torch.zeros(1, 2)
+    sums = metrics.train_sums(batch, zeros, zeros, torch.tensor([[-0.5, -1.5]]), zeros)
+    assert sums["train/parity_mean"] == 1 and sums["train/parity_max"] == 0.5
+
+
+def test_a_rank_takes_the_least_micro_batch_of_all(monkeypatch):
+    """Guards trap 21: ranks that cut different micro-batches wait for each other for ever."""
+    monkeypatch.setattr(memory, "gather", lambda mine: [*mine, 256])
+    model = tiny_model()
+    assert memory.tokens_that_fit(model, torch.optim.AdamW(model.parameters()), device="cpu",
+                                  dtype="float32") == 256
 
 
 def test_what_is_yet_to_come_is_left_free_for_it(monkeypatch):
