@@ -293,7 +293,7 @@ class Decoder:
         """Reshape the KV cache to the buckets of n rows and `columns` columns, or more if live rows
         need more. Live rows move to the front."""
         rows, n_live = list(self.live), len(self.live)
-        columns = max([columns, *(self.reach[rows] + 1).tolist()])
+        columns = max([columns, *self.reach[rows].tolist()])
         R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
         if R == self.cache.shape[0] and C <= self.cache.shape[1]:
             return
@@ -309,7 +309,7 @@ class Decoder:
     def join(self, names: list, prompts: list[list[int]], noise: np.ndarray) -> None:
         """Prefill new rows, sample their first token. noise: uniforms (n, max_new_tokens + 1)."""
         lengths = np.array([len(prompt) for prompt in prompts])
-        self.fit(len(self.live) + len(names), int(max(lengths)) + 1)
+        self.fit(len(self.live) + len(names), int(max(lengths)))
         free = (b for b in range(self.cache.shape[0]) if b not in self.live)
         rows = [b for b, _ in zip(free, names, strict=False)]
         self.live |= dict(zip(rows, names, strict=True))
