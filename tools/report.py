@@ -867,6 +867,7 @@ figure.forest{margin-bottom:22px}
 
 def draw_lines(axes, lines: list[Line]) -> None:
     axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel("step")
     for line in (line for line in lines if len(line.steps)):
         colour = COLOURS[line.colour][0]
         axes.plot(line.steps, line.raw, color=colour, alpha=0.25, linewidth=0.8)

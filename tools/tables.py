@@ -342,7 +342,7 @@ def all_tables(out: Path) -> dict[str, str]:
             tables |= {f"{folder.name} {name}": markdown(*make(found))
                        for name, make in (("shift", shift_table), ("gradient", gradient_table),
                                 ("errors", errors_table))}
-    return tables
+    return {name: table for name, table in tables.items() if table.count("\n") > 1}  # with rows
 
 
 def update(document: Path, tables: dict[str, str]) -> None:
