@@ -167,7 +167,7 @@ def imitated(prompt_ids: list[int], ids: list[int], mask: list[float]) -> Rollou
 def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: str, seed: int,
                     samples_per_prompt: int, template: str, max_synthesis_tokens: int,
                     **sampling) -> list[dict]:
-    """One trajectory per query that has a (wrong, right) pair -> one result per such query.
+    """At most one trajectory per query -> one result per query with a (wrong, right) pair.
 
     A result has query, uid, outcome ('kept', 'wrong' or one of reflect.DROP_REASONS), the texts
     `wrong` and `synthesis`, and, if kept and finished, both formats' ids. number: of the round.

@@ -78,8 +78,8 @@ def reflect_sums(selected: dict[str, int], outcomes: list[Rollout | str],
     """reflect/* of one step, always with the same keys.
 
     selected: the counts of select_pairs. outcomes: for each candidate its drop reason, or its
-    scored y_ref, after the update with logprobs and ots_weights. kept: how many y_ref are trained
-    on, see reflect.is_kept.
+    scored y_ref, after the update with logprobs and ots_weights. kept: how many y_ref pass
+    reflect.is_kept.
     """
     built = [r for r in outcomes if not isinstance(r, str)]
     lost = [reason for reason in outcomes if isinstance(reason, str)]
@@ -156,7 +156,7 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
     """Console warnings for the symptoms of a run that cannot learn.
 
     dry_steps: consecutive steps without an eligible query. lost_steps: consecutive steps with
-    candidates of which none became a construction.
+    candidates of which no construction was kept (reflect.is_kept).
     """
     found = []
     if m["rollout/truncated"] == 1:
@@ -175,10 +175,11 @@ def warnings_of(m: dict[str, float], *, method: str, max_new_tokens: int, dry_st
     if m["train/skipped"]:
         found.append(f"the update was skipped: loss {m['train/loss']}, gradient norm "
                      f"{m['train/grad_norm']}")
-    if lost_steps >= 3:
-        reason = max(reflect.DROP_REASONS, key=lambda name: m.get(f"reflect/dropped_{name}", 0))
-        why = (f"most are {reason}; {reflect.DROP_REASONS[reason]}"
-               if m.get(f"reflect/dropped_{reason}") else "`keep` leaves all of them out")
+    if lost_steps >= 3 and m["reflect/candidates"]:
+        dropped = {name: m[f"reflect/dropped_{name}"] for name in reflect.DROP_REASONS}
+        reason = max(dropped, key=dropped.get)
+        why = ("`keep` leaves most out" if 2 * sum(dropped.values()) < m["reflect/candidates"]
+               else f"most are {reason}; {reflect.DROP_REASONS[reason]}")
         found.append(f"no construction was kept in {lost_steps} steps, so this is GRPO: {why}")
     if method in ("tapo", "sft") and dry_steps >= 20:
         found.append(f"no query was eligible for {dry_steps} steps (Eq. 3): {method} has nothing "

@@ -335,7 +335,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
                  device="cpu", head: torch.Tensor | None = None):
-        """Memory for rows * columns, or any smaller shape. head: the result of `decoding_head`."""
+        """Memory for rows * columns, or any shape of fewer cells. head: from `decoding_head`."""
         self.head, self.sizes = head, (config.num_key_value_heads, config.head_dim)
         numbers = rows * columns * config.num_key_value_heads * config.head_dim
         # zeros: masked columns must still be finite, 0 * NaN is NaN

@@ -309,8 +309,8 @@ EQUATION, DENIAL = (re.compile(
 
 
 def rule_pairs(rollouts: list[Rollout]) -> list[tuple[Rollout, Rollout]]:
-    """Scored rollouts -> per group the pair (y-, y+) with the most common leading sentences. A y+
-    must contain no false equation. A group in which no y- diverges from a y+ gives no pair."""
+    """Scored rollouts -> per group the pair (y-, y+) with the most leading sentences in common. A
+    y+ must state nothing false. A group in which no y- diverges from a y+ gives no pair."""
     groups: dict[str, list[Rollout]] = {}
     for r in rollouts:
         groups.setdefault(r.group, []).append(r)

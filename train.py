@@ -272,7 +272,7 @@ def main() -> None:
             "opsd_loss", "opsd_beta", "opsd_clip")})
     saver, stop = Saver(tokenizer, config, background=c.async_save), failing.Stop()
     no_memory = functools.partial(failing.out_of_memory_names, c.out_dir)
-    dry_steps = lost_steps = bad_steps = 0  # in a row: none eligible, no construction, no update
+    dry_steps = lost_steps = bad_steps = 0  # in a row: none eligible, none kept, no update
     done = first_step
     if done == c.max_steps:
         say(f"{load_from} is the last step; nothing to resume")

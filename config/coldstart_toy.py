@@ -4,6 +4,7 @@ init_from = "data/findx/model"              # random weights, and the toy's toke
 examples = "data/findx/coldstart.jsonl"     # worked examples of both formats, one epoch
 eval_problems = "data/findx/validation.jsonl"
 instruction = ""
+template = "short"          # with --problems: the synthesis prompt in the toy's vocabulary
 out_dir = "out/toy/coldstart"
 
 epochs = 1

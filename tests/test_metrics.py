@@ -8,6 +8,7 @@ import pytest
 from test_train import run, start  # noqa: F401
 
 import metrics
+import reflect
 
 
 def stub(monkeypatch, name, **content):
@@ -88,6 +89,20 @@ def test_tensorboard_gets_every_step_of_the_log_once(start, tmp_path, monkeypatc
     assert len(first) == 3 and len(second) == 4
     assert writers == {
         str(tmp_path / "out" / "tensorboard"): {row.pop("step"): row for row in second}}
+
+
+def test_the_warning_of_lost_constructions_gives_the_reason_of_most():
+    def said(lost_steps=3, **counts):
+        m = {f"reflect/dropped_{name}": 0.0 for name in reflect.DROP_REASONS} | {
+            "rollout/truncated": 0, "rollout/zero_variance_groups": 0, "train/skipped": 0,
+            "reflect/candidates": 8.0} | {f"reflect/{key}": n for key, n in counts.items()}
+        found = metrics.warnings_of(m, method="tapo", max_new_tokens=9, dry_steps=0,
+                                    lost_steps=lost_steps)
+        return " ".join(found)
+
+    assert "are too_long; raise max_new_tokens" in said(dropped_too_long=7, dropped_unparsable=1)
+    assert "`keep` leaves most out" in said(dropped_unparsable=1)  # seven were built
+    assert said(candidates=0.0) == "" == said(lost_steps=2, dropped_too_long=8)
 
 
 def test_neither_is_imported_unless_asked_for(start, tmp_path, monkeypatch):
