@@ -212,7 +212,7 @@ def find_start(config: dict) -> tuple[int, str]:
     from the checkpoint's.
     """
     out = Path(config["out_dir"])
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    there = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"out_dir = {out}: {there} is no folder that can be written to; choose "
                          "another")

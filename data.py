@@ -86,7 +86,7 @@ def _is_prose(answer: str) -> bool:
 
 def unusable_answers(answers: list[str]) -> list[str]:
     """Reason why each answer cannot serve as gold ("" if it can): an answer that the grader cannot
-    read would always give reward 0.
+    read gives reward 0 to all but the same text.
 
     Numbers need no worker; the grader's workers read about a hundred other answers a second.
     """
@@ -135,7 +135,7 @@ def load_tokenizer(folder: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as e:
-        checkpoints = sorted(Path(folder).glob("step_*"))
+        checkpoints = [*sorted(Path(folder).glob("step_*")), *Path(folder).glob("final")]
         if checkpoints:
             why = f"a run's folder; pass a checkpoint of it, such as {checkpoints[-1]}"
         elif Path(folder).is_dir():

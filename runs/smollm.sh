@@ -81,12 +81,13 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation,
 }
 best_rate() {  # best_rate METHOD: learning rate with the best final validation Pass@1, seed 100;
                # the first of RATES if none was tuned
-  python - "$OUT/runs" "$1" "${RATES%% *}" <<'PY'
+  python - "$OUT/runs" "$1" $RATES <<'PY'
 import json, pathlib, sys
 def final(log):
     rows = [json.loads(line) for line in log.read_text().split("\n") if line]
     return rows[-1].get("eval/pass1", -1.0) if rows else -1.0
-found = list(pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*/metrics.jsonl"))
+found = [log for log in pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*/metrics.jsonl")
+         if log.parent.name.split("_")[-1] in sys.argv[3:]]
 print(max(found, key=final).parent.name.split("_")[-1] if found else sys.argv[3])
 PY
 }

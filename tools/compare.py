@@ -126,6 +126,8 @@ def score_table(paths: list[Path]) -> str:
             rows.append(["pass@1, %", *heads])
         if heads != rows[0][1:]:
             raise ValueError(f"{path} has other problem sets or settings than {paths[0]}")
+        if any("1" not in s["pass@k"] for s in settings.values()):
+            raise ValueError(f"{path} has no pass@1; evaluate with 1 in pass_k")
         scores = [s["pass@k"]["1"] for s in settings.values()]
         rows.append([path.stem, *(f"{percent(s['value'])} [{percent(s['low'])}, "
                                   f"{percent(s['high'])}]" for s in scores)])
