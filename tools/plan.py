@@ -44,7 +44,7 @@ from rollout import BLOCK
 
 GIB = 2**30
 USABLE = 0.92             # share of a GPU's memory that a plan may fill
-SYNTHESIS_WORDS = 600     # tokens of a synthesis prompt's fixed text (TEMPLATES: 530)
+SYNTHESIS_TOKENS = 600     # tokens of a synthesis prompt's fixed text (TEMPLATES: 530)
 ASSUMED_PROMPT = 1024     # longest prompt in tokens if there is no problem file; about DeepScaleR's
 
 
@@ -152,7 +152,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
                          max_new_tokens)}
     if reflections:
         new = max_synthesis_tokens or 2 * max_new_tokens
-        prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_WORDS,
+        prompt = min(longest_prompt + 2 * max_new_tokens + SYNTHESIS_TOKENS,
                      config.max_position_embeddings - new)
         # reflections that do not fit the context are dropped
         jobs["reflections"] = reflections, 1, prompt, new
@@ -243,7 +243,7 @@ def train_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         "reflections": -(-reflections // processes),
         "reference_model": bool(c.log_kl or c.kl_coef or opsd),
         # OPSD's teacher prompt also holds a right response
-        "longest_row": row + opsd * (c.max_new_tokens + SYNTHESIS_WORDS),
+        "longest_row": row + opsd * (c.max_new_tokens + SYNTHESIS_TOKENS),
         "full_divergence": opsd and c.opsd_loss == "jsd", "world_size": processes,
         "replicas": c.replicas}
 
@@ -282,7 +282,7 @@ def coldstart_table(config: dict, gpus: int = 0, gpu_gb: float = 0) -> str:
         synthesis = c.max_synthesis_tokens or 2 * c.max_new_tokens
         sizes |= {"samples_per_prompt": c.samples_per_prompt, "reflections": queries,
                   "rollouts": queries * c.samples_per_prompt,
-                  "longest_row": prompt + 2 * c.max_new_tokens + SYNTHESIS_WORDS + synthesis}
+                  "longest_row": prompt + 2 * c.max_new_tokens + SYNTHESIS_TOKENS + synthesis}
         text += (f"; one round {c.queries_per_round} prompts x {c.samples_per_prompt} rollouts, "
                  "at most one construction each")
     return "\n".join([*head, text, *memory_lines(sizes, memory)])

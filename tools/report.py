@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import jsonl
 from configurator import run_script
 from tools import tables
 from tools.compare import compare_runs
@@ -88,27 +89,6 @@ class Run(NamedTuple):
     rows: list[dict]  # metrics, one row per step, ascending
 
 
-def read_json(text: str, where: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); restore or delete it") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: a JSON object expected, got {text.strip()[:40]!r}")
-    return value
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The objects of a jsonl file. An incomplete last line, left by a kill, is dropped; all others
-    must parse."""
-    *lines, last = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
-    rows = [read_json(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    try:
-        return [*rows, read_json(last, "")]
-    except ValueError:
-        return rows
-
-
 def label_runs(paths: list[Path]) -> dict[str, list[Path]]:
     """Group paths by method: 'out/tapo_s0', 'out/tapo_s1' -> {'tapo': [both]}. Duplicate names are
     prefixed with their parent folder's."""
@@ -126,13 +106,13 @@ def load_run(folder: Path) -> Run:
         raise FileNotFoundError(
             f"{folder} is not a run folder: no {' and no '.join(missing)} in it")
     rows = {}  # a step may occur twice after a resume: the later row wins
-    for row in read_jsonl(folder / "metrics.jsonl"):
+    for row in jsonl.read(folder / "metrics.jsonl"):
         if not isinstance(row.get("step"), int):
             raise ValueError(
                 f"{folder / 'metrics.jsonl'}: a row without an integer 'step': {str(row)[:60]}")
         rows[row["step"]] = row
-    config = read_json((folder / "config.json").read_text(encoding="utf-8"),
-                       str(folder / "config.json"))
+    config = jsonl.parse((folder / "config.json").read_text(encoding="utf-8"),
+                         str(folder / "config.json"))
     return Run(folder, config, [rows[step] for step in sorted(rows)])
 
 
@@ -457,7 +437,7 @@ def evals_section(evals: dict[str, list[Path]], compared: dict[str, dict], metho
     by_setting, first = {}, next(iter(evals), "")
     for label, paths in evals.items():
         for path in paths:
-            for s in read_json(path.read_text(encoding="utf-8"), str(path)).get("settings", []):
+            for s in jsonl.parse(path.read_text(encoding="utf-8"), str(path)).get("settings", []):
                 by_setting.setdefault(tuple(s.get(key) for key in SETTING), {}).setdefault(label,
                     []).append(s)
     out = "".join(forest(title, rows, methods) for title, rows in forests(compared, first))
@@ -525,7 +505,7 @@ def measured_section(measured: dict[str, list[Path]], methods: dict) -> str:
     """The tables of tools.tables, each method's name on its first row only."""
     out, found = "", {}
     for label, paths in measured.items():
-        found[label] = [read_json(path.read_text(encoding="utf-8"), str(path)) for path in paths]
+        found[label] = [jsonl.parse(path.read_text(encoding="utf-8"), str(path)) for path in paths]
         for path, m in zip(paths, found[label], strict=True):
             if not {"shift", "gradient", "constructions"} <= m.keys():
                 raise ValueError(f"{path} is not a result of tools.measure")
@@ -580,7 +560,7 @@ def pick_trajectories(folder: Path, n: int, reflections: bool) -> list[tuple[dic
     files, stretches = sorted((folder / "rollouts").glob("step_*.jsonl")), []
     for part in np.array_split(np.arange(len(files)), max(1, min(n, len(files)))):
         for file in (files[i] for i in part):
-            rollouts = [ROLLOUT | rollout for rollout in read_jsonl(file)]
+            rollouts = [ROLLOUT | rollout for rollout in jsonl.read(file)]
             ordinary = [r for r in rollouts if not r["is_reflection"]]
             if chosen := [r for r in rollouts if r["is_reflection"] == reflections][:n]:
                 queries = [(r["uid"], r["query"]) for r in chosen]

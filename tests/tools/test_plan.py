@@ -288,7 +288,7 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     config = ModelConfig.from_hf(QWEN_06B)
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
-    columns = memory.bucket(100 + 2 * 1000 + plan.SYNTHESIS_WORDS + 500 + 1, memory.COLUMNS)
+    columns = memory.bucket(100 + 2 * 1000 + plan.SYNTHESIS_TOKENS + 500 + 1, memory.COLUMNS)
     assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns, "bfloat16") > p[
         "rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
@@ -352,7 +352,7 @@ def test_an_opsd_teacher_reads_two_responses(tmp_path):
     argv = ["config/aime.py", folder(tmp_path, QWEN_06B), "--tokens_per_microbatch=1"]
     grpo, opsd = (float(re.search(r"activations ([\d.]+)", table_of(*argv, f"--method={m}"))[1])
                   for m in ("grpo", "opsd"))
-    rows = 1024 + 2 * 8192 + plan.SYNTHESIS_WORDS, 1024 + 8192
+    rows = 1024 + 2 * 8192 + plan.SYNTHESIS_TOKENS, 1024 + 8192
     assert opsd / grpo == pytest.approx(rows[0] / rows[1], rel=0.01)
 
 

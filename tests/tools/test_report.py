@@ -477,16 +477,16 @@ def test_torn_last_line_is_tolerated_and_a_repeated_step_counts_once(tmp_path):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n'),
-     r"metrics\.jsonl:2: not JSON"),
+     r"metrics\.jsonl:2: not valid JSON"),
     (lambda run: (run / "metrics.jsonl").write_text('[1]\n{"step": 3}\n'),
-     r"metrics\.jsonl:1: a JSON object expected"),
+     r"metrics\.jsonl:1: expected a JSON object"),
     (lambda run: (run / "metrics.jsonl").write_text('{"loss": 1}\n'),
      r"a row without an integer 'step'"),
     (lambda run: (run / "metrics.jsonl").unlink(),
      r"grpo is not a run folder: no metrics\.jsonl in it$"),
     (lambda run: [(run / name).unlink() for name in ("config.json", "metrics.jsonl")],
      r"no config\.json and no metri"),
-    (lambda run: (run / "config.json").write_text("{"), r"config\.json: not JSON"),])
+    (lambda run: (run / "config.json").write_text("{"), r"config\.json: not valid JSON"),])
 def test_bad_run_folders_are_one_line_errors(tmp_path, spoil, message):
     run = make_run(tmp_path / "grpo", reflections=False, steps=2)
     spoil(run)
