@@ -473,10 +473,12 @@ def bench_tapo(_: dict) -> None:
 
     def run(*configs: str) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "train.py", "config/toy.py", *configs,
-                            f"--init_from={init_from}", "--max_steps=8", "--eval_problems=",
-                            f"--out_dir={folder}/run", f"--threads={threads}",
-                            f"--device={device}"], check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run([sys.executable, "train.py", "config/toy.py", *configs,
+                                   f"--init_from={init_from}", "--max_steps=8", "--eval_problems=",
+                                   f"--out_dir={folder}/run", f"--threads={threads}",
+                                   f"--device={device}"], stdout=subprocess.DEVNULL)
+            if done.returncode:
+                raise ValueError("train.py failed; its message stands above")
             metrics = jsonl.read(f"{folder}/run/metrics.jsonl")
         times = {k: statistics.median(m[k] for m in metrics[1:]) for k in metrics[0]
                  if k.startswith("time/")}
