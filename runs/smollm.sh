@@ -19,7 +19,8 @@ PRESET=${PRESET:-gpu}
 case $PRESET in gpu) at="" ;; *) at=_$PRESET ;; esac  # keep trials apart from the experiment
 OUT=${OUT:-out/smollm$at} RESULTS=${RESULTS:-results/smollm$at} WORDS=${WORDS:-data/word_problems}
 case $PRESET in
-  gpu) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7} METHODS=${METHODS:-grpo tapo copy published opsd faithful}
+  gpu) SEEDS=${SEEDS:-0 1 2 3 4 5 6 7}
+       METHODS=${METHODS:-grpo tapo copy grpo_long published opsd faithful}
        RATES=${RATES:-5e-6 2e-5} SIDE=${SIDE:-4} STEPS=${STEPS:-60}
        N_SOLVED=100000 N_TRAIN=100000 N_HELD_OUT=100000
        all=() sft=() cold=() filter=() rl=() ev=() looked=() ;;
@@ -55,12 +56,31 @@ flags_of() {  # flags_of METHOD: config file and flags
   case $1 in
     copy) echo config/tapo.py --prefix_mode=copy ;;        # control: is it imitation of y+?
     faithful) echo config/tapo.py --keep=faithful ;;       # no constructions with a false equation
+    grpo_long) echo config/grpo.py ;;                      # control: TAPO's wall time
     *) echo "config/$1.py" ;;
   esac
 }
+steps_of() {  # steps_of METHOD: for grpo_long those that fit into TAPO's time, by the tuning runs
+  [ "$1" = grpo_long ] || { echo "$STEPS"; return; }
+  if [ ! -f "$OUT/long_steps" ]; then  # counted once: a later call must resume with as many
+    python - "$OUT/runs" "$STEPS" > "$OUT/long_steps.new" <<'PY'
+import json, pathlib, statistics, sys
+def seconds(method):
+    logs = pathlib.Path(sys.argv[1]).glob(f"tune_{method}_*/metrics.jsonl")
+    rows = [json.loads(line) for log in logs for line in log.read_text().split("\n") if line]
+    if not rows:
+        sys.exit(f"grpo_long needs tuning runs of {method}: two RATES, grpo and tapo in METHODS")
+    return statistics.mean(row["time/step"] for row in rows)
+print(round(int(sys.argv[2]) * seconds("tapo") / seconds("grpo")))
+PY
+    mv "$OUT/long_steps.new" "$OUT/long_steps"
+  fi
+  cat "$OUT/long_steps"
+}
 train() {  # train NAME METHOD RATE SEED
   phase "$1" 3600 python train.py config/words.py $(flags_of "$2") "${all[@]}" "${rl[@]}" \
-    --max_steps=$STEPS --learning_rate="$3" --seed="$4" --init_from="$OUT/coldstart/final" \
+    --max_steps="$(steps_of "$2")" --learning_rate="$3" --seed="$4" \
+    --init_from="$OUT/coldstart/final" \
     --problems="$OUT/data/filtered.jsonl" --eval_problems="$OUT/data/val.jsonl" \
     --out_dir="$OUT/runs/$1" --resume=True
 }
@@ -106,7 +126,7 @@ at_once; look coldstart_c0 "$OUT/coldstart/final" &
 declare -A rate_of
 tuned=()
 for method in $METHODS; do  # variants of TAPO use TAPO's rate
-  case $method in copy | faithful) continue ;; esac
+  case $method in copy | faithful | grpo_long) continue ;; esac
   tuned+=("$method")
   [[ $RATES == *" "* ]] || continue  # a single rate needs no tuning
   for rate in $RATES; do at_once; train "tune_${method}_$rate" "$method" "$rate" 100 & done
@@ -116,11 +136,18 @@ for method in "${tuned[@]}"; do
   rate_of[$method]=$(best_rate "$method")
   echo "== $method: learning rate ${rate_of[$method]}"
 done
+rate_of[grpo_long]=${rate_of[grpo]:-}
+if [[ " $METHODS " == *" grpo_long "* ]]; then
+  steps_of grpo_long > "$OUT/logs/long_steps"  # ends here if there are no tuning runs
+  echo "== grpo_long: $(steps_of grpo_long) steps"
+fi
 for seed in $SEEDS; do
   for method in $METHODS; do
     at_once
-    { train "${method}_s$seed" "$method" "${rate_of[$method]:-${rate_of[tapo]:-${RATES%% *}}}" "$seed" &&
-      look "${method}_s$seed" "$OUT/runs/${method}_s$seed/step_$(printf %06d $STEPS)"; } &
+    rate=${rate_of[$method]:-${rate_of[tapo]:-${RATES%% *}}}
+    last=step_$(printf %06d "$(steps_of "$method")")
+    { train "${method}_s$seed" "$method" "$rate" "$seed" &&
+      look "${method}_s$seed" "$OUT/runs/${method}_s$seed/$last"; } &
   done
 done
 wait
