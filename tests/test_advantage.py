@@ -297,6 +297,11 @@ def test_train_mask_never_touches_ordinary_rollouts_nor_adds_padding():
         assert (train_mask(completion_mask, roles, torch.ones(2), **flags) <= completion_mask).all()
 
 
+def test_without_ots_every_token_has_weight_1_whatever_the_clip():
+    logp = torch.tensor([[-0.1, -5.0]])
+    assert WEIGHTINGS["none"](logp, logp, 0.1, 0.5).tolist() == [[1.0, 1.0]]
+
+
 def test_luffy_weights_give_the_gradient_of_its_shaped_probability():
     """arXiv 2504.14945: the gradient is that of p / (p + 0.1). Bug: a gradient through the weight
     itself."""
