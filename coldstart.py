@@ -222,11 +222,12 @@ def sample_examples(model, tokenizer, training: list, *, path: Path, header: dic
     bar = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds",
                disable=True if rank() else None)  # None: shown on a terminal only
     usable = [result for results in rounds for result in results if "completion_ids" in result]
-    decoder, unsharded = Decoder(), Unsharded(model, dtype) if model else None
+    decoder, unsharded = Decoder(), None
     while len(rounds) < n_rounds and len(usable) < wanted:
         if model is None:
             raise ValueError(f"{path} holds {len(usable)} examples, but the checkpoint is of a run "
                              "that had more; put the file back, or choose another out_dir")
+        unsharded = unsharded or Unsharded(model, dtype)  # made only if there is anything to sample
         number = len(rounds)
         queries = problems_for_step(training, how["seed"], number, queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)]  # one epoch

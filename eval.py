@@ -350,6 +350,12 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def percent_with_interval(score: dict) -> str:
+    """{"value": 0.373, "low": 0.349, "high": 0.398} -> '37.3 [34.9, 39.8]'."""
+    value, low, high = (percent(score[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def results_table(settings: list[dict]) -> str:
     """One line per problem set and setting, one more per level; in %, 95 % intervals over problems
     in brackets."""
@@ -357,8 +363,7 @@ def results_table(settings: list[dict]) -> str:
 
     def scores(part):
         passes = part["pass@k"].values()
-        return [*(f"{percent(v['value'])} [{percent(v['low'])}, {percent(v['high'])}]"
-                  for v in passes), percent(part["truncated"])]
+        return [*map(percent_with_interval, passes), percent(part["truncated"])]
 
     rows = [["set", "T", "top-p", "problems", "samples",
              *(f"pass@{k}" for k in settings[0]["pass@k"]), "truncated", "length", "no answer",

@@ -63,11 +63,12 @@ flags_of() {  # flags_of METHOD: config file and flags
 steps_of() {  # steps_of METHOD: for grpo_long those that fit into TAPO's time, by the tuning runs
   [ "$1" = grpo_long ] || { echo "$STEPS"; return; }
   if [ ! -f "$OUT/long_steps" ]; then  # counted once: a later call must resume with as many
-    python - "$OUT/runs" "$STEPS" > "$OUT/long_steps.new" <<'PY'
-import json, pathlib, statistics, sys
+    python - "$OUT/runs" "$STEPS" > "$OUT/long_steps.new" <<'PY' || return 1
+import pathlib, statistics, sys
+import jsonl
 def seconds(method):
     logs = pathlib.Path(sys.argv[1]).glob(f"tune_{method}_*/metrics.jsonl")
-    rows = [json.loads(line) for log in logs for line in log.read_text().split("\n") if line]
+    rows = [row for log in logs for row in jsonl.read(log)]
     if not rows:
         sys.exit(f"grpo_long needs tuning runs of {method}: two RATES, grpo and tapo in METHODS")
     return statistics.mean(row["time/step"] for row in rows)
@@ -102,9 +103,10 @@ look() {  # look NAME FOLDER: evaluate on both test sets, measure on validation,
 best_rate() {  # best_rate METHOD: learning rate with the best final validation Pass@1, seed 100;
                # the first of RATES if none was tuned
   python - "$OUT/runs" "$1" $RATES <<'PY'
-import json, pathlib, sys
+import pathlib, sys
+import jsonl
 def final(log):
-    rows = [json.loads(line) for line in log.read_text().split("\n") if line]
+    rows = jsonl.read(log)
     return rows[-1].get("eval/pass1", -1.0) if rows else -1.0
 found = [log for log in pathlib.Path(sys.argv[1]).glob(f"tune_{sys.argv[2]}_*/metrics.jsonl")
          if log.parent.name.split("_")[-1] in sys.argv[3:]]
@@ -138,8 +140,8 @@ for method in "${tuned[@]}"; do
 done
 rate_of[grpo_long]=${rate_of[grpo]:-}
 if [[ " $METHODS " == *" grpo_long "* ]]; then
-  steps_of grpo_long > "$OUT/logs/long_steps"  # ends here if there are no tuning runs
-  echo "== grpo_long: $(steps_of grpo_long) steps"
+  long=$(steps_of grpo_long)  # ends here if there are no tuning runs
+  echo "== grpo_long: $long steps"
 fi
 for seed in $SEEDS; do
   for method in $METHODS; do

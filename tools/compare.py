@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import run_script, write_json
-from eval import bootstrap_interval, percent, table
+from eval import bootstrap_interval, percent, percent_with_interval, table
 
 
 def sign_flip_p(differences, draws: int = 20_000, seed: int = 0) -> float:
@@ -128,9 +128,8 @@ def score_table(paths: list[Path]) -> str:
             raise ValueError(f"{path} has other problem sets or settings than {paths[0]}")
         if any("1" not in s["pass@k"] for s in settings.values()):
             raise ValueError(f"{path} has no pass@1; evaluate with 1 in pass_k")
-        scores = [s["pass@k"]["1"] for s in settings.values()]
-        rows.append([path.stem, *(f"{percent(s['value'])} [{percent(s['low'])}, "
-                                  f"{percent(s['high'])}]" for s in scores)])
+        rows.append([path.stem, *(percent_with_interval(s["pass@k"]["1"])
+                                  for s in settings.values())])
     return table(rows)
 
 

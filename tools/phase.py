@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+import jsonl
+
 SHOWN = re.compile(r"^(step .*(held-out|/\d+ \|)|WARNING|error|Traceback|saved|filter:|\d[\d,]* "
                    r"(problems|examples))")
 GRACE = 120  # seconds between SIGTERM and SIGKILL: time to finish a step and save
@@ -27,8 +29,7 @@ GRACE = 120  # seconds between SIGTERM and SIGKILL: time to finish a step and sa
 def main(out: Path, name: str, limit: float, command: list[str]) -> int:
     record, log = out / "phases.jsonl", out / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    tries = [json.loads(line) for line in record.read_text().split("\n")
-             if line] if record.exists() else []
+    tries = jsonl.read(record)
     if [t["status"] for t in tries if t["phase"] == name][-1:] == [0]:
         return 0
     start = time.perf_counter()
