@@ -64,7 +64,7 @@ def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
     """Estimated bytes to sample `rows` rows of `prompt` + `new` tokens; size: bytes per element."""
     tensors = 2 * config.num_hidden_layers  # keys and values; reshape copies one at a time
     column = tensors * config.num_key_value_heads * config.head_dim * size
-    cache = (1 + 1 / tensors) * bucket(prompt + new + 1, COLUMNS) * column
+    cache = (1 + 1 / tensors) * bucket(prompt + new, COLUMNS) * column
     decoding = cache + 24 * config.num_tokens  # logits, p, fp64 sums of p
     prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
     return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling

@@ -342,7 +342,6 @@ class KVCache:
         self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
                        for _ in range(2 * config.num_hidden_layers)]
         self.tensors = [self._view(memory, rows, columns) for memory in self.memory]
-        self.rows = torch.arange(rows, device=device)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ for evaluation only: the trainer scores the full softmax, so rollouts are drawn 
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from operator import gt
 
 import numpy as np
 import torch
@@ -203,7 +204,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
     decoder = decoder or Decoder()
     if not max_rows:
         max_rows = rows_that_fit(model, longest, max_new_tokens, held=decoder.bytes)
-    decoder.prepare(model, len(waiting), longest + max_new_tokens, max_rows=max_rows,
+    decoder.prepare(model, len(waiting), longest, max_new_tokens, max_rows=max_rows,
                     stop_ids=stop_ids, temperature=temperature, top_p=top_p)
     completions = [[None] * n for _ in prompts]
 
@@ -233,10 +234,10 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
 class Decoder:
     """The decoding batch: KV cache and per-row state, in memory kept between calls of `generate`.
 
-    Row b of every tensor is one sequence in progress, column t its t-th token, prompt included. R
-    and C of the cache's shape (R, C) are bucketed; rows move only when the shape changes. A
-    decoding step reads lengths and positions from device tensors, so one CUDA graph per shape is
-    replayed for all later steps of that shape, in this call of `generate` or a later one.
+    Row b of every tensor is one sequence in progress. R and C of the cache's shape (R, C) are
+    bucketed; rows move only when the shape changes. A decoding step reads lengths and positions
+    from device tensors, so one CUDA graph per shape is replayed for all later steps of that shape,
+    in this call of `generate` or a later one.
     """
 
     def __init__(self):
@@ -244,27 +245,28 @@ class Decoder:
 
     def release(self) -> None:
         """Free all memory."""
-        self.cache, self.made_for, self.captured, self.weights = None, None, {}, []
-        self.rows = self.columns = self.cells = 0  # allocated; cells: R * C of the KV cache
-        self.live: dict[int, object] = {}          # row -> name
+        self.cache, self.made_for, self.sizes = None, None, (0, 0, 0)
+        self.captured, self.weights = {}, []
 
     @property
     def bytes(self) -> int:
         return sum(memory.nbytes for memory in self.cache.memory) if self.cache else 0
 
-    def prepare(self, model, n: int, columns: int, *, max_rows: int, stop_ids, temperature: float,
-                top_p: float) -> None:
-        """Reserve memory for n rows of `columns` tokens, at most max_rows at once. Captured graphs
-        stay valid unless this memory or that of the weights is reallocated."""
+    def prepare(self, model, n: int, prompt: int, new: int, *, max_rows: int, stop_ids,
+                temperature: float, top_p: float) -> None:
+        """Reserve memory for n rows of up to `prompt` + `new` tokens, at most max_rows at once.
+        Captured graphs stay valid unless this memory or that of the weights is reallocated."""
         self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
         self.temperature, self.top_p = temperature, top_p
         made_for = model.config, model.compute_dtype, self.device, tuple(stop_ids)
-        R, C = min(bucket(max(1, n)), max_rows), bucket(columns + 1, COLUMNS)  # + 1: see `draw`
-        if made_for != self.made_for or R > self.rows or C > self.columns or R * C > self.cells:
-            sizes = max(R, self.rows), max(C, self.columns), max(R * C, self.cells)
+        R = min(bucket(max(1, n)), max_rows)
+        sizes = R, new + 1, R * bucket(prompt + new, COLUMNS)
+        if made_for != self.made_for or any(map(gt, sizes, self.sizes)):
+            sizes = tuple(map(max, sizes, self.sizes))
             self.release()  # before allocating: never hold two caches
-            self.allocate(made_for, *sizes)
-        self.live, self.length[:], self.ended[:] = {}, 1, True
+            self.allocate(made_for, sizes)
+        self.live: dict[int, object] = {}  # row -> name
+        self.lengths.fill_(1)
         head = decoding_head(model.head_weight, model.compute_dtype)
         if self.cache.head is not None and head.data_ptr() != model.head_weight.data_ptr():
             head = self.cache.head.copy_(head)  # in place: captured graphs read this memory
@@ -273,93 +275,81 @@ class Decoder:
         if weights != self.weights:
             self.weights, self.captured = weights, {}
 
-    def allocate(self, made_for: tuple, rows: int, columns: int, cells: int) -> None:
+    def allocate(self, made_for: tuple, sizes: tuple[int, int, int]) -> None:
         config, dtype, device, stop_ids = self.made_for = made_for
-        self.rows, self.columns, self.cells = rows, columns, cells
+        rows, width, cells = self.sizes = sizes  # width: new tokens, and a scratch column
         self.cache = KVCache(config, 1, cells, dtype, device)
-        self.tokens = torch.zeros(rows, columns, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, columns, device=device)
-        self.uniforms = torch.zeros(rows, columns, dtype=torch.float64, device=device)
-        self.length = torch.ones(rows, dtype=torch.int64, device=device)       # tokens so far
-        self.end = torch.ones_like(self.length)                                # maximum length
-        self.ended = torch.ones_like(self.length, dtype=torch.bool)
-        self.index = torch.arange(rows, device=device)
+        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, width, device=device)
+        self.uniforms = self.logprobs.double()
+        # of each row: prompt length; new tokens so far; their final number, a cap until it is known
+        self.lengths = torch.ones(rows, 3, dtype=torch.int64, device=device)
+        self.prompt, self.new, self.end = self.lengths.T
         self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        # on the host: prompt length, upper bounds of the current length and of the final length
-        self.prompt, self.reach, self.limit = np.ones((3, rows), dtype=int)
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def fit(self, n: int, columns: int = 0) -> None:
-        """Reshape the KV cache to the buckets of n rows and `columns` columns, or more if live rows
-        need more. Live rows move to the front."""
-        rows, n_live = list(self.live), len(self.live)
-        columns = max([columns, *self.reach[rows].tolist()])
+    def fit(self, n: int, columns: int) -> None:
+        """Reshape the KV cache to the buckets of n rows and `columns` columns. Live rows move to
+        the front."""
         R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
         if R == self.cache.shape[0] and C <= self.cache.shape[1]:
             return
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        n_live, index = len(self.live), torch.tensor([*self.live], device=self.device).long()
         self.cache.reshape(index, R, C)
-        for state in (self.tokens, self.logprobs, self.uniforms, self.length, self.end, self.ended):
+        for state in (self.tokens, self.logprobs, self.uniforms, self.lengths):
             state[:n_live] = state[index]
-        for known in (self.prompt, self.reach, self.limit):
-            known[:n_live] = known[rows]
-        self.length[n_live:], self.ended[n_live:] = 1, True
+        self.lengths[n_live:] = 1
         self.live = dict(enumerate(self.live.values()))
 
     def join(self, names: list, prompts: list[list[int]], noise: np.ndarray) -> None:
         """Prefill new rows, sample their first token. noise: uniforms (n, max_new_tokens + 1)."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        self.fit(len(self.live) + len(names), int(max(lengths)))
+        needed = self.cache.shape[1] if self.live else 0  # by live rows
+        self.fit(len(self.live) + len(names), max(needed, *map(len, prompts)))
         free = (b for b in range(self.cache.shape[0]) if b not in self.live)
         rows = [b for b, _ in zip(free, names, strict=False)]
-        self.live |= dict(zip(rows, names, strict=True))
-        self.prompt[rows], self.reach[rows] = lengths, lengths + 1
-        self.limit[rows] = lengths + noise.shape[1] - 1
-
-        index = torch.tensor(rows, device=self.device)
-        length = torch.from_numpy(lengths).to(self.device)
-        columns = length[:, None] + torch.arange(noise.shape[1], device=self.device)
-        self.uniforms[index[:, None], columns] = torch.from_numpy(noise).to(self.device)
-        self.length[index], self.end[index] = length, length + noise.shape[1] - 1
-        self.ended[index] = False
+        self.live |= zip(rows, names, strict=True)
         rows_of: dict[tuple, list[int]] = {}  # distinct prompt -> its rows
         for row, prompt in zip(rows, prompts, strict=True):
             rows_of.setdefault(tuple(prompt), []).append(row)
+
+        index = torch.tensor(rows, device=self.device)
+        self.prompt[index] = torch.tensor([*map(len, prompts)], device=self.device)
+        self.new[index], self.end[index] = 0, noise.shape[1] - 1
+        self.uniforms[index, :noise.shape[1]] = torch.from_numpy(noise).to(self.device)
         distinct = list(rows_of)
         for part in microbatches([len(prompt) for prompt in distinct], PREFILL_TOKENS):
             part = [distinct[i] for i in part]
             cache, logits = prefill(self.model, part, self.cache.head)
-            which = [k for k, prompt in enumerate(part) for _ in rows_of[prompt]]
-            which = torch.tensor(which, device=self.device)
-            index = torch.tensor(sum(map(rows_of.get, part), []), device=self.device)
+            pairs = [(row, k) for k, prompt in enumerate(part) for row in rows_of[prompt]]
+            index, which = torch.tensor(pairs, device=self.device).T
             self.cache.write(index, cache, which)
             self.draw(logits[which], index)
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor) -> None:
         """Sample the next token of `rows`. An ended row keeps sampling until it is removed, into
         the scratch column after its last token."""
-        length, ended = self.length[rows], self.ended[rows]
-        at = rows, length
+        new, end = self.new[rows], self.end[rows]
+        at = rows, new
         token, self.logprobs[at] = sample(logits, self.uniforms[at], self.temperature, self.top_p)
         self.tokens[at] = token
-        self.length[rows] = length = length + ~ended
+        self.new[rows] = new = new + (new < end)
         stopped = (token[:, None] == self.stop_ids).any(-1)
-        self.ended[rows] = ended | stopped | (length == self.end[rows])
+        self.end[rows] = torch.where(stopped, new, end)
 
     def step(self) -> None:
         """Decode one token per row. CUDA-graph safe: no host sync, no changing Python scalar."""
-        rows = self.index[:self.cache.shape[0]]
-        newest = self.length[rows] - 1
-        logits = self.model(self.tokens[rows, newest][:, None], positions=newest[:, None],
+        rows = torch.arange(self.cache.shape[0], device=self.device)
+        newest = self.new[rows] - 1
+        positions = self.prompt[rows] + newest
+        logits = self.model(self.tokens[rows, newest][:, None], positions=positions[:, None],
                             cache=self.cache)
         self.draw(logits, rows)
 
     def decode(self) -> None:
         """Decode LEAVE_EVERY tokens per row, fewer if all rows reach their limit before that."""
-        rows = list(self.live)
-        steps = min(LEAVE_EVERY, int(max(self.limit[rows] - self.reach[rows])))
-        self.reach = np.minimum(self.reach + steps, self.limit)
-        self.fit(len(rows))
+        prompt, new, end = self.lengths.cpu().numpy()[list(self.live)].T
+        steps = min(LEAVE_EVERY, int(max(end - new)))
+        self.fit(len(self.live), int(max(prompt + np.minimum(new + steps, end))))
         key = *self.cache.shape, self.temperature, self.top_p
         for _ in range(steps):
             if key in self.captured:
@@ -369,16 +359,13 @@ class Decoder:
 
     def leave(self) -> list[tuple[object, list[int], list[float]]]:
         """Remove ended rows once they are LEAVE_SHARE of live rows -> [(name, ids, logprobs)]."""
-        length, ended = torch.stack([self.length, self.ended.long()]).cpu().numpy()
-        self.reach, self.limit = length, np.where(ended, length, self.limit)
-        gone = [b for b in self.live if ended[b]]
+        _, new, end = self.lengths.cpu().numpy().T
+        gone = [b for b in self.live if new[b] == end[b]]
         if len(gone) < max(1, LEAVE_SHARE * len(self.live)):
             return []
-        index = torch.tensor(gone, device=self.device)
-        columns = slice(int(max(length[gone])))
-        tokens, logprobs = (x[index, columns].tolist() for x in (self.tokens, self.logprobs))
-        return [(self.live.pop(b), ids[self.prompt[b]:length[b]], row[self.prompt[b]:length[b]])
-                for b, ids, row in zip(gone, tokens, logprobs, strict=True)]
+        at = torch.tensor(gone, device=self.device), slice(int(max(end[gone])))
+        return [(self.live.pop(b), ids[:end[b]], logprobs[:end[b]]) for b, ids, logprobs in
+                zip(gone, self.tokens[at].tolist(), self.logprobs[at].tolist(), strict=True)]
 
 
 def capture(step, device: torch.device, pool):

@@ -12,7 +12,7 @@ temperatures = (1.0,)          # as in training
 top_ps = (1.0,)
 max_new_tokens = 8192
 # Qwen3-8B on one GPU of 80 GiB: weights 15.3 GiB; KV cache of a row of 1,024 + 8,192 tokens at
-# 36 layers x 2 x 8 heads x 128 x 2 bytes 1.4 GiB; peak 73 of 73.6 GiB.
+# 36 layers x 2 x 8 heads x 128 x 2 bytes 1.3 GiB; peak 67 of 73.6 GiB.
 max_rows = 40
 dtype = "bfloat16"
 out = "out/filter_deepscaler"

@@ -174,9 +174,8 @@ class Counting(Decoder):
     def join(self, names, prompts, noise) -> None:
         super().join(names, prompts, noise)
         if self.caps:
-            for row, (i, _) in self.live.items():
-                self.limit[row] = self.prompt[row] + self.caps[i]
-            self.end.copy_(torch.from_numpy(self.limit))
+            rows = list(self.live)[-len(names):]  # the new ones
+            self.end[rows] = torch.tensor([self.caps[i] for i, _ in names], device=self.device)
 
 
 def rate_of(model, prompts: list[list[int]], n: int, stop_ids, decoder=None, temperature=1.0,

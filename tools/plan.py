@@ -87,10 +87,9 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     included. Lengths in tokens."""
     c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
     _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
-    columns = bucket(prompt + new + 1, COLUMNS)
-    cache = cache_bytes(config, rows, columns, dtype)
-    # state: tokens, log-probs, uniforms of each column; head: the copy cast by decoding_head
-    state = rows * columns * 20
+    cache = cache_bytes(config, rows, bucket(prompt + new, COLUMNS), dtype)
+    # state: ids, log-probs, uniforms of new tokens; head: the copy cast by decoding_head
+    state = rows * (new + 1) * 20
     head = V * config.hidden_size * (4 if device == "cpu" and c == 2 else 2 * autocast)
     casting = 2 * config.vocab_size * config.hidden_size * autocast * (device == "cpu")
     # a bucket change copies one layer's keys; sampling holds logits, p and its fp64 cumsum

@@ -288,7 +288,7 @@ def test_reflections_are_planned_with_two_responses_in_their_prompt():
     config = ModelConfig.from_hf(QWEN_06B)
     p = small_plan(config, "bfloat16", longest_prompt=100, max_new_tokens=1000, reflections=4,
                    max_synthesis_tokens=500)
-    columns = memory.bucket(100 + 2 * 1000 + plan.SYNTHESIS_TOKENS + 500 + 1, memory.COLUMNS)
+    columns = memory.bucket(100 + 2 * 1000 + plan.SYNTHESIS_TOKENS + 500, memory.COLUMNS)
     assert p["reflections: KV cache"] == plan.cache_bytes(config, 4, columns, "bfloat16") > p[
         "rollouts: KV cache"]
     assert "reflections" not in small_plan(config)
