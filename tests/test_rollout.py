@@ -484,6 +484,52 @@ def test_a_decoder_that_is_used_again_ends_rows_at_the_new_stop_ids():
     assert same(draw(model, n=8, stop_ids=(5,), decoder=decoder), draw(model, n=8, stop_ids=(5,)))
 
 
+def test_a_row_that_left_writes_nowhere_when_the_columns_shrink(monkeypatch):
+    """Bug: the length of a long row that has ended, kept where rows are fewer than their bucket: in
+    a narrower cache its column lies in another row, or beyond the last."""
+    monkeypatch.setattr(rollout, "LEAVE_EVERY", 1)
+    monkeypatch.setattr(rollout, "LEAVE_SHARE", 0)
+
+    class LongOnesEnd(Decoder):
+        def join(self, names, prompts, noise):
+            super().join(names, prompts, noise)
+            self.end[list(self.live)] = torch.tensor([2 if len(p) > 2 else 12 for p in prompts])
+
+    # 19 rows in a bucket of 20, then 17 in one of 18
+    model, short, knobs = tiny_model(), [[1, 2]] * 17, {"n": 1, "max_new_tokens": 12,
+                                                        "stop_ids": ()}
+    both = draw(model, [*short, *[[1, 2, 4] * 6] * 2], decoder=LongOnesEnd(), **knobs)
+    assert [len(group[0].ids) for group in both] == [12] * 17 + [2] * 2
+    assert same(both[:17], draw(model, short, **knobs))
+
+
+def test_a_call_that_was_interrupted_leaves_nothing_behind(monkeypatch):
+    """Bug: rows of the interrupted call that decode on beyond the columns of the next."""
+    model, decoder, knobs = tiny_model(), Decoder(), {"n": 1, "stop_ids": ()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(decoder, "leave", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        draw(model, [[1, 2, 4]] * 18, max_new_tokens=40, decoder=decoder, **knobs)
+    again = draw(model, [[1, 2, 4]] * 17, max_new_tokens=20, decoder=decoder, **knobs)
+    assert same(again, draw(model, [[1, 2, 4]] * 17, max_new_tokens=20, **knobs))
+
+
+def test_two_workloads_in_turn_keep_their_memory():
+    """Bug: many short rows and few long ones, as a step's rollouts and syntheses, that take turns
+    to reallocate the cache and to drop each other's captured steps."""
+    class Counted(Decoder):
+        allocations = 0
+
+        def allocate(self, *args):
+            self.allocations += 1
+            super().allocate(*args)
+
+    model, decoder = tiny_model(), Counted()
+    for _ in range(3):
+        draw(model, [[1, 2]] * 16, n=1, max_new_tokens=4, decoder=decoder)
+        draw(model, [[1, 2, 4] * 10] * 2, n=1, max_new_tokens=20, decoder=decoder)
+    assert decoder.allocations == 2
+
+
 def test_a_decoder_gives_large_memory_back(monkeypatch):
     """Guards: a cache of most of the GPU that stays while the update needs it."""
     decoder = Decoder()
