@@ -137,7 +137,8 @@ _FRACTION = re.compile(r"([-+]?)(?:(\d+)(?= \d+/|\\[dt]?frac) ?)?"
 def normalise(answer: str) -> tuple[str, str]:
     r"""Canonical text of an answer, and its unit, "" for none.
 
-    Rational numbers become reduced fractions, so that equal texts mean equal values:
+    Rational numbers become reduced fractions, so that equal texts mean equal values; only a
+    division that leaves no remainder (`12/3`) stays, see settle:
     `\dfrac{2}{4}`, `.50` -> `1/2`; `033` -> `33`; `2\frac12` -> `5/2`; `1,234` -> `1234`; `\left(1,
     2\right)` -> `(1,2)`; `5\text{ meters}` -> `5`, `m`.
     """
@@ -269,7 +270,7 @@ def settle(answer: str | None, gold: str) -> str | None:
     # 1000,99 where the gold says 1000.99
     if re.fullmatch(r"\d+,\d+", a) and a.replace(",", ".") == gold.strip(" $"):
         return "correct"
-    if is_rational(a) and is_rational(g):  # 28% and 0.28
+    if is_rational(a) and is_rational(g):  # 28% and 0.28; but 12/3 is a division left undone
         percent = "%" in (unit_a, unit_g)
         x, y = (Fraction(v) / (100 if unit == "%" else 1) for v, unit in ((a, unit_a), (g, unit_g)))
         return "correct" if x == y and (percent or "/" not in a) else "wrong"
@@ -283,8 +284,6 @@ def settle(answer: str | None, gold: str) -> str | None:
 
 
 _OPTION = re.compile(r"\(?([A-J])[).][^,;(+*/^=-]")  # (C) 12, C. 12
-
-
 _ARITHMETIC = re.compile(r"(?:[\d.(){}^+*/-]|\\(?:cdot|times|div|frac)(?![a-z]))+")
 _SUM_OR_PRODUCT = re.compile(r"[\d)}] *(?:[+*-]|\\(?:cdot|times|div)(?![a-z]))")
 _SCIENTIFIC_LATEX = re.compile(r"-?[\d.]+\\(?:cdot|times) *10\^(?:\d|\{-?\d+\})")
