@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 import jsonl
 from configurator import diff_configs
 from hf import find_folder, save_hf
-from parallel import rank
+from parallel import rank, world_size
 
 # Without a process group dcp warns on every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")
@@ -91,7 +91,7 @@ class Saver:
         self.pending: Future | None = None
         self.group, self.first = None, rank() == 0
         # separate process group: two threads must not issue collectives on the same group
-        if dist.is_initialized():
+        if world_size() > 1:
             timeout = datetime.timedelta(minutes=config["timeout_minutes"])
             self.group = dist.new_group(backend="gloo", timeout=timeout)
         if self.first:
@@ -175,7 +175,7 @@ def load_optimizer(folder: Path, model, optimizer) -> None:
     files are incomplete or belong to another model."""
     moments = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
-        dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=not dist.is_initialized())
+        dcp.load(moments, checkpoint_id=folder / "optimizer", no_dist=world_size() == 1)
     except (OSError, CheckpointException) as e:
         raise ValueError(f"cannot read AdamW's moments in {folder / 'optimizer'} "
                          f"({' '.join(str(e).split())[:300]}); copy the whole checkpoint again, or "

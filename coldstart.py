@@ -203,14 +203,14 @@ def construct_round(model, tokenizer, queries: list, number: int, *, synthesis: 
     return results
 
 
-def sample_examples(model, tokenizer, training: list, *, path: Path, header: dict, resume: bool,
-                    wanted: int, queries_per_round: int, max_rows: int, instruction: str,
-                    dtype: str, autocast, **how) -> list[dict]:
+def sample_examples(unsharded: Unsharded | None, tokenizer, training: list, *, path: Path,
+                    header: dict, resume: bool, wanted: int, queries_per_round: int, max_rows: int,
+                    instruction: str, **how) -> list[dict]:
     """§3.2: visit every query once, at most one example from each, until `wanted` examples exist.
 
     -> results of construct_round that have both formats. Each round of queries is appended to
     `path` as one line, below a header with the settings; with resume, rounds in the file are not
-    sampled again. Rank 0 reads the file for all ranks. model: the policy, None once it is trained
+    sampled again. Rank 0 reads the file for all ranks. unsharded: None once the policy is trained
     (ValueError if examples are missing then). how: see construct_round.
     """
     rounds = []
@@ -222,21 +222,19 @@ def sample_examples(model, tokenizer, training: list, *, path: Path, header: dic
     bar = tqdm(total=n_rounds, initial=len(rounds), desc="examples", unit=" rounds",
                disable=True if rank() else None)  # None: shown on a terminal only
     usable = [result for results in rounds for result in results if "completion_ids" in result]
-    decoder, unsharded = Decoder(), None
+    decoder = Decoder()
     while len(rounds) < n_rounds and len(usable) < wanted:
-        if model is None:
+        if unsharded is None:
             raise ValueError(f"{path} holds {len(usable)} examples, but the checkpoint is of a run "
                              "that had more; put the file back, or choose another out_dir")
-        unsharded = unsharded or Unsharded(model, dtype)  # made only if there is anything to sample
         number = len(rounds)
         queries = problems_for_step(training, how["seed"], number, queries_per_round)
         queries = [(query, p) for query, p in queries if query < len(training)]  # one epoch
         queries = queries[rank()::world_size()]
         encode_prompts(tokenizer, [p for _, p in queries], instruction)
         check_prompts_fit([p for _, p in queries], how["max_new_tokens"],
-                          model.config.max_position_embeddings)
-        with failing.out_of_memory_names(path.parent, max_rows=max_rows), \
-                unsharded as sampler, autocast:
+                          unsharded.model.config.max_position_embeddings)
+        with failing.out_of_memory_names(path.parent, max_rows=max_rows), unsharded as sampler:
             results = construct_round(sampler, tokenizer, queries, number, max_rows=max_rows,
                                       decoder=decoder, **how)
         rounds.append(sorted(gather(results), key=lambda result: result["query"]))
@@ -302,8 +300,7 @@ def main() -> None:
     parallel.check_shared(c.out_dir, first_step)
     if c.threads:
         torch.set_num_threads(c.threads)
-    wrap, autocast = parallel.precision(device, dtype=c.dtype, replicas=c.replicas,
-                                        offload=c.offload)
+    wrap = parallel.wrapper(device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
     if rank() == 0:
         print_config(config, out)
         save_config(config, out)
@@ -312,16 +309,16 @@ def main() -> None:
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     model.checkpoint_activations = c.checkpoint_activations
+    unsharded = Unsharded(model, dtype=c.dtype, device=device)
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
     if c.problems:
         how = {knob: config[knob] for knob in EXAMPLE_KNOBS}
         marks = {"weights": weights_mark(c.init_from), "problems": config["problems_mark"]}
         usable = sample_examples(
-            None if first_step else model, tokenizer, load_problems(c.problems),
+            None if first_step else unsharded, tokenizer, load_problems(c.problems),
             path=out / "examples.jsonl", header=marks | how, resume=c.resume,
-            wanted=c.n_sft + c.n_ift, max_rows=c.max_rows, stop_ids=stop_ids, dtype=c.dtype,
-            autocast=autocast, **how)
+            wanted=c.n_sft + c.n_ift, max_rows=c.max_rows, stop_ids=stop_ids, **how)
         rows = both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
     else:
         rows = read_examples(c.examples, tokenizer, c.instruction, context)
@@ -336,8 +333,9 @@ def main() -> None:
         load_optimizer(Path(load_from), model, optimizer)
     if rank() == 0:
         keep_log(out / "metrics.jsonl", first_step)
-    tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
-        model, optimizer, device=device, dtype=c.dtype, reference_model=False)
+    tokens_per_microbatch = c.tokens_per_microbatch or min(gather([tokens_that_fit(
+        model, optimizer, device=device, dtype=c.dtype, world_size=world_size(),
+        reference_model=False)]))
     say(f"{num_params(model):,} parameters on {world_size()} x {device}, micro-batches of "
         f"{tokens_per_microbatch:,} tokens, stop ids {stop_ids}")
 
@@ -353,13 +351,13 @@ def main() -> None:
         with no_memory(tokens_per_microbatch=tokens_per_microbatch, offload=c.offload,
                        checkpoint_activations=c.checkpoint_activations):
             metrics = imitate(model, optimizer, batch, grad_clip=c.grad_clip, device=device,
-                              autocast=autocast, tokens_per_microbatch=tokens_per_microbatch)
+                              tokens_per_microbatch=tokens_per_microbatch)
         metrics["train/lr"] = rate
         done = step + 1
         bar.update()
         good_enough = False
         if held_out and (done == max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with no_memory(max_rows=c.max_rows), Unsharded(model, c.dtype) as sampler, autocast:
+            with no_memory(max_rows=c.max_rows), unsharded as sampler:
                 metrics |= evaluate(sampler, tokenizer, held_out, c.eval_samples, seed=c.seed,
                                     max_new_tokens=c.max_new_tokens, temperature=c.temperature,
                                     max_rows=c.max_rows, stop_ids=stop_ids)

@@ -10,15 +10,15 @@ from bisect import bisect_right
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import LOGITS_PER_CHUNK, ModelConfig, count_parameters
-from parallel import gather, world_size
 
 MEMORY_SHARE = 0.8      # share of free memory to fill
 MOST_ROWS = 4096        # limit for max_rows = 0; more rows gain nothing
 MOST_TOKENS = {"cpu": 2**12, "cuda": 2**15}  # limit for tokens_per_microbatch = 0
-KEEP_SHARE = 1 / 8      # share of all memory: a larger decoder is freed after each `generate`
+KEEP_SHARE = 1 / 8      # share of all memory: larger decoders and samplers are freed after use
 COLUMNS = 32            # smallest bucket of KV-cache columns
 PREFILL_TOKENS = 2**14  # padded tokens of one prefill forward
 
@@ -62,6 +62,7 @@ def bucket(n: int, least: int = 1) -> int:
 
 def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
     """Estimated bytes to sample `rows` rows of `prompt` + `new` tokens; size: bytes per element."""
+    rows = bucket(rows)
     tensors = 2 * config.num_hidden_layers  # keys and values; reshape copies one at a time
     column = tensors * config.num_key_value_heads * config.head_dim * size
     cache = (1 + 1 / tensors) * bucket(prompt + new, COLUMNS) * column
@@ -75,8 +76,8 @@ def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
 
     prompt, new: tokens per row. held: bytes that the decoder already has for these rows.
     """
-    free = free_memory(model.head_weight.device)
-    return most_rows(model.config, free + held, prompt, new, model.compute_dtype.itemsize)
+    head = model.head_weight
+    return most_rows(model.config, free_memory(head.device) + held, prompt, new, head.itemsize)
 
 
 def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
@@ -91,16 +92,16 @@ def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
 
 
 def tokens_that_fit(model, optimizer, *, device: str, **how) -> int:
-    """tokens_per_microbatch = 0: the largest micro-batch that fits on every rank. how: arguments of
+    """tokens_per_microbatch = 0: the largest micro-batch that fits on this rank. how: arguments of
     `update_bytes`. Call before the first update: memory is set aside for gradients, for AdamW's two
-    moments unless they were loaded, and for what a decoder may keep."""
+    moments unless they were loaded, and for what a decoder and a sampler may keep."""
     here = [p for p in model.parameters() if p.device.type == device]  # none with offload
     numbers = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in here)
     free = free_memory(torch.device(device)) - (4 if optimizer.state else 12) * numbers
-    free -= int(KEEP_SHARE * total_memory(torch.device(device)))
-    return min(gather([most_tokens(
-        model.config, free, device=device, sharded=world_size() > 1,
-        checkpoint_activations=model.checkpoint_activations, **how)]))
+    keepers = 1 + isinstance(model, FSDPModule)
+    free -= int(keepers * KEEP_SHARE * total_memory(torch.device(device)))
+    return most_tokens(model.config, free, device=device,
+                       checkpoint_activations=model.checkpoint_activations, **how)
 
 
 def most_tokens(config: ModelConfig, free: float, *, device: str, **how) -> int:
@@ -114,29 +115,28 @@ def most_tokens(config: ModelConfig, free: float, *, device: str, **how) -> int:
     return tokens
 
 
-def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool, device: str,
+def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, world_size: int, device: str,
                  reference_model: bool = True, full_divergence: bool = False,
                  checkpoint_activations: bool = False) -> dict[str, int]:
     """Bytes of a micro-batch of `tokens` padded tokens, besides weights, gradients and moments: by
     part, and at the 'peak'. tests/tools/test_plan.py compares them with measured bytes.
 
-    sharded: FSDP with mixed precision; otherwise bf16 is autocast. reference_model: include its
-    forward without gradient. full_divergence: OPSD over the whole vocabulary.
+    reference_model: include its forward without gradient. full_divergence: OPSD over the whole
+    vocabulary.
     """
-    total, block, matrices, _ = count_parameters(config)
+    total, block, _ = count_parameters(config)
     L, V, c = config.num_hidden_layers, config.num_tokens, 2 if dtype == "bfloat16" else 4
     root, head = total - L * block, config.vocab_size * config.hidden_size
-    autocast = c == 2 and not sharded
-    in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, sharded=sharded,
-                                                   device=device)
+    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.wrapper
+    in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, device=device)
     mlp = config.intermediate_size * c
     # temporaries of one block: forward without gradient (the reference), ...
     forward = tokens * (3 * mlp + 4 * of_input)
     # ... and backward of the last block, after the head's activations are freed
     backward = tokens * (2 * mlp + of_input - of_ends)
     # the head's gradient is held until the embedding's is computed
-    backward += c * head if sharded else 4 * head * config.tie_word_embeddings
-    backward += tokens * in_block * checkpoint_activations + (c + 4) * block * sharded
+    backward += c * head if wrapped else 4 * head * config.tie_word_embeddings
+    backward += tokens * in_block * checkpoint_activations + (c + 4) * block * wrapped
     chunk = min(tokens * V, max(LOGITS_PER_CHUNK[device], V if full_divergence else tokens))
     if full_divergence:  # bytes per logit: ten fp32 tensors
         logit = 40
@@ -144,44 +144,36 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, sharded: bool,
         logit = 8 if c == 4 else 10
     else:
         logit = 16 if device == "cpu" and c == 2 else 12
-    gathered = c * ((1 + reference_model) * root + 2 * block)
+    # a world of one keeps all weights gathered, see parallel.shard
+    gathered = (1 + reference_model) * root + 2 * block if world_size > 1 else total
     parts = {
-        "compute copies": gathered if sharded else 2 * matrices * autocast,
+        "compute copies": c * gathered * wrapped,
         "activations": tokens * (of_ends + L * (of_input if checkpoint_activations else in_block)),
-        "head": (logit * chunk + (8 if full_divergence else 4) * head + 2 * head * autocast
-                 + tokens * of_input),
+        "head": logit * chunk + (8 if full_divergence else 4) * head + tokens * of_input,
         "block": max(forward * reference_model, backward),
         # FSDP's reduction of the root's gradient comes last, after the activations are freed
-        "reduction": (c + 4) * root * sharded}
+        "reduction": (c + 4) * root * wrapped}
     passing = parts["activations"] + max(parts["head"], parts["block"])
     return parts | {"peak": parts["compute copies"] + max(passing, parts["reduction"])}
 
 
-def activation_bytes(config: ModelConfig, *, dtype: str, sharded: bool,
-                     device: str) -> tuple[int, int, int]:
+def activation_bytes(config: ModelConfig, *, dtype: str, device: str) -> tuple[int, int, int]:
     """Bytes per token saved for the backward pass: (inside one block, as a block's input, by
-    embedding + final norm + head).
-
-    Unsharded bf16 is autocast: the residual stream and RMSNorm stay fp32, and every Linear casts
-    its own input. Sharded bf16 is FSDP's mixed precision: all activations are bf16. RMSNorm on a
-    CPU is not fused: it saves x and x / rms in fp32.
+    embedding + final norm + head). RMSNorm on a CPU is not fused: it saves x and x / rms in fp32.
     """
     d, ff = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
-    autocast = dtype == "bfloat16" and not sharded
-    c = 2 if dtype == "bfloat16" else 4          # bytes of matmul inputs and outputs
-    r = 4 if autocast else c                     # bytes of the residual stream and RMSNorm's input
-    qkv_inputs, mlp_inputs = (3, 2) if autocast else (1, 1)
+    c = 2 if dtype == "bfloat16" else 4
 
     def norm(size, rows):
-        return size * (r if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
+        return size * (c if device == "cuda" else 8) + 4 * rows  # its input, 1 / rms of each row
 
-    block = norm(d, 1) + qkv_inputs * d * c  # input_layernorm; inputs of q_proj, k_proj, v_proj
+    block = norm(d, 1) + d * c  # input_layernorm; the input of q_proj, k_proj and v_proj
     block += norm(q, heads) + norm(kv, kv_heads) if config.qk_norm else 0
     # attention: rotated q and k, v, o_proj's input, log-sum-exp
     block += (2 * q + 2 * kv) * c + 4 * heads
     # MLP: gate, silu(gate), up, their product
-    block += norm(d, 1) + mlp_inputs * d * c + 4 * ff * c
+    block += norm(d, 1) + d * c + 4 * ff * c
     # 24: ids and targets (int64), log-sum-exp, entropy
-    return block, d * r, norm(d, 1) + d * r + 24
+    return block, d * c, norm(d, 1) + d * c + 24

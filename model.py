@@ -162,36 +162,26 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor,
     first round a logit of 20 by up to 0.06, more than the policy moves in a step (trap 11). bf16
     operands are kept because FSDP mixed precision and the sampler have the weight in bf16, and fp32
     matmuls would run at a twelfth of the speed."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        if weight.dtype == torch.float32:
-            logits = hidden.float() @ weight.T
-        elif hidden.is_cuda:
-            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:  # no such kernel on a CPU: cast blocks of rows, never the whole head, to fp32
-            blocks = weight.split(8192)
-            logits = torch.cat([hidden.float() @ rows.float().T for rows in blocks], dim=1)
+    if weight.dtype == torch.float32:
+        logits = hidden.float() @ weight.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:  # no such kernel on a CPU: cast blocks of rows, never the whole head, to fp32
+        blocks = weight.split(8192)
+        logits = torch.cat([hidden.float() @ rows.float().T for rows in blocks], dim=1)
     return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def decoding_head(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight (V,d) rounded to the compute dtype for decoding: cast once per KV cache, since a cast
-    at every token would cost more than the matmul. On a CPU the rounded weight is cast back to
-    fp32, see head_logits."""
-    weight = weight.to(dtype)
-    return weight if weight.is_cuda else weight.float()
 
 
 def head_backward(dlogits, hidden, weight, dhidden, dweight) -> None:
     """Backward of head_logits at temperature 1: accumulate the gradients from dlogits (N,V)
     into dhidden (N,d) and dweight (V,d), both fp32."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        g = dlogits.to(weight.dtype)
-        if g.is_cuda and g.dtype != torch.float32:
-            torch.addmm(dhidden, g, weight, out_dtype=torch.float32, out=dhidden)
-            torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
-        else:
-            dhidden += g @ weight  # bf16 matmul on a CPU: no fp32 copy of the head here either
-            dweight.addmm_(dlogits.T, hidden.float())
+    g = dlogits.to(weight.dtype)
+    if g.is_cuda and g.dtype != torch.float32:
+        torch.addmm(dhidden, g, weight, out_dtype=torch.float32, out=dhidden)
+        torch.addmm(dweight, g.T, hidden, out_dtype=torch.float32, out=dweight)
+    else:
+        dhidden += g @ weight  # bf16 matmul on a CPU: no fp32 copy of the head here either
+        dweight.addmm_(dlogits.T, hidden.float())
 
 
 def chunks_of(size: int, by: int, device: torch.device) -> list[slice]:
@@ -214,12 +204,9 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, num_tokens, dtype):
-        """hidden (B,T,d), weight (vocab_size,d), targets (B,T), dtype of matmuls -> logprobs,
-        entropy (B,T) fp32."""
-        h, y = hidden.flatten(0, -2).to(dtype), targets.reshape(-1, 1)  # (N,d), (N,1)
-        # under autocast: a bf16 copy for this call, as for every other weight matrix
-        w = weight[:num_tokens].to(dtype)
+    def forward(ctx, hidden, weight, targets, temperature, num_tokens):
+        """hidden (B,T,d), weight (vocab_size,d), targets (B,T) -> logprobs, entropy (B,T) fp32."""
+        h, y, w = hidden.flatten(0, -2), targets.reshape(-1, 1), weight[:num_tokens]  # (N,d), (N,1)
         chosen, lses, entropies = torch.zeros_like(y, dtype=torch.float32), [], []
         for part in chunks_of(num_tokens, len(y), h.device):
             z = head_logits(h, w[part], temperature)  # (N,v)
@@ -233,7 +220,7 @@ class TokenLogprobs(torch.autograd.Function):
         lse = lses.logsumexp(-1, keepdim=True)
         entropy = ((lses - lse).exp() * (entropies + lse - lses)).sum(-1, keepdim=True)
         ctx.save_for_backward(hidden, weight, y, lse, entropy)
-        ctx.temperature, ctx.num_tokens, ctx.dtype = temperature, num_tokens, dtype
+        ctx.temperature, ctx.num_tokens = temperature, num_tokens
         # dentropy is None if the loss does not use the entropy: backward then skips its terms
         ctx.set_materialize_grads(False)
         # clone: FSDP warns about views
@@ -244,7 +231,7 @@ class TokenLogprobs(torch.autograd.Function):
         """d logprobs, d entropy (B,T), either may be None -> d hidden (B,T,d), d weight
         (vocab_size,d) fp32."""
         hidden, weight, y, lse, entropy = ctx.saved_tensors
-        h, w = hidden.flatten(0, -2).to(ctx.dtype), weight[: ctx.num_tokens].to(ctx.dtype)
+        h, w = hidden.flatten(0, -2), weight[: ctx.num_tokens]
         # (N,1)
         dlogprobs = torch.zeros_like(lse) if dlogprobs is None else dlogprobs.reshape(-1, 1)
         dh, dw = (torch.zeros_like(x, dtype=torch.float32) for x in (h, weight))
@@ -256,7 +243,7 @@ class TokenLogprobs(torch.autograd.Function):
             at, inside = target_within(part, y)
             dz = p.mul_(scale).scatter_add_(1, at, dlogprobs * inside)
             head_backward(dz.div_(ctx.temperature), h, w[part], dh, dw[part])
-        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None, None
+        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None
 
 
 def target_within(part: slice, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,32 +259,30 @@ class LogitsFunction(torch.autograd.Function):
     accumulates in one fp32 tensor."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, f, temperature, num_tokens, dtype):
+    def forward(ctx, hidden, weight, f, temperature, num_tokens):
         """hidden (B,T,d), weight (vocab_size,d) -> (B,T) fp32"""
-        h, w = hidden.flatten(0, -2), weight[:num_tokens].to(dtype)
+        h, w = hidden.flatten(0, -2), weight[:num_tokens]
         ctx.save_for_backward(hidden, weight)
-        ctx.f, ctx.temperature, ctx.num_tokens, ctx.dtype = f, temperature, num_tokens, dtype
+        ctx.f, ctx.temperature, ctx.num_tokens = f, temperature, num_tokens
         chunks = chunks_of(len(h), num_tokens, h.device)
-        out = [f(head_logits(h[rows].to(dtype), w, temperature), rows) for rows in chunks]
+        out = [f(head_logits(h[rows], w, temperature), rows) for rows in chunks]
         return torch.cat(out).view(hidden.shape[:-1]).clone()
 
     @staticmethod
     def backward(ctx, dout):
         """d out (B,T) -> d hidden (B,T,d), d weight (vocab_size,d) fp32."""
         hidden, weight = ctx.saved_tensors
-        h, w, dout = hidden.flatten(0, -2), weight[: ctx.num_tokens].to(ctx.dtype), dout.flatten()
+        h, w, dout = hidden.flatten(0, -2), weight[: ctx.num_tokens], dout.flatten()
         dh, dw = (torch.zeros_like(x, dtype=torch.float32) for x in (h, weight))
         for rows in chunks_of(len(h), ctx.num_tokens, h.device):
-            hr = h[rows].to(ctx.dtype)
-            z = head_logits(hr, w, ctx.temperature).requires_grad_()  # (n,V)
+            z = head_logits(h[rows], w, ctx.temperature).requires_grad_()  # (n,V)
             with torch.enable_grad():
                 (dz,) = torch.autograd.grad(ctx.f(z, rows), z, dout[rows])
-            head_backward(dz / ctx.temperature, hr, w, dh[rows], dw[: ctx.num_tokens])
-        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None, None
+            head_backward(dz / ctx.temperature, h[rows], w, dh[rows], dw[: ctx.num_tokens])
+        return dh.to(hidden.dtype).view(hidden.shape), dw, None, None, None
 
 
-def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int,
-                       dtype: torch.dtype):
+def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: int):
     """OPSD: divergence (B,T) fp32 of student and teacher over the whole vocabulary, both at the
     sampling temperature.
 
@@ -305,8 +290,8 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
     clip)."""
     teacher_hidden, teacher_weight, beta, clip = teacher
     # CRITICAL: the teacher is a target: no gradient through its states or its head.
-    t = teacher_hidden.detach().flatten(0, -2).to(dtype)
-    w = teacher_weight.detach()[:num_tokens].to(dtype)
+    t = teacher_hidden.detach().flatten(0, -2)
+    w = teacher_weight.detach()[:num_tokens].to(t.dtype)  # FSDP gathers fp32
 
     def divergence(logits, rows):
         """(n,V) -> (n,)"""
@@ -314,7 +299,7 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
             teacher_logits = head_logits(t[rows], w, temperature)  # (n,V)
         return generalised_jsd(logits, teacher_logits, beta, clip)
 
-    return LogitsFunction.apply(hidden, weight, divergence, temperature, num_tokens, dtype)
+    return LogitsFunction.apply(hidden, weight, divergence, temperature, num_tokens)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,7 +307,7 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
 
 
 class KVCache:
-    """Keys and values of R rows by C columns: two contiguous tensors (R,nkv,C,hs) per layer.
+    """Keys and values of R rows by C columns: a contiguous tensor (2,R,nkv,C,hs) per layer.
 
         prompts  [1 2 3 4]     and after one token   [1 2 3 4 9 .]    lengths 5, C 6
                  [5 6 _ _]                           [5 6 8 _ . .]            3
@@ -335,22 +320,32 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
                  device="cpu", head: torch.Tensor | None = None):
-        """Memory for rows * columns, or any shape of fewer cells. head: from `decoding_head`."""
+        """Memory for rows * columns, or any shape of fewer cells. head (V,d): the model's, for
+        decoding; on a CPU in fp32, as head_logits would else cast a bf16 one at every token."""
         self.head, self.sizes = head, (config.num_key_value_heads, config.head_dim)
-        numbers = rows * columns * config.num_key_value_heads * config.head_dim
+        numbers = 2 * rows * columns * config.num_key_value_heads * config.head_dim
         # zeros: masked columns must still be finite, 0 * NaN is NaN
-        self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
-                       for _ in range(2 * config.num_hidden_layers)]
-        self.tensors = [self._view(memory, rows, columns) for memory in self.memory]
+        self.memory = torch.zeros(config.num_hidden_layers, numbers, dtype=dtype, device=device)
+        self.view(rows, columns)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(R, C)"""
-        return self.tensors[0].shape[0], self.tensors[0].shape[2]
+    def view(self, R: int, C: int) -> None:
+        """Lay the memory out as R rows by C columns, whatever it holds."""
+        (nkv, hs), self.shape = self.sizes, (R, C)
+        self.layers = [memory[:2 * R * nkv * C * hs].view(2, R, nkv, C, hs)
+                       for memory in self.memory]
 
-    def layer(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (R,nkv,C,hs) of layer i."""
-        return self.tensors[2 * i], self.tensors[2 * i + 1]
+    def reshape(self, rows: torch.Tensor, R: int, C: int) -> None:
+        """Change the shape to R rows by C columns in the same memory; `rows` (index) come first."""
+        old, columns = self.layers, min(C, self.shape[1])
+        self.view(R, C)
+        for before, layer in zip(old, self.layers, strict=True):
+            # a copy first, as both lie in the same memory
+            layer[:, :len(rows), :, :columns] = before[:, rows, :, :columns]
+
+    def write(self, rows: torch.Tensor, other: "KVCache", which: torch.Tensor) -> None:
+        """Copy rows `which` of another cache, all its columns, into `rows` of this one."""
+        for layer, new in zip(self.layers, other.layers, strict=True):
+            layer[:, rows, :, :other.shape[1]] = new[:, which]
 
     def index(self, positions: torch.Tensor) -> torch.Tensor:
         """positions (R,T) of new tokens -> (R*nkv*T,): their indices in the view (R*nkv*C,hs)."""
@@ -360,26 +355,8 @@ class KVCache:
 
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
         """positions (R,1) -> (R,1,1,C): 0 where the row's new token may attend, else -inf."""
-        hidden = torch.arange(self.shape[1], device=positions.device) > positions[:, :, None]
-        zeros = torch.zeros(hidden.shape, dtype=self.tensors[0].dtype, device=positions.device)
-        return zeros.masked_fill_(hidden, -torch.inf)[:, None]
-
-    def write(self, rows: torch.Tensor, other: "KVCache", which: torch.Tensor) -> None:
-        """Copy rows `which` of another cache, all its columns, into `rows` of this one."""
-        for mine, new in zip(self.tensors, other.tensors, strict=True):
-            mine[rows, :, :new.shape[2]] = new[which]
-
-    def reshape(self, rows: torch.Tensor, R: int, C: int) -> None:
-        """Change the shape to R rows by C columns in the same memory; `rows` (index) come first."""
-        columns = min(C, self.shape[1])
-        for i, old in enumerate(self.tensors):  # one tensor at a time: never two whole caches
-            kept = old[rows, :, :columns]
-            self.tensors[i] = self._view(self.memory[i], R, C)
-            self.tensors[i][:len(rows), :, :columns] = kept
-
-    def _view(self, memory: torch.Tensor, R: int, C: int) -> torch.Tensor:
-        nkv, hs = self.sizes
-        return memory[:R * nkv * C * hs].view(R, nkv, C, hs)
+        hidden = torch.arange(self.shape[1], device=positions.device) > positions[:, None, None]
+        return torch.where(hidden, -torch.inf, 0).to(self.memory.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,9 +372,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """(..., size) -> (..., size), fp32 inside. The weight is cast to x's dtype because the
-        fused kernel needs equal dtypes."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """(..., size) -> (..., size), fp32 inside."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope(positions: torch.Tensor, config: ModelConfig,
@@ -469,8 +445,6 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             keys, values, index = cache
-            # on a GPU autocast leaves the norm of k in fp32
-            k, v = k.to(keys.dtype), v.to(values.dtype)
             keys.view(-1, self.hs).index_copy_(0, index, k.reshape(-1, self.hs))
             values.view(-1, self.hs).index_copy_(0, index, v.reshape(-1, self.hs))
         if mask is None:
@@ -549,15 +523,6 @@ class CausalLM(nn.Module):
         """(num_tokens, d): a view of the rows of the tokenizer's ids."""
         return self.output_weight[: self.config.num_tokens]
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of matmuls and of a KVCache: autocast's, else the current dtype of the weights
-        (fp32 masters; bf16 in a sampling copy and inside an FSDP unit with mixed precision)."""
-        device = self.output_weight.device.type
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
-        return self.output_weight.dtype
-
     def compile_blocks(self) -> None:
         """torch.compile each block, on its first forward (about a minute); blocks of one shape
         share the compiled code."""
@@ -575,31 +540,30 @@ class CausalLM(nn.Module):
         cache: prefill fills its first columns and returns logits at `last` (B,); a decoding step
         has T = 1, at `positions` (B,1); logits are not divided by the temperature.
         """
-        (B, T), dtype, mask, index = inputs.shape, self.compute_dtype, None, None
-        decoding = cache is not None and last is None
+        (B, T), mask, index = inputs.shape, None, None
         if positions is None:
             positions = torch.arange(T, device=inputs.device)[None]  # (1,T)
         if cache is not None:  # once for all layers
             index = cache.index(positions.expand(B, T))
-            mask = cache.mask(positions) if decoding else None
-        cos, sin = rope(positions, self.config, dtype)
-
+            mask = cache.mask(positions) if last is None else None
         x = self.model.embed_tokens(inputs)  # (B,T,d)
+        cos, sin = rope(positions, self.config, x.dtype)
+
         for i, layer in enumerate(self.model.layers):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache and (*cache.layer(i), index))
+                x = layer(x, cos, sin, mask, cache and (*cache.layers[i], index))
 
         if cache is not None:
-            x = x[:, -1] if decoding else x[torch.arange(B, device=x.device), last]  # (B,d)
-            return head_logits(self.model.norm(x).to(dtype), cache.head)             # (B,V)
+            x = x[:, -1] if last is None else x[torch.arange(B, device=x.device), last]  # (B,d)
+            return head_logits(self.model.norm(x), cache.head)                       # (B,V)
         x = self.model.norm(x)
         if targets is None:
             return x
         # targets may cover only the last columns: the head skips the others
         x = x[:, T - targets.shape[1] :]
-        weight, softmax = self.output_weight, (temperature, self.config.num_tokens, dtype)
+        weight, softmax = self.output_weight, (temperature, self.config.num_tokens)
         logprobs, entropy = TokenLogprobs.apply(x, weight, targets, *softmax)
         if teacher is None:
             return logprobs, entropy
@@ -613,15 +577,15 @@ def num_params(model: CausalLM | ModelConfig) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_parameters(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Number of parameters of the model, of one block, of the matrices of all blocks; and number of
-    tensors. On the meta device."""
+def count_parameters(config: ModelConfig) -> tuple[int, int, int]:
+    """Number of parameters of the model and of one block; and number of tensors. On the meta
+    device."""
     with torch.device("meta"):
         model = CausalLM(replace(config, num_hidden_layers=1))  # all blocks are alike
     L, block = config.num_hidden_layers, list(model.model["layers"].parameters())
-    size, matrices = sum(w.numel() for w in block), sum(w.numel() for w in block if w.dim() == 2)
+    size = sum(w.numel() for w in block)
     tensors = len(list(model.parameters())) + (L - 1) * len(block)
-    return num_params(model) + (L - 1) * size, size, L * matrices, tensors
+    return num_params(model) + (L - 1) * size, size, tensors
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:

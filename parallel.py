@@ -1,15 +1,14 @@
-"""Multiple processes: FSDP2, weights gathered once per sampling phase, balanced micro-batches.
+"""Processes and precision: FSDP2, weights gathered once per sampling phase, balanced micro-batches.
 
-torchrun starts the processes; without it there is one process, no process group and no FSDP. Every
-rank holds a shard of each weight. Three rules prevent deadlocks (trap 21): sampling runs inside
-`Unsharded`, where a forward needs no collective, so ranks may decode for different numbers of
-steps; outside `Unsharded` every rank runs the same number of forwards and backwards (`balance`);
-values that control flow depends on are the same on every rank.
+torchrun starts the processes; every rank holds a shard of each weight. One process without torchrun
+is a world of one: in bf16 it is wrapped too, as FSDP's mixed precision is the only one here; in
+fp32 it is a plain model. Three rules prevent deadlocks (trap 21): sampling runs inside `Unsharded`,
+where a forward needs no collective, so ranks may decode for different numbers of steps; outside
+`Unsharded` every rank runs the same number of forwards and backwards (`balance`); values that
+control flow depends on are the same on every rank.
 
-Deliberately missing: tensor, pipeline and context parallelism, a second copy of the weights for
-sampling.
+Deliberately missing: tensor, pipeline and context parallelism.
 """
-import contextlib
 import datetime
 import functools
 import os
@@ -26,7 +25,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from memory import KEEP_SHARE, total_memory
 from model import CausalLM
+
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def check_world(replicas: int, prompts_per_step: int = 0) -> None:
@@ -58,7 +60,7 @@ def start(device: str, timeout_minutes: float) -> str:
     if "RANK" in os.environ:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        dist.init_process_group(BACKEND[device],
                                 timeout=datetime.timedelta(minutes=timeout_minutes))
     return device
 
@@ -80,10 +82,13 @@ def say(*text) -> None:
 def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     """Wrap in place: every block is an FSDP unit; embedding, final norm and head are in the root.
 
-    Master weights, gradients and their reduction are fp32; with dtype = 'bfloat16' the gathered
-    copies are bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a
-    node), replicate across the groups.
+    Master weights, gradients and their reduction are fp32, or updates at lr 1e-6 would round to
+    nothing (trap 19); with dtype = 'bfloat16' the gathered copies, and thus all activations, are
+    bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a node),
+    replicate across the groups.
     """
+    if not dist.is_initialized():
+        dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
     world = world_size()
     if replicas == 1:
         mesh = init_device_mesh(device, (world,))
@@ -92,6 +97,8 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
                                 mesh_dim_names=("replicate", "shard"))
     options = {
         "mesh": mesh,
+        # a world of one casts its weights once a step, see update.update; None: all but the root
+        "reshard_after_forward": None if world > 1 else False,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype),
                                           reduce_dtype=torch.float32)}
@@ -100,65 +107,54 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     return fully_shard(model, **options)
 
 
-def precision(device: str, *, dtype: str, replicas: int, offload: bool) -> tuple:
-    """(wrap, autocast): function that shards a model (None with one process), context to run it in.
-
-    bf16 is for matmuls only: weights, gradients and AdamW's moments stay fp32, or updates at lr
-    1e-6 would round to nothing (trap 19). One process: autocast makes the bf16 copies; else FSDP.
-    """
-    if world_size() > 1:
-        wrap = functools.partial(shard, device=device, dtype=dtype, replicas=replicas,
-                                 offload=offload)
-        return wrap, contextlib.nullcontext()
-    return None, torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+def wrapper(device: str, *, dtype: str, replicas: int, offload: bool):
+    """Function that shards a model; None for one process in fp32, which needs no wrapping."""
+    if world_size() == 1 and dtype == "float32":
+        return None
+    return functools.partial(shard, device=device, dtype=dtype, replicas=replicas, offload=offload)
 
 
 class Unsharded:
-    """`with Unsharded(model, dtype) as sampler`: a plain model with full weights, to sample from.
+    """`with Unsharded(model, ...) as sampler`: a plain model with full weights in `dtype`, to
+    sample from. Unwrapped models are sampled from themselves.
 
-    FSDP: every unit is gathered on entry and freed on exit. Forwards of the sampler (under no_grad)
-    use no collective and run without FSDP's hooks, which cost a fifth of a small step and cannot be
-    captured in a CUDA graph. A forward of `model` itself inside would free the gathered tensors.
-    One process, bf16: the matrices that autocast would cast at every token are bf16 copies, updated
-    on entry in the same memory, which captured CUDA graphs read; other weights are the model's.
-    One process, fp32: the model itself.
+    The weights are gathered on entry, unit by unit. Forwards of the sampler use no collective and
+    run without FSDP's hooks, which cost a fifth of a small step and cannot be captured in a CUDA
+    graph. A sampler of at most KEEP_SHARE of the device's memory keeps this memory between uses, so
+    that captured graphs, which read it, stay valid; a larger one is freed on exit.
     """
 
-    def __init__(self, model, dtype: str = "float32"):
-        self.model, self.sampler, self.copies = model, model, []
+    def __init__(self, model, *, dtype: str, device: str):
+        self.model, self.sampler, self.device = model, model, torch.device(device)
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        if not self.units and dtype == "float32":
-            return
-        with torch.device("meta"):
-            self.sampler = CausalLM(model.config)
-        if model.compiled:
-            self.sampler.compile_blocks()
-        if not self.units:
-            weights = dict(model.named_parameters())
-            for name, module in model.named_modules():
-                if isinstance(module, torch.nn.Linear):
-                    for key, master in module.named_parameters(prefix=name):
-                        weights[key] = master.detach().to(getattr(torch, dtype))
-                        self.copies.append((weights[key], master))
-            self.sampler.load_state_dict(weights, assign=True)
+        if self.units:
+            with torch.device("meta"):
+                self.sampler = CausalLM(model.config).to(getattr(torch, dtype))
+            if model.compiled:
+                self.sampler.compile_blocks()
 
+    @torch.no_grad()
     def __enter__(self):
+        if self.units and self.sampler.output_weight.is_meta:
+            self.sampler.to_empty(device=self.device)
         for unit in self.units:
             unit.unshard()
-        if self.units:  # the gathered tensors, in compute dtype
-            self.sampler.load_state_dict(dict(self.model.named_parameters()), assign=True)
-        for copy, master in self.copies:
-            copy.copy_(master.detach())
+            for copy, weight in zip(self.sampler.parameters(), self.model.parameters(),
+                                    strict=True):
+                if not isinstance(weight, DTensor):  # of this unit
+                    copy.copy_(weight)
+            unit.reshard()
         return self.sampler
 
     def __exit__(self, *_):
-        for unit in self.units:
-            unit.reshard()
+        size = sum(weight.nbytes for weight in self.sampler.parameters())
+        if self.units and size > KEEP_SHARE * total_memory(self.device):
+            self.sampler.to_empty(device="meta")
 
 
 def gather(items: list) -> list:
     """All-gather: the lists of all ranks concatenated in rank order, on every rank."""
-    if not dist.is_initialized():
+    if world_size() == 1:
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)

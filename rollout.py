@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import Problem
 from memory import COLUMNS, KEEP_SHARE, PREFILL_TOKENS, bucket, rows_that_fit, total_memory
-from model import KVCache, decoding_head
+from model import KVCache
 from parallel import microbatches
 
 # token roles; PREFIX: the policy's own response, hence every token of an ordinary rollout
@@ -152,7 +152,7 @@ def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     in two levels, a block and a token within the block: p is read once, without an fp64 copy.
     """
     B, V = p.shape
-    if V <= 16 * BLOCK:
+    if V <= BLOCK:
         cdf = p.double().cumsum(-1)
         return first_above(cdf, uniforms * cdf[:, -1:])
     blocks = F.pad(p, (0, -V % BLOCK)).view(B, -1, BLOCK)
@@ -204,7 +204,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
     decoder = decoder or Decoder()
     if not max_rows:
         max_rows = rows_that_fit(model, longest, max_new_tokens, held=decoder.bytes)
-    decoder.prepare(model, len(waiting), longest, max_new_tokens, max_rows=max_rows,
+    decoder.prepare(model, min(max_rows, len(waiting)), longest, max_new_tokens,
                     stop_ids=stop_ids, temperature=temperature, top_p=top_p)
     completions = [[None] * n for _ in prompts]
 
@@ -245,82 +245,69 @@ class Decoder:
 
     def release(self) -> None:
         """Free all memory."""
-        self.cache, self.made_for, self.sizes = None, None, (0, 0, 0)
-        self.captured, self.weights = {}, []
+        self.cache, self.captured, self.made_for, self.sizes = None, {}, None, (0, 0, 0)
+        self.bytes = 0
 
-    @property
-    def bytes(self) -> int:
-        return sum(memory.nbytes for memory in self.cache.memory) if self.cache else 0
-
-    def prepare(self, model, n: int, prompt: int, new: int, *, max_rows: int, stop_ids,
-                temperature: float, top_p: float) -> None:
-        """Reserve memory for n rows of up to `prompt` + `new` tokens, at most max_rows at once.
-        Captured graphs stay valid unless this memory or that of the weights is reallocated."""
-        self.model, self.device, self.max_rows = model, model.head_weight.device, max_rows
-        self.temperature, self.top_p = temperature, top_p
-        made_for = model.config, model.compute_dtype, self.device, tuple(stop_ids)
-        R = min(bucket(max(1, n)), max_rows)
-        sizes = R, new + 1, R * bucket(prompt + new, COLUMNS)
-        if made_for != self.made_for or any(map(gt, sizes, self.sizes)):
-            sizes = tuple(map(max, sizes, self.sizes))
-            self.release()  # before allocating: never hold two caches
-            self.allocate(made_for, sizes)
+    def prepare(self, model, rows: int, prompt: int, new: int, *, stop_ids, temperature: float,
+                top_p: float) -> None:
+        """Reserve memory for `rows` rows of up to `prompt` + `new` tokens. Memory and captured
+        graphs of earlier calls are kept unless they are too small or the weights have moved."""
+        self.model, self.temperature, self.top_p = model, temperature, top_p
         self.live: dict[int, object] = {}  # row -> name
+        head, self.device = model.head_weight, model.head_weight.device
+        # width: new tokens, and a scratch column
+        sizes = bucket(rows), new + 1, bucket(rows) * bucket(prompt + new, COLUMNS)
+        made_for = (model.config, head.dtype, *stop_ids,
+                    *(weight.data_ptr() for weight in model.parameters()))
+        if made_for != self.made_for or any(map(gt, sizes, self.sizes)):
+            rows, width, cells = sizes = tuple(map(max, sizes, self.sizes))
+            self.release()  # before allocating: never hold two caches
+            self.made_for, self.sizes = made_for, sizes
+            self.cache = KVCache(model.config, cells, 1, head.dtype, self.device,
+                                 head if head.is_cuda else head.float())
+            self.bytes = self.cache.memory.nbytes
+            self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
+            self.logprobs = torch.zeros(rows, width, device=self.device)
+            self.uniforms = self.logprobs.double()
+            # of each row: prompt length; new tokens so far; their final number, a cap until known
+            self.lengths = torch.ones(rows, 3, dtype=torch.int64, device=self.device)
+            self.prompt, self.new, self.end = self.lengths.T
+            self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
+            self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        if self.cache.head.dtype != head.dtype:
+            self.cache.head.copy_(head)
         self.lengths.fill_(1)
-        head = decoding_head(model.head_weight, model.compute_dtype)
-        if self.cache.head is not None and head.data_ptr() != model.head_weight.data_ptr():
-            head = self.cache.head.copy_(head)  # in place: captured graphs read this memory
-        self.cache.head = head
-        weights = [tensor.data_ptr() for tensor in (*model.parameters(), head)]
-        if weights != self.weights:
-            self.weights, self.captured = weights, {}
 
-    def allocate(self, made_for: tuple, sizes: tuple[int, int, int]) -> None:
-        config, dtype, device, stop_ids = self.made_for = made_for
-        rows, width, cells = self.sizes = sizes  # width: new tokens, and a scratch column
-        self.cache = KVCache(config, 1, cells, dtype, device)
-        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(rows, width, device=device)
-        self.uniforms = self.logprobs.double()
-        # of each row: prompt length; new tokens so far; their final number, a cap until it is known
-        self.lengths = torch.ones(rows, 3, dtype=torch.int64, device=device)
-        self.prompt, self.new, self.end = self.lengths.T
-        self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    def fit(self, n: int, columns: int) -> None:
-        """Reshape the KV cache to the buckets of n rows and `columns` columns. Live rows move to
-        the front."""
-        R, C = min(bucket(n), self.max_rows), bucket(columns, COLUMNS)
+    def fit(self, rows: int, columns: int) -> None:
+        """Reshape the KV cache to the buckets of `rows` and `columns`. Live rows move to the front.
+        """
+        R, C = bucket(rows), bucket(columns, COLUMNS)
         if R == self.cache.shape[0] and C <= self.cache.shape[1]:
             return
-        n_live, index = len(self.live), torch.tensor([*self.live], device=self.device).long()
+        index = torch.tensor([*self.live], dtype=torch.int64, device=self.device)
         self.cache.reshape(index, R, C)
         for state in (self.tokens, self.logprobs, self.uniforms, self.lengths):
-            state[:n_live] = state[index]
-        self.lengths[n_live:] = 1
+            state[:len(index)] = state[index]
+        self.lengths[len(index):] = 1
         self.live = dict(enumerate(self.live.values()))
 
     def join(self, names: list, prompts: list[list[int]], noise: np.ndarray) -> None:
         """Prefill new rows, sample their first token. noise: uniforms (n, max_new_tokens + 1)."""
         needed = self.cache.shape[1] if self.live else 0  # by live rows
         self.fit(len(self.live) + len(names), max(needed, *map(len, prompts)))
-        free = (b for b in range(self.cache.shape[0]) if b not in self.live)
-        rows = [b for b, _ in zip(free, names, strict=False)]
+        rows = [b for b in range(self.cache.shape[0]) if b not in self.live][:len(names)]
         self.live |= zip(rows, names, strict=True)
+        index, width = torch.tensor(rows, device=self.device), noise.shape[1]
+        self.uniforms[index, :width] = torch.from_numpy(noise).to(self.device)
+        self.lengths[index] = torch.tensor([[len(prompt), 0, width - 1] for prompt in prompts],
+                                           device=self.device)
         rows_of: dict[tuple, list[int]] = {}  # distinct prompt -> its rows
         for row, prompt in zip(rows, prompts, strict=True):
             rows_of.setdefault(tuple(prompt), []).append(row)
-
-        index = torch.tensor(rows, device=self.device)
-        self.prompt[index] = torch.tensor([*map(len, prompts)], device=self.device)
-        self.new[index], self.end[index] = 0, noise.shape[1] - 1
-        self.uniforms[index, :noise.shape[1]] = torch.from_numpy(noise).to(self.device)
         distinct = list(rows_of)
-        for part in microbatches([len(prompt) for prompt in distinct], PREFILL_TOKENS):
-            part = [distinct[i] for i in part]
-            cache, logits = prefill(self.model, part, self.cache.head)
-            pairs = [(row, k) for k, prompt in enumerate(part) for row in rows_of[prompt]]
+        for part in microbatches(list(map(len, distinct)), PREFILL_TOKENS):
+            cache, logits = prefill(self.model, [distinct[i] for i in part], self.cache.head)
+            pairs = [(row, k) for k, i in enumerate(part) for row in rows_of[distinct[i]]]
             index, which = torch.tensor(pairs, device=self.device).T
             self.cache.write(index, cache, which)
             self.draw(logits[which], index)
@@ -377,20 +364,17 @@ def capture(step, device: torch.device, pool):
     if device.type != "cuda" or not CUDA_GRAPHS:
         return step
     graph = torch.cuda.CUDAGraph()
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)  # the graph outlives the cached casts
     # thread_local: other threads, such as a checkpoint writer, may use the GPU meanwhile
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()  # recorded, not run
-    torch.set_autocast_cache_enabled(cached)
     return graph.replay
 
 
 def prefill(model, prompts: list, head: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
     """KV cache of D prompts, and logits (D,V) of the next token. head: see KVCache."""
-    device, width = model.head_weight.device, max(map(len, prompts))
+    device, width = head.device, max(map(len, prompts))
     # Right-padded, as in training. Padding is masked by length, not by id.
     inputs = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), width, model.compute_dtype, device, head)
+    cache = KVCache(model.config, len(prompts), width, model.head_weight.dtype, device, head)
     return cache, model(inputs, cache=cache, last=last)

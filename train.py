@@ -228,8 +228,7 @@ def main() -> None:
         print_config(config, out)
         log_also = open_log(c.log_to, config, first_step)
 
-    wrap, autocast = parallel.precision(device, dtype=c.dtype, replicas=c.replicas,
-                                        offload=c.offload)
+    wrap = parallel.wrapper(device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
     training = load_problems(c.problems)
     held_out = load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)
@@ -243,7 +242,8 @@ def main() -> None:
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
     ref_model = None  # frozen copy of init_from
     if c.log_kl or c.kl_coef or c.method == "opsd":
-        ref_model = load(c.init_from).requires_grad_(False)
+        ref_model = load(c.init_from, dtype=getattr(torch, c.dtype),
+                         wrap=wrap if world_size() > 1 else None).requires_grad_(False)
         check_same_model(load_from, model.config, c.init_from, ref_model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, weight_decay=0.0,
                                   fused=True)
@@ -254,17 +254,17 @@ def main() -> None:
         tokenizer.save_pretrained(out / "tokenizer")
         keep_log(out / "metrics.jsonl", first_step)
 
-    unsharded = Unsharded(model, c.dtype)
+    unsharded = Unsharded(model, dtype=c.dtype, device=device)
     # max_new_tokens: cap of a response and of y_ref; sampling a synthesis has a cap of its own
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
                 "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
-    tokens_per_microbatch = c.tokens_per_microbatch or tokens_that_fit(
-        model, optimizer, device=device, dtype=c.dtype, reference_model=ref_model is not None,
-        full_divergence=c.method == "opsd" and c.opsd_loss == "jsd")
+    tokens_per_microbatch = c.tokens_per_microbatch or min(gather([tokens_that_fit(
+        model, optimizer, device=device, dtype=c.dtype, world_size=world_size(),
+        reference_model=ref_model is not None,
+        full_divergence=c.method == "opsd" and c.opsd_loss == "jsd")]))
     say(run_table(training, stop_ids, tokenizer, device, c.dtype, tokens_per_microbatch,
                   c.max_steps, c.prompts_per_step))
-    on_device = {"tokens_per_microbatch": tokens_per_microbatch, "device": device,
-                 "autocast": autocast}
+    on_device = {"tokens_per_microbatch": tokens_per_microbatch, "device": device}
     loss_fn = functools.partial(
         loss_of, model=model, ref_model=ref_model, on_policy=c.updates_per_step == 1,
         **{knob: config[knob] for knob in (
@@ -279,7 +279,7 @@ def main() -> None:
     for step in range(first_step, c.max_steps):
         clock = Clock()
         queries = problems_for_step(training, c.seed, step, c.prompts_per_step)
-        with no_memory(max_rows=c.max_rows), unsharded as sampler, autocast:
+        with no_memory(max_rows=c.max_rows), unsharded as sampler:
             # Algorithm 1, lines 1-6: K scored rollouts per query. Each rank samples its own queries
             rollouts = sample_rollouts(
                 sampler, tokenizer, queries[rank()::world_size()], c.samples_per_prompt,
@@ -354,7 +354,7 @@ def main() -> None:
         metrics = means(sums)
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / metrics["time/generate"]
         if held_out and (done == c.max_steps or (c.eval_interval and done % c.eval_interval == 0)):
-            with no_memory(max_rows=c.max_rows), unsharded as sampler, autocast:
+            with no_memory(max_rows=c.max_rows), unsharded as sampler:
                 metrics |= evaluate(sampler, tokenizer, held_out, c.eval_samples, seed=c.seed,
                                     **sampling)
             say(f"step {done:4d}/{c.max_steps} | held-out pass@1 {metrics['eval/pass1']:.3f}")

@@ -13,7 +13,7 @@ import torch
 
 from advantage import advantages, loss_scales
 from metrics import add_up, reduce_sums
-from parallel import balance, whole, world_size
+from parallel import FSDPModule, balance, whole, world_size
 from rollout import PREFIX, Rollout
 
 
@@ -113,21 +113,20 @@ def set_loss_scales(rollouts: list[Rollout], *, lam: float, loss_agg: str, loss_
 
 @torch.no_grad()
 def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
-                     tokens_per_microbatch: int, device, autocast) -> None:
+                     tokens_per_microbatch: int, device) -> None:
     """Set r.old_logprobs of this rank's rows, from the policy before the step's updates (Eq. 2).
 
     With one update per step the old policy is the policy itself: no extra forward (trap 9).
     """
-    with autocast:
-        for rows in microbatches_of(rollouts, tokens_per_microbatch):
-            batch = collate(rows).to(device)
-            logprobs = model(batch.inputs, batch.targets, temperature=temperature)[0]
-            for b, r in enumerate(rows):
-                r.old_logprobs = logprobs[b, batch.columns_of(b)].tolist()
+    for rows in microbatches_of(rollouts, tokens_per_microbatch):
+        batch = collate(rows).to(device)
+        logprobs = model(batch.inputs, batch.targets, temperature=temperature)[0]
+        for b, r in enumerate(rows):
+            r.old_logprobs = logprobs[b, batch.columns_of(b)].tolist()
 
 
 def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch], tuple], *,
-           tokens_per_microbatch: int, grad_clip: float, device, autocast) -> dict[str, float]:
+           tokens_per_microbatch: int, grad_clip: float, device) -> dict[str, float]:
     """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts.
 
     -> sums of train/*.
@@ -137,14 +136,16 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
     """
     model.train()
     sums: dict = {}
-    with autocast:  # around the loop: weights are cast once for all micro-batches
-        for rows in microbatches_of(rollouts, tokens_per_microbatch):
-            batch = collate(rows).to(device)
-            loss, more = loss_fn(batch)
-            with torch.autocast(device, enabled=False):
-                # FSDP averages gradients over ranks, but loss_scale is already global
-                (loss * world_size()).backward()
-            add_up(sums, more | {"train/loss": loss.detach()})
+    batches = microbatches_of(rollouts, tokens_per_microbatch)
+    for rows in batches:
+        if isinstance(model, FSDPModule) and world_size() == 1:
+            # cast weights once for all micro-batches
+            model.set_reshard_after_backward(rows is batches[-1])
+        batch = collate(rows).to(device)
+        loss, more = loss_fn(batch)
+        # FSDP averages gradients over ranks, but loss_scale is already global
+        (loss * world_size()).backward()
+        add_up(sums, more | {"train/loss": loss.detach()})
     return optimizer_step(model, optimizer, sums, grad_clip)
 
 

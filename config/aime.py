@@ -1,7 +1,7 @@
 # The paper's main experiment (§4.1), Qwen3-8B in non-thinking mode; runs/aime.sh prepares the
 # inputs. Baselines: --method=grpo or opsd. The paper's loss on the diagnosis: --diagnosis=ots.
 #   torchrun --nproc_per_node=8 train.py config/aime.py --init_from=out/aime/coldstart/final
-#   python -m tools.plan train.py config/aime.py --gpus=8 --gpu_gb=80   # 61 of 80 GiB a GPU
+#   python -m tools.plan train.py config/aime.py --gpus=8 --gpu_gb=80   # 63 of 80 GiB a GPU
 init_from = "Qwen/Qwen3-8B"    # §4.1. runs/aime.sh passes the cold-started policy (§3.2)
 # §4.1: accuracy of the cold-started policy within [0.125, 0.875], about 16k
 problems = "data/deepscaler_filtered.jsonl"

@@ -10,8 +10,8 @@
 #   python eval.py --init_from=out/gsm8k/tapo/step_000200 --problems=data/gsm8k.jsonl \
 #     --max_new_tokens=512 --samples=4 --dtype=bfloat16 --max_rows=64 --out=out/gsm8k/eval_tapo
 # Baseline: add --method=grpo --out_dir=out/gsm8k/grpo. Of these numbers only K, Eq. 3's and lr are
-# the paper's. tools.plan --gpus=1 --gpu_gb=24, prompts of 1,024 tokens assumed: peak 21.4 GiB =
-# persistent 9.7 + sampling 11.7 (update 7.4).
+# the paper's. tools.plan --gpus=1 --gpu_gb=24, prompts of 1,024 tokens assumed: peak 20.2 GiB =
+# persistent 7.8 + sampling 12.4 (update 8.6).
 init_from = "out/gsm8k/coldstart/final"
 problems = "data/gsm8k_train.jsonl"
 eval_problems = "data/gsm8k.jsonl"

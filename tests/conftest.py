@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -64,6 +65,14 @@ class Recorded(TorchDispatchMode):
             for old, new in zip(made, tree_leaves(kernel(*args, **kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():  # neither a view nor written in place
                     old.copy_(new)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left_behind():
+    """parallel.shard starts one where there is none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

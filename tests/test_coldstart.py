@@ -1,6 +1,5 @@
 """The cold start trains what it says: nothing from planted mistakes, one denominator, the same run
 after a resume."""
-import contextlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from checkpoint import checkpoints
 from data import Problem, file_mark, load_tokenizer, render_prompt, save_problems
 from hf import load_hf, save_hf
 from model import CausalLM, ModelConfig
+from parallel import Unsharded
 from rollout import Completion
 
 TINY = """--instruction= --template=short --max_new_tokens=12 --batch_size=6 --epochs=1
@@ -152,8 +152,7 @@ def gradients(model, rows, budget=400):
         step=lambda: found.extend(p.grad.clone() for p in model.parameters()),
         zero_grad=lambda set_to_none: model.zero_grad())
     stats = coldstart.imitate(model, optimizer, rows, tokens_per_microbatch=budget, grad_clip=1e9,
-                              device="cpu",
-                              autocast=contextlib.nullcontext())
+                              device="cpu")
     return found, stats
 
 
@@ -375,11 +374,11 @@ def rollout_rows(tokenizer, c, trained=False):
     header = {"weights": coldstart.weights_mark(c.init_from),
               "problems": file_mark(c.problems)} | how
     usable = coldstart.sample_examples(
-        None if trained else model, tokenizer, coldstart.load_problems(c.problems),
+        None if trained else Unsharded(model, dtype=c.dtype, device="cpu"), tokenizer,
+        coldstart.load_problems(c.problems),
         path=Path(c.out_dir) / "examples.jsonl", resume=c.resume,
         wanted=c.n_sft + c.n_ift, header=header,
-        max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), dtype=c.dtype,
-        autocast=contextlib.nullcontext(), **how)
+        max_rows=c.max_rows, stop_ids=(tokenizer.eos_token_id,), **how)
     return coldstart.both_formats(usable, n_sft=c.n_sft, n_ift=c.n_ift, train_prefix=c.train_prefix)
 
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import advantage
 import model as model_file
+import parallel
 from hf import load_hf, save_hf
 from model import (
     CausalLM,
     KVCache,
     ModelConfig,
     TokenLogprobs,
-    decoding_head,
     flops_per_token,
     num_params,
 )
@@ -263,7 +263,7 @@ def test_chunked_logprobs_and_entropy_equal_the_naive_ones(
     coefficients = coefficients * torch.tensor({"logprobs": [1, 0], "entropy": [0, 1],
                                                 "both": [1, 1]}[use])[:, None]
     results = []
-    for f in (lambda h, w: TokenLogprobs.apply(h, w, targets, temperature, 31, torch.float32),
+    for f in (lambda h, w: TokenLogprobs.apply(h, w, targets, temperature, 31),
               lambda h, w: naive(h, w, targets, temperature, 31)):  # fmt: skip
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = f(h, w)
@@ -286,8 +286,7 @@ def test_logprobs_and_entropy_gradients_match_finite_differences():
         return logp.gather(-1, targets[:, None]).sum() + 3 * (logp.exp() * logp).sum()
 
     # TokenLogprobs itself is fp32: compare it with central differences of an fp64 formula
-    lp, entropy = TokenLogprobs.apply(hidden.float(), weight.float(), targets, 0.7, 7,
-                                      torch.float32)
+    lp, entropy = TokenLogprobs.apply(hidden.float(), weight.float(), targets, 0.7, 7)
     (lp.sum() - 3 * entropy.sum()).backward()
     for tensor in (hidden, weight):
         for i in range(tensor.numel()):
@@ -374,8 +373,7 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
         expected = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         rounded = F.log_softmax(logits.bfloat16().float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        decoded = prefill(model, ids[:, :-1].tolist(),
-                          decoding_head(model.head_weight, torch.bfloat16))[1]
+        decoded = prefill(model, ids[:, :-1].tolist(), model.head_weight)[1]
     assert logprobs.dtype == entropy.dtype == decoded.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5 < 1e-3 < (rounded - expected).abs().max()
     torch.testing.assert_close(decoded, logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -393,37 +391,29 @@ def test_bf16_weights_get_a_gradient_summed_in_fp32(monkeypatch):
         16, 8, generator=g).bfloat16()
     targets = ids_of(500, vocab=16)
     w = weight.clone().requires_grad_()
-    TokenLogprobs.apply(hidden, w, targets, 1.0, 16, torch.bfloat16)[0].sum().backward()
+    TokenLogprobs.apply(hidden, w, targets, 1.0, 16)[0].sum().backward()
     exact = weight.float().requires_grad_()
     naive(hidden.float(), exact, targets, 1.0, 16)[0].sum().backward()
     # one rounding of the sum: 2^-9 and less
     assert (w.grad.float() - exact.grad).norm() < 3e-3 * exact.grad.norm()
 
 
-@pytest.mark.parametrize("norms", ["as on a CPU", "in fp32, as on a GPU"])
-def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
-    """Guards: autocast reaching into the head or RoPE; training, prefill and decoding must run
-    under it and agree. Bug: keys that leave their norm in fp32 do not fit a cache in bf16, which
-    only a GPU's autocast shows."""
-    if norms == "in fp32, as on a GPU":
-        norm = F.rms_norm
-        monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight,
-                            eps: norm(x.float(), shape, weight.float(), eps))
+def test_the_mixed_precision_of_one_process_computes_in_bf16_and_trains_fp32_masters():
+    """Guards: FSDP's casts reaching into the head or RoPE; training, prefill and decoding must run
+    in bf16 and agree."""
     model, ids = random_model(), ids_of(3, 12)
     exact = model(ids[:, :-1], ids[:, 1:])[0].detach()
-    with torch.autocast("cpu", torch.bfloat16):
-        logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        with torch.no_grad():
-            assert model.compute_dtype == torch.bfloat16
-            cache, _ = prefill(model, ids[:, :8].tolist(),
-                               decoding_head(model.head_weight, torch.bfloat16))
-            assert cache.tensors[0].dtype == torch.bfloat16
-            cache = room(cache, 3, 9)
-            logits = model(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
-        # inside autocast on purpose: the head's backward must not mind
-        (logprobs.sum() + entropy.sum()).backward()
+    model = parallel.wrapper("cpu", dtype="bfloat16", replicas=1, offload=False)(model)
+    with parallel.Unsharded(model, dtype="bfloat16", device="cpu") as sampler, torch.no_grad():
+        cache, _ = prefill(sampler, ids[:, :8].tolist(), sampler.head_weight)
+        assert cache.memory.dtype == torch.bfloat16
+        cache = room(cache, 3, 9)
+        logits = sampler(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
+    logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
+    (logprobs.sum() + entropy.sum()).backward()
     assert logprobs.dtype == torch.float32 and logits.dtype == torch.float32
-    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.parameters())
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(parallel.whole(p.grad).any() for p in model.parameters())
     assert 1e-5 < (logprobs - exact).abs().mean() < 0.05
     sampled = F.log_softmax(logits, -1).gather(-1, ids[:, 9:10])[:, 0]
     assert (sampled - logprobs[:, 8]).abs().max() < 0.1
@@ -435,8 +425,8 @@ def test_autocast_computes_in_bf16_and_trains_fp32_masters(norms, monkeypatch):
 
 def room(cache, rows, columns, which=None):
     """A cache of rows x columns that begins with rows `which` of another one."""
-    head, dtype = cache.head, cache.tensors[0].dtype
-    config = tiny(num_hidden_layers=len(cache.tensors) // 2, kv_heads=cache.sizes[0],
+    head, dtype = cache.head, cache.memory.dtype
+    config = tiny(num_hidden_layers=len(cache.layers), kv_heads=cache.sizes[0],
                   head_dim=cache.sizes[1])
     larger = KVCache(config, rows, columns, dtype, head=head)
     which = torch.arange(cache.shape[0]) if which is None else which
@@ -478,8 +468,8 @@ def test_prefill_and_decode_equal_the_training_forward(family):
         assert logits.shape == (R, 97) and logits.isfinite().all()
         for b, i in enumerate(live):
             torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
-    assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr() for t,
-               m in zip(larger.tensors, larger.memory, strict=True))
+    assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr()
+               for t, m in zip(larger.layers, larger.memory, strict=True))
 
 
 def test_padding_of_a_prompt_is_never_read():
@@ -490,8 +480,8 @@ def test_padding_of_a_prompt_is_never_read():
         with torch.no_grad():
             cache, first = prefill(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9]], model.head_weight)
             cache = room(cache, 2, 12)
-            for tensor in cache.tensors:
-                tensor[0, :, 3:], tensor[1, :, 6:] = garbage, garbage
+            for layer in cache.layers:
+                layer[:, 0, :, 3:], layer[:, 1, :, 6:] = garbage, garbage
             second = model(torch.tensor([[7], [3]]), positions=torch.tensor([[3], [6]]),
                            cache=cache)
         results.append(torch.stack([first, second]))

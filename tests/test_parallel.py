@@ -22,6 +22,7 @@ from ranks import run_ranks
 from safetensors import safe_open
 from test_train import author, rollouts_of, same_numbers, start, weights_of  # noqa: F401
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import failing
 import memory
@@ -279,49 +280,58 @@ def sample_under_fsdp(folder: str, dtype: str) -> None:
     model = load_hf(folder, wrap=lambda model: parallel.shard(
         model, "cpu", dtype=dtype, replicas=1, offload=False))
     inputs = torch.arange(5 + rank, 45 + rank).view(2, 20)
+    unsharded, addresses = parallel.Unsharded(model, dtype=dtype, device="cpu"), set()
     for _ in range(2):
         with torch.no_grad():
             expected = model(inputs, inputs)[0]
-            with parallel.Unsharded(model) as sampler:
+            with unsharded as sampler:
                 for _ in range(2 + 3 * rank):  # each rank as many as it likes
                     assert torch.equal(sampler(inputs, inputs)[0], expected)
                 assert not any(isinstance(module, FSDPModule) for module in sampler.modules())
                 assert {p.dtype for p in sampler.parameters()} == {getattr(torch, dtype)}
-                assert [p.data_ptr() for p in sampler.parameters()] == [
-                    p.data_ptr() for p in model.parameters()], "a copy"
                 assert not any(block._compiled_call_impl for block in sampler.model.layers)
+                addresses.add(tuple(p.data_ptr() for p in sampler.parameters()))
             for p in model.parameters():  # sharded again, and the next sampler has the new weights
+                assert isinstance(p, DTensor)
                 p.add_(0.1 * torch.ones_like(p))
+    assert len(addresses) == 1
     model.compile_blocks()
-    with parallel.Unsharded(model) as sampler:
+    with parallel.Unsharded(model, dtype=dtype, device="cpu") as sampler:
         assert all(block._compiled_call_impl for block in sampler.model.layers)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@torch.no_grad()
-def test_the_bf16_copies_of_one_process_follow_the_weights_in_the_same_memory(start):
-    """Guards trap 10: a sampler that keeps the first step's weights; a captured step that reads
-    memory which is no longer written."""
-    model = load_hf(start / "model")
-    unsharded, addresses = parallel.Unsharded(model, "bfloat16"), []
-    for _ in range(2):
-        with unsharded as sampler:
-            linear = {name: p for name, p in sampler.named_parameters() if "proj" in name}
-            assert linear and all(torch.equal(p, model.get_parameter(name).bfloat16())
-                                  for name, p in linear.items())
-            addresses.append([p.data_ptr() for p in sampler.parameters()])
-        for p in model.parameters():
-            p.add_(1)
-    assert addresses[0] == addresses[1]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_sampler_under_fsdp_is_a_plain_model_of_the_gathered_weights(start, dtype):
-    """Guards: a second copy of the model, FSDP's hooks at every token, weights of the step before
-    (trap 10), a compiled model that samples uncompiled."""
+    """Guards: FSDP's hooks at every token, weights of the step before (trap 10), memory that moves
+    under a captured step, a compiled model that samples uncompiled."""
     done = run_ranks(2, sample_under_fsdp, str(start / "model"), dtype)
     assert [status for status, _ in done] == [0, 0], "\n".join(text for _, text in done)
+
+
+@torch.no_grad()
+def test_the_sampler_of_one_process_in_bf16_follows_the_weights(start, monkeypatch):
+    """Guards trap 10: a sampler that keeps the first step's weights; a large one that stays in
+    memory while the update needs it."""
+    model = load_hf(start / "model",
+                    wrap=parallel.wrapper("cpu", dtype="bfloat16", replicas=1, offload=False))
+    unsharded = parallel.Unsharded(model, dtype="bfloat16", device="cpu")
+    for share in (1 / 8, 0, 0):
+        monkeypatch.setattr(parallel, "KEEP_SHARE", share)
+        with unsharded as sampler:
+            for p, master in zip(sampler.parameters(), model.parameters(), strict=True):
+                assert torch.equal(p, parallel.whole(master).bfloat16())
+        assert all(p.is_meta == (share == 0) for p in sampler.parameters())
+        for p in model.parameters():
+            p.add_(torch.ones_like(p))
+
+
+def test_one_process_in_fp32_samples_from_the_model_itself(start):
+    assert parallel.wrapper("cpu", dtype="float32", replicas=1, offload=False) is None
+    model = load_hf(start / "model")
+    with parallel.Unsharded(model, dtype="float32", device="cpu") as sampler:
+        assert sampler is model
 
 
 def test_the_exported_folder_is_whole_and_fp32(runs):

@@ -517,11 +517,14 @@ def same_numbers(a, b):
         {k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in b]
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+        dtype, start, tmp_path, monkeypatch):
     """Trap 22. Bug: other queries, noise, learning rate or moments after a resume; being off by one
     step."""
     author(monkeypatch)
-    whole = run(start, tmp_path / "whole", monkeypatch, max_steps=5, ref_advantage="reward")
+    knobs = {"max_steps": 5, "ref_advantage": "reward", "dtype": dtype}
+    whole = run(start, tmp_path / "whole", monkeypatch, **knobs)
 
     class Killed(Exception):
         pass
@@ -535,12 +538,10 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(start, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train, "console_line", killed_at_4)
         with pytest.raises(Killed):
-            run(start, tmp_path / "parts", monkeypatch, max_steps=5, ref_advantage="reward",
-                save_interval=3)
+            run(start, tmp_path / "parts", monkeypatch, **knobs, save_interval=3)
     # a line torn by the kill
     (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 5, "train/lo')
-    parts = run(start, tmp_path / "parts", monkeypatch, max_steps=5, ref_advantage="reward",
-                save_interval=3, resume=True)
+    parts = run(start, tmp_path / "parts", monkeypatch, **knobs, save_interval=3, resume=True)
     assert [row["step"] for row in parts] == [1, 2, 3, 4, 5] and same_numbers(whole, parts)
     ours, theirs = (weights_of(tmp_path / name / "step_000005") for name in ("whole", "parts"))
     assert all(torch.equal(p, theirs[name]) for name, p in ours.items())

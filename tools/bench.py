@@ -37,7 +37,7 @@ from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
 from hf import save_hf
 from model import CausalLM, ModelConfig, TokenLogprobs, attend_cache, flops_per_token
-from parallel import Unsharded, pick_device, precision
+from parallel import Unsharded, pick_device, wrapper
 from rollout import PREFIX, ROLLOUT, Decoder, Rollout, generate, sample_rollouts
 from tools.plan import cache_bytes, memory_plan
 from train import loss_of
@@ -100,7 +100,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 def model_of(name: str, **changes) -> CausalLM:
-    """A randomly initialised fp32 model on `device`."""
+    """A randomly initialised fp32 model on `device`, unwrapped."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size", "vocab_size", "tie_word_embeddings")
     torch.manual_seed(0)
@@ -120,11 +120,15 @@ def grpo_update(model, optimizer, rollouts: list[Rollout], tokens_per_microbatch
         weighting="ots", w_min=0.01, w_max=10.0, kl_coef=0.0, log_kl=False, opsd_loss="jsd",
         opsd_beta=0.5, opsd_clip=0.0, on_policy=True)
     update(model, optimizer, rollouts, loss_fn, grad_clip=1.0, device=device,
-           tokens_per_microbatch=tokens_per_microbatch, autocast=autocast_of())
+           tokens_per_microbatch=tokens_per_microbatch)
 
 
-def autocast_of():
-    return precision(device, dtype=dtype, replicas=1, offload=False)[1]
+def trainer_of(model: CausalLM) -> tuple[CausalLM, torch.optim.Optimizer, Unsharded]:
+    """Wrap a model as train.py does -> model, optimizer, sampler."""
+    if wrap := wrapper(device, dtype=dtype, replicas=1, offload=False):
+        wrap(model)
+    return (model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
+            Unsharded(model, dtype=dtype, device=device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -224,11 +228,9 @@ def bench_evaluation(_: dict) -> None:
 
 def bench_phases(_: dict) -> None:
     """Seconds per phase of a GRPO step on rows / 8 prompts; one token in 64 is a stop token."""
-    model, tokenizer = model_of(size), toy.make_tokenizer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    (model, optimizer, unsharded), tokenizer = trainer_of(model_of(size)), toy.make_tokenizer()
     problems = toy.make_problems("findx", "train", rows // 8)
     stop_ids, decoder = tuple(range(2, 2 + model.config.vocab_size // 64)), Counting()
-    unsharded = Unsharded(model, dtype)
     steps = [step_of(model, optimizer, tokenizer, problems, stop_ids=stop_ids, max_rows=rows,
                      tokens_per_microbatch=microbatch(), max_new_tokens=max_new_tokens,
                      unsharded=unsharded, decoder=decoder) for _ in range(repeats + 1)][1:]
@@ -278,14 +280,13 @@ def bench_profile(_: dict) -> None:
     """Profile a decoding step and a micro-batch: number of kernel launches, slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    model = model_of(size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    model, optimizer, unsharded = trainer_of(model_of(size))
     batch = update_rows(model.config.vocab_size, max(1, microbatch() // (prompt_length + 64)), 64)
     prompts = torch.randint(4, model.config.vocab_size, (rows // 8, prompt_length)).tolist()
-    decoder, unsharded = Decoder(), Unsharded(model, dtype)
+    decoder = Decoder()
 
     def decode(new: int) -> None:
-        with unsharded as sampler, autocast_of():
+        with unsharded as sampler:
             rate_of(sampler, prompts, 8, (), decoder, max_new=new)
 
     def update_once() -> None:
@@ -362,7 +363,7 @@ def bench_rollout(limit: dict[str, float]) -> None:
 
 
 def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_microbatch: int,
-            unsharded=None, **sampling) -> dict:
+            unsharded: Unsharded, **sampling) -> dict:
     """One GRPO step through the core's functions -> seconds per phase, and its 'rollouts'.
 
     Rewards are replaced by coin flips: a randomly initialised model is never right, and with only
@@ -370,7 +371,7 @@ def step_of(model, optimizer, tokenizer, problems: list[Problem], *, tokens_per_
     """
     encode_prompts(tokenizer, problems, "")
     clock = [time.perf_counter()]
-    with unsharded or Unsharded(model, dtype) as sampler, autocast_of():
+    with unsharded as sampler:
         rollouts = sample_rollouts(sampler, tokenizer, list(enumerate(problems)), 8,
                                    key=(0, ROLLOUT, 0), **sampling)
     clock.append(time.perf_counter())
@@ -395,17 +396,17 @@ def bench_step(limit: dict[str, float]) -> None:
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 18)]
     for lengths, stop_ids in (("fixed", ()), ("ragged", (tokenizer.eos_token_id,))):
         model = model_of(size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-        phases = []
-
-        def ours(stop_ids=stop_ids, model=model, optimizer=optimizer, phases=phases) -> float:
-            phases.append(step_of(model, optimizer, tokenizer, problems, stop_ids=stop_ids,
-                                  tokens_per_microbatch=4096, max_new_tokens=max_new_tokens,
-                                  max_rows=rows))
-            return phases[-1]["all"]
-
         with tempfile.TemporaryDirectory() as folder:
             save_hf(model, tokenizer, folder)
+            trainer, phases = trainer_of(model), []
+
+            def ours(stop_ids=stop_ids, trainer=trainer, phases=phases) -> float:
+                model, optimizer, unsharded = trainer
+                phases.append(step_of(model, optimizer, tokenizer, problems, unsharded=unsharded,
+                                      stop_ids=stop_ids, max_rows=rows, tokens_per_microbatch=4096,
+                                      max_new_tokens=max_new_tokens))
+                return phases[-1]["all"]
+
             try:
                 theirs = trl_step(folder, tokenizer,
                                   [render_prompt(tokenizer, p.question, "") for p in problems],
@@ -496,8 +497,7 @@ def bench_tapo(_: dict) -> None:
 def bench_update(limit: dict[str, float]) -> None:
     """Throughput and MFU of a forward + backward over `rows` ragged rows of prompt + completion.
     MFU: flops of real tokens (6 N + attention) over the machine's measured matrix products."""
-    model = model_of(size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    model, optimizer, _ = trainer_of(model_of(size))
     batch = update_rows(model.config.vocab_size, rows, max_new_tokens)
     lengths = [len(r) for r in batch]
     times = in_turn(ours=lambda: seconds(
@@ -607,9 +607,9 @@ def step_in_child() -> tuple[float, float]:
     problems = [Problem(f"p{i}", f"{i} + {i} = ?", str(2 * i)) for i in range(10, 12)]
     longest = max(len(render_prompt(tokenizer, p.question, "")) for p in problems)
     sizes = {"max_rows": 16, "max_new_tokens": 64, "tokens_per_microbatch": 16 * (longest + 64)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    _, optimizer, unsharded = trainer_of(model)
     for _ in range(2):
-        step_of(model, optimizer, tokenizer, problems, stop_ids=(), **sizes)
+        step_of(model, optimizer, tokenizer, problems, stop_ids=(), unsharded=unsharded, **sizes)
     measured = (peak_memory() - base) / 2**30
     predicted = memory_plan(model.config, **sizes, samples_per_prompt=8, longest_prompt=longest,
                             dtype=dtype, reference_model=False, device=device)

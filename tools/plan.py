@@ -82,19 +82,18 @@ def cache_bytes(config: ModelConfig, rows: int, columns: int, dtype: str) -> int
 
 
 def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prompt: int,
-                   new: int, *, dtype: str, autocast: bool, device: str) -> dict[str, int]:
+                   new: int, *, dtype: str, device: str) -> dict[str, int]:
     """{'KV cache', 'prefill', 'peak'}: bytes of `rows` rows that decode together, weights not
     included. Lengths in tokens."""
     c, V = 2 if dtype == "bfloat16" else 4, config.num_tokens
-    _, of_input, _ = activation_bytes(config, dtype=dtype, sharded=not autocast, device=device)
-    cache = cache_bytes(config, rows, bucket(prompt + new, COLUMNS), dtype)
-    # state: ids, log-probs, uniforms of new tokens; head: the copy cast by decoding_head
-    state = rows * (new + 1) * 20
-    head = V * config.hidden_size * (4 if device == "cpu" and c == 2 else 2 * autocast)
-    casting = 2 * config.vocab_size * config.hidden_size * autocast * (device == "cpu")
-    # a bucket change copies one layer's keys; sampling holds logits, p and its fp64 cumsum
-    of_logit = 24 if V <= 16 * BLOCK else 12
-    decode = max(cache // (2 * config.num_hidden_layers), rows * V * of_logit, casting)
+    _, of_input, _ = activation_bytes(config, dtype=dtype, device=device)
+    rows_at_once = bucket(rows)
+    cache = cache_bytes(config, rows_at_once, bucket(prompt + new, COLUMNS), dtype)
+    state = rows_at_once * (new + 1) * 20  # ids, log-probs, uniforms of new tokens
+    head = 4 * V * config.hidden_size * (device == "cpu" and c == 2)  # see model.KVCache
+    # a bucket change copies one layer of the cache; sampling holds logits, p and its fp64 cumsum
+    of_logit = 24 if V <= BLOCK else 12
+    decode = max(cache // config.num_hidden_layers, rows_at_once * V * of_logit)
     prompts = min(-(-rows // samples_per_prompt), max(1, PREFILL_TOKENS // prompt))
     in_prefill = 3 * config.intermediate_size * c + 4 * of_input
     prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * in_prefill
@@ -118,21 +117,21 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     into `limit` bytes; tokens_per_microbatch 0: as many as fit. full_divergence: OPSD over the
     whole vocabulary. longest_row: longest row of the update, if longer than prompt + response.
     """
-    total, block, matrices, tensors = count_parameters(config)
+    total, block, tensors = count_parameters(config)
     root = total - config.num_hidden_layers * block
-    c, sharded = 2 if dtype == "bfloat16" else 4, world_size > 1
-    autocast = c == 2 and not sharded
+    c = 2 if dtype == "bfloat16" else 4
+    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.wrapper
     share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 values
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
-             "reference": share * reference_model,
-             "sampler": 2 * matrices * autocast}  # parallel.Unsharded
+             "reference": share * c // 4 * reference_model}
     persistent = sum(parts.values())
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
-    how = {"dtype": dtype, "sharded": sharded, "device": device, "reference_model": reference_model,
-           "full_divergence": full_divergence, "checkpoint_activations": checkpoint_activations}
+    how = {"dtype": dtype, "world_size": world_size, "device": device,
+           "reference_model": reference_model, "full_divergence": full_divergence,
+           "checkpoint_activations": checkpoint_activations}
     tokens_per_microbatch = tokens_per_microbatch or most_tokens(
-        config, (1 - KEEP_SHARE) * limit - persistent - share, **how)
+        config, (1 - (1 + wrapped) * KEEP_SHARE) * limit - persistent - share, **how)
     longest = longest_row or longest_prompt + max_new_tokens
     tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
     micro_batch = update_bytes(config, tokens, **how)
@@ -143,8 +142,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     # Sampling: rollouts, then reflections, whose prompts hold two full responses. Each distinct
     # prompt is prefilled once.
-    gathered = c * (total + root * reference_model)
-    parts["unsharded"] = gathered if sharded else 0
+    sampler = c * total * wrapped  # parallel.Unsharded
+    # FSDP keeps the root of the reference model gathered
+    parts["unsharded"] = sampler + c * root * reference_model * (world_size > 1)
     # With max_rows set, plan for max_rows rows even if a step has fewer rollouts: the evaluation
     # may have more.
     jobs = {"rollouts": (max_rows or rollouts or MOST_ROWS, samples_per_prompt, longest_prompt,
@@ -157,7 +157,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         jobs["reflections"] = reflections, 1, prompt, new
 
     def need(rows: int, *shape: int) -> dict[str, int]:
-        return sampling_bytes(config, rows, *shape, dtype=dtype, autocast=autocast, device=device)
+        return sampling_bytes(config, rows, *shape, dtype=dtype, device=device)
 
     room = limit - persistent - parts["unsharded"]
     for name, (most, *shape) in jobs.items():
@@ -166,9 +166,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"],
                   f"{name}: prefill": needed["prefill"], name: needed["peak"]}
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
-    # a small KV cache stays allocated during the update, with its captured graphs
-    kept = max(parts[f"{name}: KV cache"] for name in jobs)
-    update += kept if kept <= KEEP_SHARE * limit else 0
+    # a small KV cache and a small sampler stay allocated during the update, with captured graphs
+    kept = max(parts[f"{name}: KV cache"] for name in jobs), sampler
+    update += sum(size for size in kept if size <= KEEP_SHARE * limit)
     return parts | {"persistent": persistent, "update": update, "sampling": sampling,
                     "peak": persistent + max(update, sampling)}
 
@@ -316,7 +316,7 @@ def eval_bytes(config: ModelConfig, dtype: str, device: str, *, max_rows: int,
                samples_per_prompt: int, longest_prompt: int, max_new_tokens: int) -> int:
     """Bytes of the weights in `dtype` and of max_rows rows decoding at once."""
     rows = sampling_bytes(config, max_rows, samples_per_prompt, longest_prompt, max_new_tokens,
-                          dtype=dtype, autocast=False, device=device)
+                          dtype=dtype, device=device)
     return count_parameters(config)[0] * getattr(torch, dtype).itemsize + rows["peak"]
 
 
@@ -347,8 +347,7 @@ def memory_lines(sizes: dict, memory: float) -> list[str]:
     largest, limit = max(jobs, key=p.get), USABLE * memory
     text = [
         "memory per process, GiB",
-        line("persistent", weights="weights", AdamW="moments", reference="reference",
-             sampler="sampler"),
+        line("persistent", weights="weights", AdamW="moments", reference="reference"),
         line("update", gradients="gradients", copies="compute copies", activations="activations",
              temporaries="temporaries"),
         line("sampling", whole_model="unsharded", **{largest: largest})]
