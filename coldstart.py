@@ -300,7 +300,8 @@ def main() -> None:
     parallel.check_shared(c.out_dir, first_step)
     if c.threads:
         torch.set_num_threads(c.threads)
-    wrap = parallel.wrapper(device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
+    wrap = functools.partial(parallel.shard, device=device, dtype=c.dtype, replicas=c.replicas,
+                             offload=c.offload)
     if rank() == 0:
         print_config(config, out)
         save_config(config, out)

@@ -28,17 +28,17 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":  # free in the driver, and cached by torch's allocator but unused
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
-    return host_memory("MemAvailable", "SC_AVPHYS_PAGES")
+    return host_memory("MemAvailable")
 
 
-def host_memory(name: str, pages: str) -> int:
+def host_memory(name: str) -> int:
     """This process's share of host memory in bytes. name: the entry of Linux's /proc/meminfo, whose
-    MemAvailable includes reclaimable page cache; pages: the sysconf fallback."""
+    MemAvailable includes reclaimable page cache; elsewhere (macOS) all physical memory."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         found = 1024 * int(re.search(rf"{name}:\s+(\d+) kB", meminfo.read_text())[1])
     else:
-        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return found // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -46,7 +46,7 @@ def total_memory(device: torch.device) -> int:
     """Total bytes of the device; on a CPU this process's share."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return host_memory("MemTotal", "SC_PHYS_PAGES")
+    return host_memory("MemTotal")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,21 +63,21 @@ def bucket(n: int, least: int = 1) -> int:
 def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
     """Estimated bytes to sample `rows` rows of `prompt` + `new` tokens; size: bytes per element."""
     rows = bucket(rows)
-    tensors = 2 * config.num_hidden_layers  # keys and values; reshape copies one at a time
-    column = tensors * config.num_key_value_heads * config.head_dim * size
-    cache = (1 + 1 / tensors) * bucket(prompt + new, COLUMNS) * column
+    L = config.num_hidden_layers  # reshape copies one layer at a time
+    column = 2 * L * config.num_key_value_heads * config.head_dim * size
+    cache = (1 + 1 / L) * bucket(prompt + new, COLUMNS) * column
     decoding = cache + 24 * config.num_tokens  # logits, p, fp64 sums of p
     prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
     return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
 
 
-def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
+def rows_that_fit(model, prompt: int, new: int) -> int:
     """max_rows = 0: number of rows that fit in MEMORY_SHARE of free memory, at least 1.
 
-    prompt, new: tokens per row. held: bytes that the decoder already has for these rows.
+    prompt, new: tokens per row.
     """
     head = model.head_weight
-    return most_rows(model.config, free_memory(head.device) + held, prompt, new, head.itemsize)
+    return most_rows(model.config, free_memory(head.device), prompt, new, head.itemsize)
 
 
 def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
@@ -127,7 +127,7 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, world_size: in
     total, block, _ = count_parameters(config)
     L, V, c = config.num_hidden_layers, config.num_tokens, 2 if dtype == "bfloat16" else 4
     root, head = total - L * block, config.vocab_size * config.hidden_size
-    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.wrapper
+    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.shard
     in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, device=device)
     mlp = config.intermediate_size * c
     # temporaries of one block: forward without gradient (the reference), ...

@@ -167,8 +167,7 @@ def head_logits(hidden: torch.Tensor, weight: torch.Tensor,
     elif hidden.is_cuda:
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
     else:  # no such kernel on a CPU: cast blocks of rows, never the whole head, to fp32
-        blocks = weight.split(8192)
-        logits = torch.cat([hidden.float() @ rows.float().T for rows in blocks], dim=1)
+        logits = torch.cat([hidden.float() @ rows.float().T for rows in weight.split(8192)], 1)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
@@ -295,9 +294,7 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
 
     def divergence(logits, rows):
         """(n,V) -> (n,)"""
-        with torch.no_grad():
-            teacher_logits = head_logits(t[rows], w, temperature)  # (n,V)
-        return generalised_jsd(logits, teacher_logits, beta, clip)
+        return generalised_jsd(logits, head_logits(t[rows], w, temperature), beta, clip)
 
     return LogitsFunction.apply(hidden, weight, divergence, temperature, num_tokens)
 
@@ -319,10 +316,9 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, rows: int, columns: int, dtype=torch.float32,
-                 device="cpu", head: torch.Tensor | None = None):
-        """Memory for rows * columns, or any shape of fewer cells. head (V,d): the model's, for
-        decoding; on a CPU in fp32, as head_logits would else cast a bf16 one at every token."""
-        self.head, self.sizes = head, (config.num_key_value_heads, config.head_dim)
+                 device="cpu"):
+        """Memory for rows * columns, or any shape of fewer cells."""
+        self.sizes = config.num_key_value_heads, config.head_dim
         numbers = 2 * rows * columns * config.num_key_value_heads * config.head_dim
         # zeros: masked columns must still be finite, 0 * NaN is NaN
         self.memory = torch.zeros(config.num_hidden_layers, numbers, dtype=dtype, device=device)
@@ -361,19 +357,6 @@ class KVCache:
 
 # --------------------------------------------------------------------------------------------------
 # the transformer
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        """(..., size) -> (..., size), fp32 inside."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope(positions: torch.Tensor, config: ModelConfig,
@@ -426,15 +409,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
         self.v_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.nh * self.hs, d, bias=False)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(self.hs, config.rms_norm_eps)
-            self.k_norm = RMSNorm(self.hs, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(self.hs, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+            for _ in range(2))
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         """x (B,T,d) -> (B,T,d). Without a mask: causal attention over the T tokens; with a mask:
-        one token over the cache. cache: this layer's keys and values (B,nkv,C,hs), and
+        one token over the cache. cache: this layer's keys and values (2,B,nkv,C,hs), and
         KVCache.index of the new tokens.
         """
         B, T, _ = x.shape
@@ -444,14 +425,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            keys, values, index = cache
-            keys.view(-1, self.hs).index_copy_(0, index, k.reshape(-1, self.hs))
-            values.view(-1, self.hs).index_copy_(0, index, v.reshape(-1, self.hs))
+            layer, index = cache
+            layer.view(2, -1, self.hs).index_copy_(1, index, torch.stack([k, v]).flatten(1, 3))
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=self.nh != self.nkv)
         else:
-            y = attend_cache(q, keys, values, mask)
+            y = attend_cache(q, *layer, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.nh * self.hs))
 
 
@@ -476,8 +456,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, mask=None, cache=None):
         """(B,T,d) -> (B,T,d)"""
@@ -494,13 +474,10 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = self.compiled = False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         # tied embeddings: no separate head tensor, neither here nor on disk
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -515,8 +492,7 @@ class CausalLM(nn.Module):
     @property
     def output_weight(self) -> torch.Tensor:
         """(vocab_size, d): the parameter itself."""
-        tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -553,11 +529,11 @@ class CausalLM(nn.Module):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache and (*cache.layers[i], index))
+                x = layer(x, cos, sin, mask, cache and (cache.layers[i], index))
 
         if cache is not None:
             x = x[:, -1] if last is None else x[torch.arange(B, device=x.device), last]  # (B,d)
-            return head_logits(self.model.norm(x), cache.head)                       # (B,V)
+            return head_logits(self.model.norm(x), self.head_weight)                   # (B,V)
         x = self.model.norm(x)
         if targets is None:
             return x

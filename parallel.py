@@ -10,7 +10,6 @@ control flow depends on are the same on every rank.
 Deliberately missing: tensor, pipeline and context parallelism.
 """
 import datetime
-import functools
 import os
 
 import torch
@@ -81,22 +80,22 @@ def say(*text) -> None:
 
 def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     """Wrap in place: every block is an FSDP unit; embedding, final norm and head are in the root.
+    One process in fp32 needs no wrapping.
 
     Master weights, gradients and their reduction are fp32, or updates at lr 1e-6 would round to
     nothing (trap 19); with dtype = 'bfloat16' the gathered copies, and thus all activations, are
     bf16. replicas > 1 is HSDP: shard within a group of world_size / replicas ranks (a node),
     replicate across the groups.
     """
+    world = world_size()
+    if world == 1 and dtype == "float32":
+        return model
     if not dist.is_initialized():
         dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
-    world = world_size()
-    if replicas == 1:
-        mesh = init_device_mesh(device, (world,))
-    else:
-        mesh = init_device_mesh(device, (replicas, world // replicas),
-                                mesh_dim_names=("replicate", "shard"))
+    shape = (world,) if replicas == 1 else (replicas, world // replicas)
+    names = ("replicate", "shard")[-len(shape):]
     options = {
-        "mesh": mesh,
+        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
         # a world of one casts its weights once a step, see update.update; None: all but the root
         "reshard_after_forward": None if world > 1 else False,
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
@@ -105,13 +104,6 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     for block in model.model.layers:
         fully_shard(block, **options)
     return fully_shard(model, **options)
-
-
-def wrapper(device: str, *, dtype: str, replicas: int, offload: bool):
-    """Function that shards a model; None for one process in fp32, which needs no wrapping."""
-    if world_size() == 1 and dtype == "float32":
-        return None
-    return functools.partial(shard, device=device, dtype=dtype, replicas=replicas, offload=offload)
 
 
 class Unsharded:

@@ -202,8 +202,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
     waiting = deque((i, j) for i in by_length for j in range(n))
     longest = max(map(len, prompts), default=1)
     decoder = decoder or Decoder()
-    if not max_rows:
-        max_rows = rows_that_fit(model, longest, max_new_tokens, held=decoder.bytes)
+    max_rows = max_rows or rows_that_fit(model, longest, max_new_tokens)
     decoder.prepare(model, min(max_rows, len(waiting)), longest, max_new_tokens,
                     stop_ids=stop_ids, temperature=temperature, top_p=top_p)
     completions = [[None] * n for _ in prompts]
@@ -226,7 +225,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - start):,.0f} tokens/s", False)
     bar.close()
     model.train(training)
-    if decoder.bytes > KEEP_SHARE * total_memory(model.head_weight.device):
+    if decoder.cache.memory.nbytes > KEEP_SHARE * total_memory(decoder.device):
         decoder.release()
     return completions
 
@@ -246,7 +245,6 @@ class Decoder:
     def release(self) -> None:
         """Free all memory."""
         self.cache, self.captured, self.made_for, self.sizes = None, {}, None, (0, 0, 0)
-        self.bytes = 0
 
     def prepare(self, model, rows: int, prompt: int, new: int, *, stop_ids, temperature: float,
                 top_p: float) -> None:
@@ -263,9 +261,7 @@ class Decoder:
             rows, width, cells = sizes = tuple(map(max, sizes, self.sizes))
             self.release()  # before allocating: never hold two caches
             self.made_for, self.sizes = made_for, sizes
-            self.cache = KVCache(model.config, cells, 1, head.dtype, self.device,
-                                 head if head.is_cuda else head.float())
-            self.bytes = self.cache.memory.nbytes
+            self.cache = KVCache(model.config, cells, 1, head.dtype, self.device)
             self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
             self.logprobs = torch.zeros(rows, width, device=self.device)
             self.uniforms = self.logprobs.double()
@@ -274,8 +270,6 @@ class Decoder:
             self.prompt, self.new, self.end = self.lengths.T
             self.stop_ids = torch.tensor(stop_ids, dtype=torch.int64, device=self.device)
             self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        if self.cache.head.dtype != head.dtype:
-            self.cache.head.copy_(head)
         self.lengths.fill_(1)
 
     def fit(self, rows: int, columns: int) -> None:
@@ -306,7 +300,7 @@ class Decoder:
             rows_of.setdefault(tuple(prompt), []).append(row)
         distinct = list(rows_of)
         for part in microbatches(list(map(len, distinct)), PREFILL_TOKENS):
-            cache, logits = prefill(self.model, [distinct[i] for i in part], self.cache.head)
+            cache, logits = prefill(self.model, [distinct[i] for i in part])
             pairs = [(row, k) for k, i in enumerate(part) for row in rows_of[distinct[i]]]
             index, which = torch.tensor(pairs, device=self.device).T
             self.cache.write(index, cache, which)
@@ -370,11 +364,11 @@ def capture(step, device: torch.device, pool):
     return graph.replay
 
 
-def prefill(model, prompts: list, head: torch.Tensor) -> tuple[KVCache, torch.Tensor]:
-    """KV cache of D prompts, and logits (D,V) of the next token. head: see KVCache."""
-    device, width = head.device, max(map(len, prompts))
+def prefill(model, prompts: list) -> tuple[KVCache, torch.Tensor]:
+    """KV cache of D prompts, and logits (D,V) of the next token."""
+    device, width = model.head_weight.device, max(map(len, prompts))
     # Right-padded, as in training. Padding is masked by length, not by id.
     inputs = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
     last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-    cache = KVCache(model.config, len(prompts), width, model.head_weight.dtype, device, head)
+    cache = KVCache(model.config, len(prompts), width, model.head_weight.dtype, device)
     return cache, model(inputs, cache=cache, last=last)

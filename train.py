@@ -228,7 +228,8 @@ def main() -> None:
         print_config(config, out)
         log_also = open_log(c.log_to, config, first_step)
 
-    wrap = parallel.wrapper(device, dtype=c.dtype, replicas=c.replicas, offload=c.offload)
+    wrap = functools.partial(parallel.shard, device=device, dtype=c.dtype, replicas=c.replicas,
+                             offload=c.offload)
     training = load_problems(c.problems)
     held_out = load_problems(c.eval_problems) if c.eval_problems else []
     tokenizer = load_tokenizer(load_from)

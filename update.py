@@ -7,9 +7,10 @@ gradient depends neither on how rows are split into micro-batches nor on the num
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from advantage import advantages, loss_scales
 from metrics import add_up, reduce_sums
@@ -38,9 +39,8 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """Copy to another device without blocking the host."""
-        moved = {name: value.to(device, non_blocking=True)
-                 for name, value in vars(self).items() if torch.is_tensor(value)}
-        return Batch(**{"rows": self.rows} | moved)
+        return replace(self, **{name: value.to(device, non_blocking=True)
+                                for name, value in vars(self).items() if torch.is_tensor(value)})
 
     def columns_of(self, b: int) -> slice:
         """Columns of row b's completion tokens."""
@@ -53,28 +53,25 @@ def collate(rollouts: list[Rollout]) -> Batch:
 
     prompt [5, 6], completion [7, 8, 2] next to prompt [5], completion [9, 2]:
         inputs   5 6 7 8      targets   6 7 8 2      completion_mask   0 1 1 1
-                 5 9 0 0                9 2 0 0                        1 1 0 0
+                 5 9 2 0                9 2 0 0                        1 1 0 0
     Masks come from lengths: a completion that contains the padding id is handled (trap 5).
     """
-    width = max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) - 1
+    ids = pad_sequence([torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts], True)
     skip = min(len(r.prompt_ids) for r in rollouts) - 1
-    inputs, targets = (torch.zeros(len(rollouts), width, dtype=torch.int64) for _ in range(2))
-    completion_mask, mask, ots, sample_logprobs, old_logprobs = torch.zeros(5, len(rollouts), width)
-    for b, r in enumerate(rollouts):
-        ids = torch.tensor(r.prompt_ids + r.completion_ids)
-        end = len(ids) - 1
-        completion = slice(len(r.prompt_ids) - 1, end)
-        inputs[b, :end], targets[b, :end] = ids[:-1], ids[1:]
-        completion_mask[b, completion] = 1.0
-        for tensor, values in ((mask, r.mask), (ots, r.ots), (sample_logprobs, r.sample_logprobs),
-                               (old_logprobs, r.old_logprobs)):
-            if values is not None:
-                tensor[b, completion] = torch.tensor(values)
-    columns = (x[:, skip:] for x in (targets, completion_mask, mask, ots, sample_logprobs,
-                                     old_logprobs))
-    scalars = (torch.tensor([float(getattr(r, name)) for r in rollouts])
-               for name in ("advantage", "is_reflection", "loss_scale"))
-    return Batch(rollouts, inputs, *columns, *scalars)
+
+    def columns(values: list) -> torch.Tensor:
+        """A list per row, with an entry per completion token (None: all 0) -> (B,T)"""
+        rows = [[0.0] * (len(r.prompt_ids) - 1) + (of_row or [0.0] * len(r.completion_ids))
+                for r, of_row in zip(rollouts, values, strict=True)]
+        return pad_sequence(list(map(torch.tensor, rows)), True)[:, skip:]
+
+    return Batch(
+        rollouts, ids[:, :-1], ids[:, skip + 1:],
+        columns([[1.0] * len(r.completion_ids) for r in rollouts]),
+        *(columns([getattr(r, name) for r in rollouts])
+          for name in ("mask", "ots", "sample_logprobs", "old_logprobs")),
+        *(torch.tensor([float(getattr(r, name)) for r in rollouts])
+          for name in ("advantage", "is_reflection", "loss_scale")))
 
 
 def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list[list[Rollout]]:
@@ -134,7 +131,6 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
     loss_fn(batch) -> (scalar loss, {name: sum}). Every rank passes all rollouts in the same order
     and processes its share of them. No host sync inside the loop.
     """
-    model.train()
     sums: dict = {}
     batches = microbatches_of(rollouts, tokens_per_microbatch)
     for rows in batches:

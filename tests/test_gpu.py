@@ -40,8 +40,7 @@ def test_the_sampler_is_the_trainer(dtype):
     """Guards traps 8 and 11 on the kernels of a GPU: fused attention under a mask, a head with fp32
     output."""
     model = tiny_model().cuda()
-    if wrap := parallel.wrapper("cuda", dtype=dtype, replicas=1, offload=False):
-        wrap(model)
+    parallel.shard(model, "cuda", dtype=dtype, replicas=1, offload=False)
     with parallel.Unsharded(model, dtype=dtype, device="cuda") as sampler:
         groups = draw(sampler, **KNOBS)
     torch.set_default_device("cuda")  # of the tensors that trainer_logprobs makes

@@ -373,7 +373,7 @@ def test_bf16_head_keeps_fp32_logits_and_one_tied_tensor():
         expected = F.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
         rounded = F.log_softmax(logits.bfloat16().float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
-        decoded = prefill(model, ids[:, :-1].tolist(), model.head_weight)[1]
+        decoded = prefill(model, ids[:, :-1].tolist())[1]
     assert logprobs.dtype == entropy.dtype == decoded.dtype == torch.float32
     assert (logprobs - expected).abs().max() < 1e-5 < 1e-3 < (rounded - expected).abs().max()
     torch.testing.assert_close(decoded, logits[:, -1], atol=1e-5, rtol=1e-5)
@@ -403,9 +403,9 @@ def test_the_mixed_precision_of_one_process_computes_in_bf16_and_trains_fp32_mas
     in bf16 and agree."""
     model, ids = random_model(), ids_of(3, 12)
     exact = model(ids[:, :-1], ids[:, 1:])[0].detach()
-    model = parallel.wrapper("cpu", dtype="bfloat16", replicas=1, offload=False)(model)
+    parallel.shard(model, "cpu", dtype="bfloat16", replicas=1, offload=False)
     with parallel.Unsharded(model, dtype="bfloat16", device="cpu") as sampler, torch.no_grad():
-        cache, _ = prefill(sampler, ids[:, :8].tolist(), sampler.head_weight)
+        cache, _ = prefill(sampler, ids[:, :8].tolist())
         assert cache.memory.dtype == torch.bfloat16
         cache = room(cache, 3, 9)
         logits = sampler(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
@@ -425,10 +425,9 @@ def test_the_mixed_precision_of_one_process_computes_in_bf16_and_trains_fp32_mas
 
 def room(cache, rows, columns, which=None):
     """A cache of rows x columns that begins with rows `which` of another one."""
-    head, dtype = cache.head, cache.memory.dtype
     config = tiny(num_hidden_layers=len(cache.layers), kv_heads=cache.sizes[0],
                   head_dim=cache.sizes[1])
-    larger = KVCache(config, rows, columns, dtype, head=head)
+    larger = KVCache(config, rows, columns, cache.memory.dtype)
     which = torch.arange(cache.shape[0]) if which is None else which
     larger.write(torch.arange(len(which)), cache, which)
     return larger
@@ -445,11 +444,11 @@ def test_prefill_and_decode_equal_the_training_forward(family):
     texts = [rows[i // 2] + continuations[i].tolist() for i in range(8)]
     # each row alone, no padding
     expected = [logits_of(model, torch.tensor([text]))[0] for text in texts]
-    cache, logits = prefill(model, rows, model.head_weight)
+    cache, logits = prefill(model, rows)
     for i in range(4):
         torch.testing.assert_close(logits[i],
                                    expected[2 * i][len(rows[i]) - 1], atol=1e-5, rtol=1e-5)
-    larger = KVCache(model.config, 10, 20, head=model.head_weight)
+    larger = KVCache(model.config, 10, 20)
     larger.reshape(torch.tensor([], dtype=torch.long), 9, 12)
     larger.write(torch.arange(8), cache, torch.arange(4).repeat_interleave(2))
     live, lengths = list(range(8)), torch.tensor([len(rows[i // 2]) for i in range(8)])
@@ -478,7 +477,7 @@ def test_padding_of_a_prompt_is_never_read():
     model, results = random_model(), []
     for garbage in (0.0, 50.0):
         with torch.no_grad():
-            cache, first = prefill(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9]], model.head_weight)
+            cache, first = prefill(model, [[1, 2, 3], [4, 5, 6, 7, 8, 9]])
             cache = room(cache, 2, 12)
             for layer in cache.layers:
                 layer[:, 0, :, 3:], layer[:, 1, :, 6:] = garbage, garbage
@@ -501,7 +500,7 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
             (logprobs.sum() + entropy.sum()).backward()
         decoded = []
         with torch.no_grad():
-            cache, _ = prefill(model, ids[:, :5].tolist(), model.head_weight)
+            cache, _ = prefill(model, ids[:, :5].tolist())
             cache = room(cache, 4, 12)
             for t in range(5, 9):
                 decoded.append(model(ids[:, t : t + 1], positions=torch.full((4, 1), t),
@@ -539,7 +538,7 @@ def test_rows_beyond_the_tokenizer_exist_neither_for_trainer_nor_sampler():
     full, model = random_model(), random_model(tiny(num_tokens=90))
     ids = ids_of(2, 8, vocab=90)
     with torch.no_grad():
-        logits = prefill(model, ids[:, :-1].tolist(), model.head_weight)[1]
+        logits = prefill(model, ids[:, :-1].tolist())[1]
         assert model.head_weight.shape == (90, 48) and logits.shape == (2, 90)
         logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
         logp = F.log_softmax(logits, -1)
@@ -795,8 +794,8 @@ def test_positions_in_the_thousands_are_those_of_transformers(model_type):
         # of the last two columns
         logits = theirs(ids).logits[:, -2:].float()
         training = model(ids)[:, -2:] @ model.head_weight.T
-        cache, prefilled = prefill(model, ids[:, :-1].tolist(), model.head_weight)
-        larger = KVCache(model.config, 1, 3008, head=model.head_weight)
+        cache, prefilled = prefill(model, ids[:, :-1].tolist())
+        larger = KVCache(model.config, 1, 3008)
         larger.write(torch.tensor([0]), cache, torch.tensor([0]))
         decoded = model(ids[:, -1:], positions=torch.tensor([[3000]]), cache=larger)
     torch.testing.assert_close(training, logits, atol=2e-5, rtol=1e-4)

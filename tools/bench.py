@@ -37,7 +37,7 @@ from configurator import at_least, configure, one_of, run_script
 from data import Problem, encode_prompts, render_prompt
 from hf import save_hf
 from model import CausalLM, ModelConfig, TokenLogprobs, attend_cache, flops_per_token
-from parallel import Unsharded, pick_device, wrapper
+from parallel import Unsharded, pick_device, shard
 from rollout import PREFIX, ROLLOUT, Decoder, Rollout, generate, sample_rollouts
 from tools.plan import cache_bytes, memory_plan
 from train import loss_of
@@ -125,8 +125,7 @@ def grpo_update(model, optimizer, rollouts: list[Rollout], tokens_per_microbatch
 
 def trainer_of(model: CausalLM) -> tuple[CausalLM, torch.optim.Optimizer, Unsharded]:
     """Wrap a model as train.py does -> model, optimizer, sampler."""
-    if wrap := wrapper(device, dtype=dtype, replicas=1, offload=False):
-        wrap(model)
+    shard(model, device, dtype=dtype, replicas=1, offload=False)
     return (model, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
             Unsharded(model, dtype=dtype, device=device))
 

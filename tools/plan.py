@@ -90,7 +90,6 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     rows_at_once = bucket(rows)
     cache = cache_bytes(config, rows_at_once, bucket(prompt + new, COLUMNS), dtype)
     state = rows_at_once * (new + 1) * 20  # ids, log-probs, uniforms of new tokens
-    head = 4 * V * config.hidden_size * (device == "cpu" and c == 2)  # see model.KVCache
     # a bucket change copies one layer of the cache; sampling holds logits, p and its fp64 cumsum
     of_logit = 24 if V <= BLOCK else 12
     decode = max(cache // config.num_hidden_layers, rows_at_once * V * of_logit)
@@ -98,7 +97,7 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     in_prefill = 3 * config.intermediate_size * c + 4 * of_input
     prefill = cache_bytes(config, prompts, prompt, dtype) + prompts * prompt * in_prefill
     return {"KV cache": cache, "prefill": prefill,
-            "peak": cache + state + head + max(prefill, decode)}
+            "peak": cache + state + max(prefill, decode)}
 
 
 def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_new_tokens: int,
@@ -120,7 +119,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     total, block, tensors = count_parameters(config)
     root = total - config.num_hidden_layers * block
     c = 2 if dtype == "bfloat16" else 4
-    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.wrapper
+    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.shard
     share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 values
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
              "reference": share * c // 4 * reference_model}

@@ -49,10 +49,7 @@ def small_plan(config, dtype="float32", **other):
 
 def wrapped(config, dtype):
     """A model as train.py wraps it for one process."""
-    model = CausalLM(config)
-    if wrap := parallel.wrapper("cpu", dtype=dtype, replicas=1, offload=False):
-        wrap(model)
-    return model
+    return parallel.shard(CausalLM(config), "cpu", dtype=dtype, replicas=1, offload=False)
 
 
 class LiveBytes(TorchDispatchMode):
