@@ -39,13 +39,12 @@ from data import (
     stop_ids_of,
 )
 from hf import load_hf
-from memory import tokens_that_fit
 from metrics import evaluate, means, open_log
 from model import num_params
 from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, PREFIX, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
-from update import set_learning_rate, set_loss_scales, update
+from update import largest_microbatch, set_learning_rate, set_loss_scales, update
 
 # --- what is learned ------------------------------------------------------------------------------
 init_from = ""              # Hugging Face folder or hub id
@@ -87,9 +86,9 @@ save_interval: at_least(0) = 200
 keep_last: at_least(1) = 1
 log_to: one_of("", "wandb", "tensorboard") = ""
 device: one_of("auto", "cpu", "cuda") = "auto"
-dtype: one_of("float32", "bfloat16") = "float32"  # of matmuls; weights and moments stay fp32
+dtype: one_of("float32", "bfloat16") = "float32"  # to compute in; weights and moments stay fp32
 threads: at_least(0) = 0                # CPU threads; 0 = torch's choice
-replicas: at_least(1) = 1               # several processes: see train.py
+replicas: at_least(1) = 1               # see train.py
 offload = False
 timeout_minutes: above(0) = 60.0
 
@@ -310,7 +309,8 @@ def main() -> None:
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     model.checkpoint_activations = c.checkpoint_activations
-    unsharded = Unsharded(model, dtype=c.dtype, device=device)
+    samples = c.problems or c.eval_problems
+    unsharded = Unsharded(model, dtype=c.dtype, device=device) if samples else None
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
     if c.problems:
@@ -334,9 +334,8 @@ def main() -> None:
         load_optimizer(Path(load_from), model, optimizer)
     if rank() == 0:
         keep_log(out / "metrics.jsonl", first_step)
-    tokens_per_microbatch = c.tokens_per_microbatch or min(gather([tokens_that_fit(
-        model, optimizer, device=device, dtype=c.dtype, world_size=world_size(),
-        reference_model=False)]))
+    tokens_per_microbatch = c.tokens_per_microbatch or largest_microbatch(
+        model, optimizer, device=device, dtype=c.dtype, reference_model=False)
     say(f"{num_params(model):,} parameters on {world_size()} x {device}, micro-batches of "
         f"{tokens_per_microbatch:,} tokens, stop ids {stop_ids}")
 

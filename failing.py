@@ -43,7 +43,11 @@ def run(main) -> None:
     rank that hangs, or whose GPU waits for a dead rank.
     """
     if "RANK" not in os.environ:
-        return run_script(main)
+        try:
+            return run_script(main)
+        finally:
+            if dist.is_initialized():  # by parallel.shard
+                dist.destroy_process_group()
     status = 0
     try:
         run_script(lambda: _own_errors_first(main))

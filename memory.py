@@ -10,7 +10,6 @@ from bisect import bisect_right
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from model import LOGITS_PER_CHUNK, ModelConfig, count_parameters
@@ -71,13 +70,13 @@ def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
     return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
 
 
-def rows_that_fit(model, prompt: int, new: int) -> int:
+def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:
     """max_rows = 0: number of rows that fit in MEMORY_SHARE of free memory, at least 1.
 
-    prompt, new: tokens per row.
+    prompt, new: tokens per row. held: bytes that the decoder already has for these rows.
     """
     head = model.head_weight
-    return most_rows(model.config, free_memory(head.device), prompt, new, head.itemsize)
+    return most_rows(model.config, free_memory(head.device) + held, prompt, new, head.itemsize)
 
 
 def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
@@ -94,12 +93,11 @@ def most_rows(config, free: float, prompt: int, new: int, size: int) -> int:
 def tokens_that_fit(model, optimizer, *, device: str, **how) -> int:
     """tokens_per_microbatch = 0: the largest micro-batch that fits on this rank. how: arguments of
     `update_bytes`. Call before the first update: memory is set aside for gradients, for AdamW's two
-    moments unless they were loaded, and for what a decoder and a sampler may keep."""
+    moments unless they were loaded, and for what a decoder may keep."""
     here = [p for p in model.parameters() if p.device.type == device]  # none with offload
     numbers = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in here)
     free = free_memory(torch.device(device)) - (4 if optimizer.state else 12) * numbers
-    keepers = 1 + isinstance(model, FSDPModule)
-    free -= int(keepers * KEEP_SHARE * total_memory(torch.device(device)))
+    free -= int(KEEP_SHARE * total_memory(torch.device(device)))
     return most_tokens(model.config, free, device=device,
                        checkpoint_activations=model.checkpoint_activations, **how)
 
@@ -128,6 +126,8 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, world_size: in
     L, V, c = config.num_hidden_layers, config.num_tokens, 2 if dtype == "bfloat16" else 4
     root, head = total - L * block, config.vocab_size * config.hidden_size
     wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.shard
+    # of a block or the root: its gradient, cast to fp32 and reduced to a shard
+    reducing = max(c + 4, 4 + 4 / world_size) * wrapped
     in_block, of_input, of_ends = activation_bytes(config, dtype=dtype, device=device)
     mlp = config.intermediate_size * c
     # temporaries of one block: forward without gradient (the reference), ...
@@ -136,7 +136,7 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, world_size: in
     backward = tokens * (2 * mlp + of_input - of_ends)
     # the head's gradient is held until the embedding's is computed
     backward += c * head if wrapped else 4 * head * config.tie_word_embeddings
-    backward += tokens * in_block * checkpoint_activations + (c + 4) * block * wrapped
+    backward += tokens * in_block * checkpoint_activations + reducing * block
     chunk = min(tokens * V, max(LOGITS_PER_CHUNK[device], V if full_divergence else tokens))
     if full_divergence:  # bytes per logit: ten fp32 tensors
         logit = 40
@@ -152,7 +152,7 @@ def update_bytes(config: ModelConfig, tokens: int, *, dtype: str, world_size: in
         "head": logit * chunk + (8 if full_divergence else 4) * head + tokens * of_input,
         "block": max(forward * reference_model, backward),
         # FSDP's reduction of the root's gradient comes last, after the activations are freed
-        "reduction": (c + 4) * root * wrapped}
+        "reduction": reducing * root}
     passing = parts["activations"] + max(parts["head"], parts["block"])
     return parts | {"peak": parts["compute copies"] + max(passing, parts["reduction"])}
 

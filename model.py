@@ -290,7 +290,7 @@ def teacher_divergence(hidden, weight, teacher, temperature: float, num_tokens: 
     teacher_hidden, teacher_weight, beta, clip = teacher
     # CRITICAL: the teacher is a target: no gradient through its states or its head.
     t = teacher_hidden.detach().flatten(0, -2)
-    w = teacher_weight.detach()[:num_tokens].to(t.dtype)  # FSDP gathers fp32
+    w = teacher_weight.detach()[:num_tokens]
 
     def divergence(logits, rows):
         """(n,V) -> (n,)"""
@@ -320,8 +320,10 @@ class KVCache:
         """Memory for rows * columns, or any shape of fewer cells."""
         self.sizes = config.num_key_value_heads, config.head_dim
         numbers = 2 * rows * columns * config.num_key_value_heads * config.head_dim
-        # zeros: masked columns must still be finite, 0 * NaN is NaN
-        self.memory = torch.zeros(config.num_hidden_layers, numbers, dtype=dtype, device=device)
+        # zeros: masked columns must still be finite, 0 * NaN is NaN. Not one tensor for all layers:
+        # in compiled blocks a write would copy it
+        self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
+                       for _ in range(config.num_hidden_layers)]
         self.view(rows, columns)
 
     def view(self, R: int, C: int) -> None:
@@ -352,7 +354,7 @@ class KVCache:
     def mask(self, positions: torch.Tensor) -> torch.Tensor:
         """positions (R,1) -> (R,1,1,C): 0 where the row's new token may attend, else -inf."""
         hidden = torch.arange(self.shape[1], device=positions.device) > positions[:, None, None]
-        return torch.where(hidden, -torch.inf, 0).to(self.memory.dtype)
+        return torch.where(hidden, -torch.inf, 0).to(self.memory[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -404,7 +406,7 @@ class Attention(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.nh, self.nkv = config.num_attention_heads, config.num_key_value_heads
-        self.hs = config.head_dim
+        self.hs, self.gqa = config.head_dim, self.nh != self.nkv
         self.q_proj = nn.Linear(d, self.nh * self.hs, bias=config.attention_bias)
         self.k_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
         self.v_proj = nn.Linear(d, self.nkv * self.hs, bias=config.attention_bias)
@@ -428,8 +430,7 @@ class Attention(nn.Module):
             layer, index = cache
             layer.view(2, -1, self.hs).index_copy_(1, index, torch.stack([k, v]).flatten(1, 3))
         if mask is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                               enable_gqa=self.nh != self.nkv)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.gqa)
         else:
             y = attend_cache(q, *layer, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.nh * self.hs))

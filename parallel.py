@@ -36,7 +36,7 @@ def check_world(replicas: int, prompts_per_step: int = 0) -> None:
     if prompts_per_step % world:
         raise ValueError(f"prompts_per_step = {prompts_per_step} is not divisible by the {world} "
                          "processes; use a multiple")
-    if world > 1 and world % replicas:
+    if world % replicas:
         raise ValueError(f"replicas = {replicas} does not divide the {world} processes; use a "
                          "divisor, e.g. the number of nodes")
 
@@ -56,9 +56,9 @@ def start(device: str, timeout_minutes: float) -> str:
     timeout_minutes: a collective that waits longer ends the job, which is assumed to hang.
     """
     device = pick_device(device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(BACKEND[device],
                                 timeout=datetime.timedelta(minutes=timeout_minutes))
     return device
@@ -80,7 +80,7 @@ def say(*text) -> None:
 
 def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     """Wrap in place: every block is an FSDP unit; embedding, final norm and head are in the root.
-    One process in fp32 needs no wrapping.
+    One process in fp32 without offload needs no wrapping.
 
     Master weights, gradients and their reduction are fp32, or updates at lr 1e-6 would round to
     nothing (trap 19); with dtype = 'bfloat16' the gathered copies, and thus all activations, are
@@ -88,17 +88,17 @@ def shard(model, device: str, *, dtype: str, replicas: int, offload: bool):
     replicate across the groups.
     """
     world = world_size()
-    if world == 1 and dtype == "float32":
+    if world == 1 and dtype == "float32" and not offload:
         return model
     if not dist.is_initialized():
         dist.init_process_group(BACKEND[device], store=dist.HashStore(), rank=0, world_size=1)
     shape = (world,) if replicas == 1 else (replicas, world // replicas)
-    names = ("replicate", "shard")[-len(shape):]
     options = {
-        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
-        # a world of one casts its weights once a step, see update.update; None: all but the root
+        "mesh": init_device_mesh(device, shape,
+                                 mesh_dim_names=("replicate", "shard")[-len(shape):]),
+        # one process keeps all units gathered, see update.update; None, the default: the root alone
         "reshard_after_forward": None if world > 1 else False,
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy() if offload and device == "cuda" else OffloadPolicy(),
         "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype),
                                           reduce_dtype=torch.float32)}
     for block in model.model.layers:
@@ -117,17 +117,21 @@ class Unsharded:
     """
 
     def __init__(self, model, *, dtype: str, device: str):
-        self.model, self.sampler, self.device = model, model, torch.device(device)
+        self.model, self.sampler, self.device, self.kept = model, model, torch.device(device), True
         self.units = [module for module in model.modules() if isinstance(module, FSDPModule)]
         if self.units:
             with torch.device("meta"):
                 self.sampler = CausalLM(model.config).to(getattr(torch, dtype))
             if model.compiled:
                 self.sampler.compile_blocks()
+            size = sum(weight.nbytes for weight in self.sampler.parameters())
+            self.kept = size <= KEEP_SHARE * total_memory(self.device)
+            if self.kept:
+                self.sampler.to_empty(device=self.device)
 
     @torch.no_grad()
     def __enter__(self):
-        if self.units and self.sampler.output_weight.is_meta:
+        if not self.kept:
             self.sampler.to_empty(device=self.device)
         for unit in self.units:
             unit.unshard()
@@ -139,8 +143,7 @@ class Unsharded:
         return self.sampler
 
     def __exit__(self, *_):
-        size = sum(weight.nbytes for weight in self.sampler.parameters())
-        if self.units and size > KEEP_SHARE * total_memory(self.device):
+        if not self.kept:
             self.sampler.to_empty(device="meta")
 
 

@@ -49,7 +49,6 @@ from data import (
     stop_ids_of,
 )
 from hf import load_hf
-from memory import tokens_that_fit
 from metrics import (
     add_up,
     console_line,
@@ -66,6 +65,7 @@ from parallel import Unsharded, gather, rank, say, world_size
 from reward import score
 from rollout import PAIRING, REFLECTION, ROLLOUT, Decoder, Rollout, sample_rollouts
 from update import (
+    largest_microbatch,
     set_advantages,
     set_learning_rate,
     set_loss_scales,
@@ -136,7 +136,7 @@ device: one_of("auto", "cpu", "cuda") = "auto"
 replicas: at_least(1) = 1               # HSDP: shard within world_size / replicas ranks (a node)
 offload = False                         # keep shards of weights and moments in host memory
 timeout_minutes: above(0) = 60.0        # a collective that waits longer ends the job
-dtype: one_of("float32", "bfloat16") = "float32"  # of matmuls; weights and moments stay fp32
+dtype: one_of("float32", "bfloat16") = "float32"  # to compute in; weights and moments stay fp32
 compile = False                         # torch.compile the blocks: a minute at start
 threads: at_least(0) = 0                # CPU threads; 0 = torch's choice
 
@@ -244,7 +244,7 @@ def main() -> None:
     ref_model = None  # frozen copy of init_from
     if c.log_kl or c.kl_coef or c.method == "opsd":
         ref_model = load(c.init_from, dtype=getattr(torch, c.dtype),
-                         wrap=wrap if world_size() > 1 else None).requires_grad_(False)
+                         wrap=wrap if world_size() > 1 or c.offload else None).requires_grad_(False)
         check_same_model(load_from, model.config, c.init_from, ref_model.config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, weight_decay=0.0,
                                   fused=True)
@@ -259,10 +259,9 @@ def main() -> None:
     # max_new_tokens: cap of a response and of y_ref; sampling a synthesis has a cap of its own
     sampling = {"max_new_tokens": c.max_new_tokens, "stop_ids": stop_ids,
                 "temperature": c.temperature, "max_rows": c.max_rows, "decoder": Decoder()}
-    tokens_per_microbatch = c.tokens_per_microbatch or min(gather([tokens_that_fit(
-        model, optimizer, device=device, dtype=c.dtype, world_size=world_size(),
-        reference_model=ref_model is not None,
-        full_divergence=c.method == "opsd" and c.opsd_loss == "jsd")]))
+    tokens_per_microbatch = c.tokens_per_microbatch or largest_microbatch(
+        model, optimizer, device=device, dtype=c.dtype, reference_model=ref_model is not None,
+        full_divergence=c.method == "opsd" and c.opsd_loss == "jsd")
     say(run_table(training, stop_ids, tokenizer, device, c.dtype, tokens_per_microbatch,
                   c.max_steps, c.prompts_per_step))
     on_device = {"tokens_per_microbatch": tokens_per_microbatch, "device": device}

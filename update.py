@@ -13,8 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from advantage import advantages, loss_scales
+from memory import tokens_that_fit
 from metrics import add_up, reduce_sums
-from parallel import FSDPModule, balance, whole, world_size
+from parallel import FSDPModule, balance, gather, whole, world_size
 from rollout import PREFIX, Rollout
 
 
@@ -56,14 +57,15 @@ def collate(rollouts: list[Rollout]) -> Batch:
                  5 9 2 0                9 2 0 0                        1 1 0 0
     Masks come from lengths: a completion that contains the padding id is handled (trap 5).
     """
-    ids = pad_sequence([torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts], True)
+    ids = pad_sequence([torch.tensor(r.prompt_ids + r.completion_ids) for r in rollouts],
+                       batch_first=True)
     skip = min(len(r.prompt_ids) for r in rollouts) - 1
 
     def columns(values: list) -> torch.Tensor:
         """A list per row, with an entry per completion token (None: all 0) -> (B,T)"""
         rows = [[0.0] * (len(r.prompt_ids) - 1) + (of_row or [0.0] * len(r.completion_ids))
                 for r, of_row in zip(rollouts, values, strict=True)]
-        return pad_sequence(list(map(torch.tensor, rows)), True)[:, skip:]
+        return pad_sequence(list(map(torch.tensor, rows)), batch_first=True)[:, skip:]
 
     return Batch(
         rollouts, ids[:, :-1], ids[:, skip + 1:],
@@ -85,6 +87,11 @@ def microbatches_of(rollouts: list[Rollout], tokens_per_microbatch: int) -> list
     rows = [*rollouts, filler]
     return [[rows[i] for i in index]
             for index in balance([len(r) for r in rollouts], tokens_per_microbatch)]
+
+
+def largest_microbatch(model, optimizer, **how) -> int:
+    """tokens_per_microbatch = 0: the largest that fits on every rank. how: see tokens_that_fit."""
+    return min(gather([tokens_that_fit(model, optimizer, world_size=world_size(), **how)]))
 
 
 def set_advantages(rollouts: list[Rollout], *, ref_advantage: str,
@@ -133,9 +140,9 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
     """
     sums: dict = {}
     batches = microbatches_of(rollouts, tokens_per_microbatch)
+    keep_gathered = isinstance(model, FSDPModule) and world_size() == 1
     for rows in batches:
-        if isinstance(model, FSDPModule) and world_size() == 1:
-            # cast weights once for all micro-batches
+        if keep_gathered:  # weights are cast once for all micro-batches
             model.set_reshard_after_backward(rows is batches[-1])
         batch = collate(rows).to(device)
         loss, more = loss_fn(batch)

@@ -96,10 +96,8 @@ def test_fsdp_samples_trains_saves_and_resumes(start, tmp_path, monkeypatch, dev
         for r in rollouts:
             r.reward, r.grade = float(len(r.completion_ids) % 2), "correct"
 
-    replays = []
-    replay = torch.cuda.CUDAGraph.replay
-    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1)
-                        or replay(graph))
+    captures, capture = [], rollout.capture
+    monkeypatch.setattr(rollout, "capture", lambda *args: captures.append(1) or capture(*args))
     monkeypatch.setattr(train, "score", by_length)
     knobs = {"method": "grpo", "device": device, "dtype": "bfloat16", "save_interval": 1,
              "keep_last": 3, "learning_rate": 1e-2}
@@ -107,7 +105,8 @@ def test_fsdp_samples_trains_saves_and_resumes(start, tmp_path, monkeypatch, dev
     for resume in (False, True):
         rows.append(run(start, tmp_path / "out", monkeypatch, **knobs, resume=resume))
         shutil.rmtree(tmp_path / "out/step_000003")
-    assert [len(r) for r in rows] == [3, 3] and (replays or device == "cpu")
+    # 54 tokens in steps of one shape, or a few; three steps and their resume
+    assert [len(r) for r in rows] == [3, 3] and 0 < len(captures) < 30
     for key in ("train/loss", "train/grad_norm", "rollout/length", "train/kl_ref"):
         assert rows[1][2][key] == pytest.approx(rows[0][2][key], rel=1e-2, abs=1e-4), key
     assert rows[0][2]["train/kl_ref"] > 1e-3 and max(r["train/parity_mean"] for r in rows[0]) < 0.05

@@ -406,7 +406,7 @@ def test_the_mixed_precision_of_one_process_computes_in_bf16_and_trains_fp32_mas
     parallel.shard(model, "cpu", dtype="bfloat16", replicas=1, offload=False)
     with parallel.Unsharded(model, dtype="bfloat16", device="cpu") as sampler, torch.no_grad():
         cache, _ = prefill(sampler, ids[:, :8].tolist())
-        assert cache.memory.dtype == torch.bfloat16
+        assert cache.memory[0].dtype == torch.bfloat16
         cache = room(cache, 3, 9)
         logits = sampler(ids[:, 8:9], positions=torch.full((3, 1), 8), cache=cache)
     logprobs, entropy = model(ids[:, :-1], ids[:, 1:])
@@ -427,7 +427,7 @@ def room(cache, rows, columns, which=None):
     """A cache of rows x columns that begins with rows `which` of another one."""
     config = tiny(num_hidden_layers=len(cache.layers), kv_heads=cache.sizes[0],
                   head_dim=cache.sizes[1])
-    larger = KVCache(config, rows, columns, cache.memory.dtype)
+    larger = KVCache(config, rows, columns, cache.memory[0].dtype)
     which = torch.arange(cache.shape[0]) if which is None else which
     larger.write(torch.arange(len(which)), cache, which)
     return larger
@@ -469,6 +469,8 @@ def test_prefill_and_decode_equal_the_training_forward(family):
             torch.testing.assert_close(logits[b], expected[i][lengths[i] + t], atol=1e-5, rtol=1e-5)
     assert all(t.is_contiguous() and t.data_ptr() == m.data_ptr()
                for t, m in zip(larger.layers, larger.memory, strict=True))
+    # of one storage torch.compile would copy a layer to write a token
+    assert len({m.untyped_storage().data_ptr() for m in larger.memory}) == len(larger.memory)
 
 
 def test_padding_of_a_prompt_is_never_read():
@@ -513,13 +515,15 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path):
         torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_ragged_micro_batches_are_compiled_once():
+def test_ragged_micro_batches_are_compiled_once(dtype):
     """Guards: a compilation, which takes a minute, for every new width of a micro-batch. A single
     row is the one exception: torch takes a size of 1 for a constant."""
     torch._dynamo.reset()
     counters.clear()
     model, graphs = random_model(), []
+    parallel.shard(model, "cpu", dtype=dtype, replicas=1, offload=False)
     model.compile_blocks()
     for rows, width in ((3, 7), (4, 11), (2, 9), (5, 30), (8, 3), (1, 12), (1, 33), (6, 6)):
         ids = ids_of(rows, width)

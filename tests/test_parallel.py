@@ -190,6 +190,21 @@ def resumed(folder: Path, run: Path, out: Path, world: int, **knobs) -> Path:
     return out
 
 
+@pytest.mark.parametrize("replicas,grid", [(1, {"shard": 8}), (2, {"replicate": 2, "shard": 4})])
+def test_replicas_are_the_outer_dimension_of_the_grid(replicas, grid, start, monkeypatch):
+    """Bug: 8 GPUs in two nodes that shard across the nodes."""
+    made = []
+    monkeypatch.setattr(parallel, "world_size", lambda: 8)
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda device, shape, mesh_dim_names:
+                        made.append(dict(zip(mesh_dim_names, shape, strict=True))))
+    monkeypatch.setattr(parallel, "fully_shard", lambda module, **_: module)
+    parallel.shard(load_hf(start / "model"), "cpu", dtype="float32", replicas=replicas,
+                   offload=False)
+    monkeypatch.undo()
+    assert made == [grid]
+
+
 def test_a_grid_of_replicas_and_shards_trains_the_same(start, runs, tmp_path):
     """HSDP, 2 x 2. Bug: gradients averaged within a node only, or a checkpoint that counts its
     replicas twice."""
@@ -210,6 +225,28 @@ def test_ranks_with_different_memory_agree_on_the_micro_batch(start, runs, tmp_p
     assert [status for status, _ in done] == [0, 0], "\n".join(text for _, text in done)
     assert "micro-batches of 256 tokens" in done[0][1]
     assert_same_run(runs[1], tmp_path / "out")
+
+
+@pytest.mark.parametrize("world,dtype", [(1, "float32"), (1, "bfloat16"), (2, "float32")])
+def test_offload_trains_the_same(start, tmp_path, world, dtype):
+    """On a CPU there is nowhere to offload to. Bug: memory pinned for a GPU that is not there."""
+    knobs = {"max_steps": 1, "eval_interval": 0, "dtype": dtype}
+    for offload in (False, True):
+        train_on(world, start, tmp_path / str(offload), **knobs, offload=offload)
+    before, after = (weights_of(tmp_path / str(offload) / "step_000001")
+                     for offload in (False, True))
+    for name, p in before.items():
+        torch.testing.assert_close(after[name], p, atol=1e-6, rtol=1e-5)
+
+
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_processes_in_bf16_either(
+        start, tmp_path):
+    """Bug: another mixed precision for one process than for several."""
+    for world in (1, 2):
+        train_on(world, start, tmp_path / str(world), "unscored", method="grpo", max_steps=1,
+                 max_new_tokens=24, eval_problems="", dtype="bfloat16")
+    drawn = [[r["completion_ids"] for r in rollouts_of(tmp_path / world)] for world in ("1", "2")]
+    assert drawn[0] == drawn[1]
 
 
 def test_the_sampler_has_the_weights_of_every_step_and_of_a_resume(start, tmp_path):
@@ -316,15 +353,16 @@ def test_the_sampler_of_one_process_in_bf16_follows_the_weights(start, monkeypat
     memory while the update needs it."""
     model = load_hf(start / "model", wrap=lambda model: parallel.shard(
         model, "cpu", dtype="bfloat16", replicas=1, offload=False))
-    unsharded = parallel.Unsharded(model, dtype="bfloat16", device="cpu")
-    for share in (1 / 8, 0, 0):
+    for share in (1 / 8, 0):
         monkeypatch.setattr(parallel, "KEEP_SHARE", share)
-        with unsharded as sampler:
-            for p, master in zip(sampler.parameters(), model.parameters(), strict=True):
-                assert torch.equal(p, parallel.whole(master).bfloat16())
-        assert all(p.is_meta == (share == 0) for p in sampler.parameters())
-        for p in model.parameters():
-            p.add_(torch.ones_like(p))
+        unsharded = parallel.Unsharded(model, dtype="bfloat16", device="cpu")
+        for _ in range(2):
+            with unsharded as sampler:
+                for p, master in zip(sampler.parameters(), model.parameters(), strict=True):
+                    assert torch.equal(p, parallel.whole(master).bfloat16())
+            assert all(p.is_meta == (share == 0) for p in sampler.parameters())
+            for p in model.parameters():
+                p.add_(torch.ones_like(p))
 
 
 def test_one_process_in_fp32_samples_from_the_model_itself(start):
@@ -441,6 +479,7 @@ def test_under_torchrun_the_first_thing_said_is_what_the_failing_rank_says(start
 @pytest.mark.parametrize("world, knobs, says", [
     (3, {"prompts_per_step": 5},
      "prompts_per_step = 5 is not divisible by the 3 processes; use a multiple"),
+    (1, {"replicas": 2}, "replicas = 2 does not divide the 1 processes"),
     (2, {"replicas": 3},
      "replicas = 3 does not divide the 2 processes; use a divisor, e.g. the number of nodes")])
 def test_what_does_not_fit_the_world_is_refused_once_in_one_line(

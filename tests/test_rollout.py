@@ -440,13 +440,13 @@ def test_whatever_moves_memory_ends_a_recorded_step():
     not the model's."""
     model, decoder = tiny_model(), Decoder()
     draw(model, decoder=decoder)
-    captured, memory = dict(decoder.captured), decoder.cache.memory.data_ptr()
+    captured, memory = dict(decoder.captured), [t.data_ptr() for t in decoder.cache.memory]
     draw(model, RAGGED[:2], n=2, decoder=decoder)                 # fits
     assert captured.items() <= decoder.captured.items()
-    assert decoder.cache.memory.data_ptr() == memory
+    assert [memory.data_ptr() for memory in decoder.cache.memory] == memory
     draw(model, n=20, decoder=decoder)                            # does not
     assert not set(captured) & set(decoder.captured)
-    assert decoder.cache.memory.nbytes > 4 * 8 * 15 * 64
+    assert decoder.bytes > 4 * 8 * 15 * 64
     draw(model, n=20, max_new_tokens=2, decoder=decoder)
     kept = set(decoder.captured)
     other = tiny_model()
@@ -457,6 +457,29 @@ def test_whatever_moves_memory_ends_a_recorded_step():
         # whoever still reads the other model draws nonsense
         p.fill_(float("nan"))
     assert same(draw(model, decoder=decoder), draw(model))
+
+
+@pytest.mark.parametrize("moved", ["all", "one"])
+@torch.no_grad()
+def test_a_recorded_step_never_reads_weights_that_moved(moved, monkeypatch):
+    """Bug: a step captured on other weights is replayed, where stop ids and shapes are the same."""
+    def capture(step, device, pool):
+        with Recorded() as graph:
+            step()
+        return graph.replay
+
+    model, decoder = tiny_model(), Decoder()
+    monkeypatch.setattr(rollout, "capture", capture)
+    draw(model, decoder=decoder)
+    other = model
+    if moved == "all":
+        other = tiny_model()
+        for p in other.parameters():
+            p.add_(torch.randn_like(p))
+    else:
+        down = model.model.layers[1].mlp.down_proj
+        down.weight = torch.nn.Parameter(3 * down.weight)
+    assert same(draw(other, decoder=decoder), draw(other))
 
 
 def test_a_querys_samples_do_not_depend_on_the_other_queries_of_its_rank():
@@ -514,7 +537,7 @@ def test_two_workloads_in_turn_keep_their_memory():
     for _ in range(3):
         for prompts, new in ([[1, 2]] * 16, 4), ([[1, 2, 4] * 10] * 2, 20):
             draw(model, prompts, n=1, max_new_tokens=new, decoder=decoder)
-            allocated.append(decoder.cache.memory)  # kept, so that no address is used twice
+            allocated.append(decoder.cache.memory[0])  # kept, so that no address is used twice
     assert len({memory.data_ptr() for memory in allocated}) == 2
 
 
@@ -551,16 +574,20 @@ def test_two_levels_draw_what_one_level_draws(monkeypatch):
     assert torch.equal(logprobs[one == two], expected[one == two])
 
 
-def test_sampling_is_in_eval_mode_without_a_graph_and_leaves_the_model_in_the_mode_it_found():
-    """Guards: a graph over every decoded token that fills the memory; a training loop that goes on
-    in eval mode."""
+def test_a_token_lies_in_its_block_where_the_sum_of_the_block_is_not_its_cumulative_sum():
+    """87 tokens of e^-38.2 count in one and vanish in the other. Bug: a token of another block, or
+    of probability 0."""
+    logits = torch.full((1, 600), -38.2)
+    logits[0, :512], logits[0, 512] = -torch.inf, 0.0
+    token, _ = sample(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
+    assert token.item() == 512
+
+
+def test_sampling_builds_no_graph():
+    """Guards: a graph over every decoded token that fills the memory."""
     model, during = tiny_model(), set()
-    model.register_forward_pre_hook(
-        lambda *_: during.add((model.training, torch.is_grad_enabled())))
-    assert model.training and draw(model) and model.training
-    model.eval()
-    assert draw(model) and not model.training
-    assert during == {(False, False)} and torch.is_grad_enabled()
+    model.register_forward_pre_hook(lambda *_: during.add(torch.is_grad_enabled()))
+    assert draw(model) and during == {False} and torch.is_grad_enabled()
 
 
 def test_no_prompts_or_a_progress_bar_are_no_special_case():

@@ -253,7 +253,8 @@ def test_second_update_of_a_step_is_off_policy(start, tmp_path, monkeypatch):
     assert row["train/ratio_max"] > 1.001
 
 
-def test_sampler_and_trainer_agree_and_see_new_weights(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_sampler_and_trainer_agree_and_see_new_weights(dtype, start, tmp_path, monkeypatch):
     """Traps 8, 10. Bug: a sampler with stale weights, or another temperature in the trainer than in
     the sampler."""
     # a random model is always wrong: alternate rewards, so that weights really move
@@ -265,9 +266,26 @@ def test_sampler_and_trainer_agree_and_see_new_weights(start, tmp_path, monkeypa
 
     monkeypatch.setattr(train, "score", score)
     rows = run(start, tmp_path / "out", monkeypatch, method="grpo", learning_rate=0.05,
-               temperature=0.7)
+               temperature=0.7, dtype=dtype)
+    assert rows[0]["train/kl_ref"] == pytest.approx(0, abs=1e-6)  # the reference computes alike
     assert rows[-1]["train/kl_ref"] > 0.01  # the policy has moved ...
-    assert max(row["train/parity_max"] for row in rows) < 1e-4  # ... and the sampler with it
+    gap, most = ("mean", 0.05) if dtype == "bfloat16" else ("max", 1e-4)
+    assert max(row[f"train/parity_{gap}"] for row in rows) < most  # ... and the sampler with it
+
+
+def test_an_evaluation_has_the_weights_after_the_update(start, tmp_path, monkeypatch):
+    """Trap 10. Bug: the sampler of the step's rollouts."""
+    author(monkeypatch)
+    seen = []
+    monkeypatch.setattr(train, "evaluate", lambda sampler, *_, **__: seen.append(
+        [p.clone() for p in sampler.parameters()]) or {"eval/pass1": 0.0})
+    run(start, tmp_path / "out", monkeypatch, max_steps=2, dtype="bfloat16", learning_rate=1e-2,
+        warmup_steps=0, eval_interval=1, save_interval=1,
+        eval_problems=str(start / "held_out.jsonl"))
+    assert len(seen) == 2
+    for step, weights in enumerate(seen, 1):
+        saved = load_hf(tmp_path / f"out/step_{step:06d}").parameters()
+        assert all(torch.equal(w, p.bfloat16()) for w, p in zip(weights, saved, strict=True))
 
 
 def test_every_parameter_changes_and_stays_fp32(start, tmp_path, monkeypatch):

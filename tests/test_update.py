@@ -246,6 +246,21 @@ def test_weights_are_cast_once_for_all_micro_batches_and_anew_for_the_next_updat
         assert all(addresses == gathered[1] for addresses in gathered[1:])
 
 
+def test_several_processes_shard_again_after_every_micro_batch(monkeypatch):
+    """Bug: every block stays gathered, more than a GPU has at 8B."""
+    model, rollouts, gathered = tiny_model(), a_step(tiny_model()), []
+    parallel.shard(model, "cpu", dtype="bfloat16", replicas=1, offload=False)
+    monkeypatch.setattr(update, "world_size", lambda: 2)
+
+    def loss_fn(batch):
+        gathered.append(sum(not isinstance(p, DTensor) for p in model.parameters()))
+        return -(model(batch.inputs, batch.targets)[0] * batch.mask).sum(), {}
+
+    update.update(model, torch.optim.SGD(model.parameters(), lr=1.0), rollouts, loss_fn,
+                  tokens_per_microbatch=30, grad_clip=1e9, device="cpu")
+    assert len(gathered) > 2 and not any(gathered)
+
+
 def test_gaps_of_both_signs_do_not_cancel():
     """Guards trap 8: an alarm that stays silent because sampler and trainer differ both ways."""
     batch = collate([rollout_of([1], [4, 5], sample_logprobs=[-1.0, -1.0])])

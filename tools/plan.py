@@ -119,18 +119,20 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     total, block, tensors = count_parameters(config)
     root = total - config.num_hidden_layers * block
     c = 2 if dtype == "bfloat16" else 4
-    wrapped = world_size > 1 or c == 2  # by FSDP, see parallel.shard
+    wrapped = world_size > 1 or c == 2 or offload  # by FSDP, see parallel.shard
     share = 0 if offload else 4 * -(-total * replicas // world_size)  # fp32 values
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
              "reference": share * c // 4 * reference_model}
     persistent = sum(parts.values())
+    sampler = c * total * wrapped  # parallel.Unsharded
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
     how = {"dtype": dtype, "world_size": world_size, "device": device,
            "reference_model": reference_model, "full_divergence": full_divergence,
            "checkpoint_activations": checkpoint_activations}
     tokens_per_microbatch = tokens_per_microbatch or most_tokens(
-        config, (1 - (1 + wrapped) * KEEP_SHARE) * limit - persistent - share, **how)
+        config, (1 - KEEP_SHARE) * limit - persistent - share
+        - sampler * (sampler <= KEEP_SHARE * limit), **how)
     longest = longest_row or longest_prompt + max_new_tokens
     tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
     micro_batch = update_bytes(config, tokens, **how)
@@ -141,7 +143,6 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
 
     # Sampling: rollouts, then reflections, whose prompts hold two full responses. Each distinct
     # prompt is prefilled once.
-    sampler = c * total * wrapped  # parallel.Unsharded
     # FSDP keeps the root of the reference model gathered
     parts["unsharded"] = sampler + c * root * reference_model * (world_size > 1)
     # With max_rows set, plan for max_rows rows even if a step has fewer rollouts: the evaluation
@@ -327,7 +328,7 @@ def headline(c: SimpleNamespace, model: ModelConfig, processes: int, memory: flo
     prompt = found or ASSUMED_PROMPT
     parameters, assumed = count_parameters(model)[0], "" if found else " (prompt length assumed)"
     return prompt, [
-        f"model       {c.init_from}, {parameters:,} parameters, matmuls in {c.dtype}",
+        f"model       {c.init_from}, {parameters:,} parameters, compute in {c.dtype}",
         f"machine     {processes} x {memory / GIB:.0f} GiB ({device})",
         f"at most     {prompt:,} + {c.max_new_tokens:,} tokens per row{assumed}"]
 
