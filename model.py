@@ -427,12 +427,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.nkv, self.hs).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            layer, index = cache
-            layer.view(2, -1, self.hs).index_copy_(1, index, torch.stack([k, v]).flatten(1, 3))
+            (keys, values), index = cache
+            keys.view(-1, self.hs).index_copy_(0, index, k.reshape(-1, self.hs))
+            values.view(-1, self.hs).index_copy_(0, index, v.reshape(-1, self.hs))
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.gqa)
         else:
-            y = attend_cache(q, *layer, mask)
+            y = attend_cache(q, keys, values, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.nh * self.hs))
 
 

@@ -152,7 +152,7 @@ def inverse_cdf(p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     in two levels, a block and a token within the block: p is read once, without an fp64 copy.
     """
     B, V = p.shape
-    if V <= BLOCK:
+    if V <= 16 * BLOCK:
         cdf = p.double().cumsum(-1)
         return first_above(cdf, uniforms * cdf[:, -1:])
     blocks = F.pad(p, (0, -V % BLOCK)).view(B, -1, BLOCK)

@@ -577,8 +577,8 @@ def test_two_levels_draw_what_one_level_draws(monkeypatch):
 def test_a_token_lies_in_its_block_where_the_sum_of_the_block_is_not_its_cumulative_sum():
     """87 tokens of e^-38.2 count in one and vanish in the other. Bug: a token of another block, or
     of probability 0."""
-    logits = torch.full((1, 600), -38.2)
-    logits[0, :512], logits[0, 512] = -torch.inf, 0.0
+    logits = torch.full((1, 20 * rollout.BLOCK), -torch.inf)
+    logits[0, 512], logits[0, 513:600] = 0.0, -38.2
     token, _ = sample(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, 1.0)
     assert token.item() == 512
 

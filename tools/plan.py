@@ -91,7 +91,7 @@ def sampling_bytes(config: ModelConfig, rows: int, samples_per_prompt: int, prom
     cache = cache_bytes(config, rows_at_once, bucket(prompt + new, COLUMNS), dtype)
     state = rows_at_once * (new + 1) * 20  # ids, log-probs, uniforms of new tokens
     # a bucket change copies one layer of the cache; sampling holds logits, p and its fp64 cumsum
-    of_logit = 24 if V <= BLOCK else 12
+    of_logit = 24 if V <= 16 * BLOCK else 12
     decode = max(cache // config.num_hidden_layers, rows_at_once * V * of_logit)
     prompts = min(-(-rows // samples_per_prompt), max(1, PREFILL_TOKENS // prompt))
     in_prefill = 3 * config.intermediate_size * c + 4 * of_input
