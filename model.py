@@ -324,6 +324,7 @@ class KVCache:
         # in compiled blocks a write would copy it
         self.memory = [torch.zeros(numbers, dtype=dtype, device=device)
                        for _ in range(config.num_hidden_layers)]
+        self.bytes = sum(memory.nbytes for memory in self.memory)
         self.view(rows, columns)
 
     def view(self, R: int, C: int) -> None:

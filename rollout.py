@@ -202,7 +202,8 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
     waiting = deque((i, j) for i in by_length for j in range(n))
     longest = max(map(len, prompts), default=1)
     decoder = decoder or Decoder()
-    max_rows = max_rows or rows_that_fit(model, longest, max_new_tokens, held=decoder.bytes)
+    max_rows = max_rows or rows_that_fit(model, longest, max_new_tokens,
+                                         held=decoder.cache.bytes if decoder.cache else 0)
     decoder.prepare(model, min(max_rows, len(waiting)), longest, max_new_tokens,
                     stop_ids=stop_ids, temperature=temperature, top_p=top_p)
     completions = [[None] * n for _ in prompts]
@@ -222,7 +223,7 @@ def generate(model, prompts: list[list[int]], n: int, *, keys: list[tuple[int, .
             bar.update()
         bar.set_postfix_str(f"{n_tokens / (time.perf_counter() - start):,.0f} tokens/s", False)
     bar.close()
-    if decoder.bytes > KEEP_SHARE * total_memory(decoder.device):
+    if decoder.cache.bytes > KEEP_SHARE * total_memory(decoder.device):
         decoder.release()
     return completions
 
@@ -242,10 +243,6 @@ class Decoder:
     def release(self) -> None:
         """Free the KV cache and the captured graphs."""
         self.cache, self.captured, self.made_for, self.sizes = None, {}, None, (0, 0, 0)
-
-    @property
-    def bytes(self) -> int:
-        return sum(memory.nbytes for memory in self.cache.memory) if self.cache else 0
 
     def prepare(self, model, rows: int, prompt: int, new: int, *, stop_ids, temperature: float,
                 top_p: float) -> None:

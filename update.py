@@ -131,12 +131,13 @@ def set_old_logprobs(model, rollouts: list[Rollout], *, temperature: float,
 
 def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch], tuple], *,
            tokens_per_microbatch: int, grad_clip: float, device) -> dict[str, float]:
-    """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts.
-
-    -> sums of train/*.
+    """Alg. 1 lines 21-22: one optimizer step on the sum of loss_fn over all rollouts -> sums of
+    train/* over all processes.
 
     loss_fn(batch) -> (scalar loss, {name: sum}). Every rank passes all rollouts in the same order
-    and processes its share of them. No host sync inside the loop.
+    and processes its share of them. No host sync inside the loop. If loss or gradient norm is not
+    finite the step is skipped: weights and moments do not change. Both are reduced over all
+    processes, so every process takes the same branch.
     """
     sums: dict = {}
     batches = microbatches_of(rollouts, tokens_per_microbatch)
@@ -149,15 +150,6 @@ def update(model, optimizer, rollouts: list[Rollout], loss_fn: Callable[[Batch],
         # FSDP averages gradients over ranks, but loss_scale is already global
         (loss * world_size()).backward()
         add_up(sums, more | {"train/loss": loss.detach()})
-    return optimizer_step(model, optimizer, sums, grad_clip)
-
-
-def optimizer_step(model, optimizer, sums: dict, grad_clip: float) -> dict[str, float]:
-    """Clip and step -> sums over all processes, with train/grad_norm and train/skipped.
-
-    If loss or gradient norm is not finite the update is skipped: weights and moments do not change.
-    Both values are reduced over all processes, so every process takes the same branch.
-    """
     norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
     sums = reduce_sums({name: float(value) for name, value in sums.items()})
     finite = math.isfinite(sums["train/loss"]) and math.isfinite(norm)

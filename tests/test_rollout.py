@@ -446,7 +446,7 @@ def test_whatever_moves_memory_ends_a_recorded_step():
     assert [memory.data_ptr() for memory in decoder.cache.memory] == memory
     draw(model, n=20, decoder=decoder)                            # does not
     assert not set(captured) & set(decoder.captured)
-    assert decoder.bytes > 4 * 8 * 15 * 64
+    assert decoder.cache.bytes > 4 * 8 * 15 * 64
     draw(model, n=20, max_new_tokens=2, decoder=decoder)
     kept = set(decoder.captured)
     other = tiny_model()
