@@ -61,13 +61,12 @@ def bucket(n: int, least: int = 1) -> int:
 
 def memory_of(config, rows: int, prompt: int, new: int, size: int) -> float:
     """Estimated bytes to sample `rows` rows of `prompt` + `new` tokens; size: bytes per element."""
-    rows = bucket(rows)
     L = config.num_hidden_layers  # reshape copies one layer at a time
     column = 2 * L * config.num_key_value_heads * config.head_dim * size
     cache = (1 + 1 / L) * bucket(prompt + new, COLUMNS) * column
     decoding = cache + 24 * config.num_tokens  # logits, p, fp64 sums of p
     prefilling = column + (3 * config.intermediate_size + 8 * config.hidden_size) * size
-    return rows * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
+    return bucket(rows) * decoding + max(prompt, min(rows * prompt, PREFILL_TOKENS)) * prefilling
 
 
 def rows_that_fit(model, prompt: int, new: int, held: int = 0) -> int:

@@ -396,7 +396,7 @@ def test_a_plan_with_max_rows_0_fills_what_is_left_and_no_more(gigabytes, tmp_pa
 
 def test_rows_are_counted_in_their_bucket():
     config = ModelConfig(**SMALL)
-    of = [memory.memory_of(config, rows, 8, 8, 4) for rows in (32, 33, 36)]
+    of = [memory.memory_of(config, rows, 1024, 8, 4) for rows in (32, 33, 36)]
     assert of[0] < of[1] == of[2]
 
 
