@@ -241,7 +241,7 @@ def main() -> None:
     context = model.config.max_position_embeddings
     check_prompts_fit(training + held_out, c.max_new_tokens, context)
     stop_ids = stop_ids_of(tokenizer, model.config.eos_token_id)
-    ref_model = None  # frozen copy of init_from
+    ref_model = None  # frozen copy of init_from, without fp32 masters
     if c.log_kl or c.kl_coef or c.method == "opsd":
         ref_model = load(c.init_from, dtype=getattr(torch, c.dtype),
                          wrap=wrap if world_size() > 1 or c.offload else None).requires_grad_(False)
