@@ -29,11 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import failing
 import jsonl
 import reward
 import rollout
 import toy
-from configurator import at_least, configure, one_of, run_script
+from configurator import at_least, configure, one_of
 from data import Problem, encode_prompts, render_prompt
 from hf import save_hf
 from model import CausalLM, ModelConfig, TokenLogprobs, attend_cache, flops_per_token
@@ -665,4 +666,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    failing.run(main)
