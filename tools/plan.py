@@ -124,15 +124,15 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     parts = {"weights": share, "moments": 2 * share + 4 * tensors,
              "reference": share * c // 4 * reference_model}
     persistent = sum(parts.values())
-    sampler = c * total * wrapped  # parallel.Unsharded
+    sampler = c * total * wrapped  # parallel.Unsharded; a small one stays during the update
+    kept_sampler = sampler if sampler <= KEEP_SHARE * limit else 0
 
     # The update. A row longer than tokens_per_microbatch is a micro-batch of its own.
     how = {"dtype": dtype, "world_size": world_size, "device": device,
            "reference_model": reference_model, "full_divergence": full_divergence,
            "checkpoint_activations": checkpoint_activations}
     tokens_per_microbatch = tokens_per_microbatch or most_tokens(
-        config, (1 - KEEP_SHARE) * limit - persistent - share
-        - sampler * (sampler <= KEEP_SHARE * limit), **how)
+        config, (1 - KEEP_SHARE) * limit - persistent - share - kept_sampler, **how)
     longest = longest_row or longest_prompt + max_new_tokens
     tokens = max(tokens_per_microbatch, min(longest, config.max_position_embeddings))
     micro_batch = update_bytes(config, tokens, **how)
@@ -142,8 +142,7 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
     parts["temporaries"] = update - sum(parts[name] for name in shown)
 
     # Sampling: rollouts, then reflections, whose prompts hold two full responses. Each distinct
-    # prompt is prefilled once.
-    # FSDP keeps the root of the reference model gathered
+    # prompt is prefilled once. FSDP keeps the root of the reference model gathered.
     parts["unsharded"] = sampler + c * root * reference_model * (world_size > 1)
     # With max_rows set, plan for max_rows rows even if a step has fewer rollouts: the evaluation
     # may have more.
@@ -166,9 +165,9 @@ def memory_plan(config: ModelConfig, *, max_rows: int, longest_prompt: int, max_
         parts |= {f"{name} at once": rows, f"{name}: KV cache": needed["KV cache"],
                   f"{name}: prefill": needed["prefill"], name: needed["peak"]}
     sampling = parts["unsharded"] + max(parts[name] for name in jobs)
-    # a small KV cache and a small sampler stay allocated during the update, with captured graphs
-    kept = max(parts[f"{name}: KV cache"] for name in jobs), sampler
-    update += sum(size for size in kept if size <= KEEP_SHARE * limit)
+    # a small KV cache stays allocated during the update, with its captured graphs
+    kept = max(parts[f"{name}: KV cache"] for name in jobs)
+    update += kept_sampler + (kept if kept <= KEEP_SHARE * limit else 0)
     return parts | {"persistent": persistent, "update": update, "sampling": sampling,
                     "peak": persistent + max(update, sampling)}
 
