@@ -309,7 +309,7 @@ def main() -> None:
     tokenizer = load_tokenizer(load_from)
     model = load_hf(load_from, device=device, num_tokens=len(tokenizer), wrap=wrap)
     model.checkpoint_activations = c.checkpoint_activations
-    samples = c.problems or c.eval_problems
+    samples = c.eval_problems or (c.problems and not first_step)
     unsharded = Unsharded(model, dtype=c.dtype, device=device) if samples else None
     context, stop_ids = model.config.max_position_embeddings, stop_ids_of(
         tokenizer, model.config.eos_token_id)
